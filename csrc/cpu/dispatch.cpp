@@ -1,0 +1,125 @@
+// Which build of the kernels runs here, and in which regime. Compiled for the baseline: no template, nothing inline
+// that another instruction set's build could share.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "problem.h"
+
+namespace kd {
+
+namespace baseline {
+extern const Kernels kernels_of_this_isa;
+}
+namespace avx2 {
+extern const Kernels kernels_of_this_isa;
+}
+namespace avx512 {
+extern const Kernels kernels_of_this_isa;
+}
+
+namespace {
+
+struct Entry {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// In ascending order of preference.
+const Entry* entries(int& count) {
+#if defined(KD_HAVE_AVX2) || defined(KD_HAVE_AVX512)
+  __builtin_cpu_init();
+#endif
+  static const Entry list[] = {
+      {&baseline::kernels_of_this_isa, true},
+#if defined(KD_HAVE_AVX2)
+      {&avx2::kernels_of_this_isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")},
+#endif
+#if defined(KD_HAVE_AVX512)
+      {&avx512::kernels_of_this_isa, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                                         __builtin_cpu_supports("bmi2")},
+#endif
+  };
+  count = sizeof(list) / sizeof(list[0]);
+  return list;
+}
+
+}  // namespace
+
+const Kernels* kernels(const char* name) {
+  int count;
+  const Entry* list = entries(count);
+  for (int i = 0; i < count; ++i)
+    if (list[i].supported && strcmp(list[i].kernels->name, name) == 0) return list[i].kernels;
+  return nullptr;
+}
+
+const Kernels* best_kernels() {
+  int count;
+  const Entry* list = entries(count);
+  while (!list[count - 1].supported) --count;
+  return list[count - 1].kernels;
+}
+
+const char* supported_names() {
+  static char names[64];
+  if (!names[0]) {
+    int count;
+    const Entry* list = entries(count);
+    for (int i = 0; i < count; ++i) {
+      if (!list[i].supported) continue;
+      if (names[0]) strcat(names, ",");
+      strcat(names, list[i].kernels->name);
+    }
+  }
+  return names;
+}
+
+// Rows go to the lanes while they are too short to fill vectors and amortise a row's finish, and wherever classes are
+// not adjacent in memory (class dimension in the middle: rows then are).
+Plan plan(const Kernels& build, const Problem& p) {
+  constexpr int64_t kFewClasses = 256;
+  const auto strided = [&](const Logits& x) { return x.data && x.class_stride != 1 && p.classes > 1; };
+  const int lanes = build.vector_bytes / static_cast<int>(p.in_double() ? sizeof(double) : sizeof(float));
+  if (strided(p.student) || strided(p.teacher) || strided(p.grad)) return {Regime::lanes_are_rows, lanes};
+  if (p.classes <= kFewClasses && p.rows_total() > 1) return {Regime::lanes_are_rows, lanes};
+  return {Regime::lanes_are_classes, 1};
+}
+
+// A large gradient is fresh memory: its first write faults once per page, which with pages of 4 KiB costs more than
+// everything that the kernels do (measured: 28 ms against 9 ms for 64 MiB). Linux gives 2 MiB pages where asked to.
+void advise_huge_pages(void* fresh, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(fresh) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(fresh) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: may fail
+#else
+  (void)fresh, (void)bytes;
+#endif
+}
+
+void* scratch(size_t bytes) {
+  struct Memory {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Memory() { free(data); }
+  };
+  static thread_local Memory memory;
+  if (memory.size < bytes) {
+    free(memory.data);
+    memory.size = (bytes + 4095) / 4096 * 4096;
+    memory.data = aligned_alloc(4096, memory.size);
+    if (!memory.data) memory.size = 0;
+  }
+  return memory.data;
+}
+
+}  // namespace kd

@@ -1,0 +1,326 @@
+// SIMD lanes on the vector extensions of GCC and Clang: one source for SSE2, AVX2, AVX-512 and NEON. The width follows
+// from the flags of the translation unit.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#include "../lane.h"
+
+KD_NAMESPACE_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns of its own headers where the plain forms of some intrinsics are used
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));       // as many lanes as VecD
+typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as VecF
+
+template <class S>
+struct SimdOf;
+template <>
+struct SimdOf<float> {
+  using type = VecF;
+};
+template <>
+struct SimdOf<double> {
+  using type = VecD;
+};
+template <class S>
+using Vec = typename SimdOf<S>::type;
+template <class S>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(S));
+
+template <class V, class T>
+KD_FN V load_bits(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof(V));
+  return v;
+}
+template <class V, class T>
+KD_FN void store_bits(T* to, V v) {
+  memcpy(to, &v, sizeof(V));
+}
+
+// 2^x for x <= 0, the one exponential of all float32 sweeps. Relative error below 2e-7 (tests/test_lanes.py measures
+// it on a grid of the floats): a minimax polynomial of degree 5 on [-1/2, 1/2] with p(0) = 1, 9.2e-8, and float
+// rounding. 2^0 is exactly 1, 2^-inf exactly 0, results below 2^-126 are 0 (AVX-512 keeps subnormals), NaN stays NaN.
+template <>
+struct Ops<VecF> {
+  using Scalar = float;
+  static KD_FN VecF splat(float x) { return VecF{} + x; }
+
+  static KD_FN VecF exp2(VecF x) {
+#if defined(__AVX512DQ__)
+    const VecF f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 at -inf
+    return _mm512_maskz_scalef_ps(kAll, power(f), x - f);
+#else
+    const VecF low = splat(-127.f), magic = splat(12582912.f);  // 1.5 * 2^23: rounds to integer in the low bits
+    x = low > x ? low : x;  // keeps NaN
+    const VecF rounded = x + magic;
+    const VecU32 exponent = ((VecU32)rounded + (127u - 0x4B400000u)) << 23;
+    return power(x - (rounded - magic)) * (VecF)exponent;
+#endif
+  }
+
+ private:
+  static KD_FN VecF power(VecF f) {
+    VecF p = splat(1.3264727e-3f);
+    p = p * f + splat(9.6715127e-3f);
+    p = p * f + splat(5.5507337e-2f);
+    p = p * f + splat(2.4022242e-1f);
+    p = p * f + splat(6.9314698e-1f);
+    return p * f + splat(1.f);
+  }
+};
+
+// float64: the sweep of float64 logits, and the end of every row (statistics leave the sweep in double).
+template <>
+struct Ops<VecD> {
+  using Scalar = double;
+  static KD_FN VecD splat(double x) { return VecD{} + x; }
+
+  static KD_FN VecD exp2(VecD x) {
+    const VecD low = splat(-1023.), high = splat(1024.), magic = splat(6755399441055744.);  // 1.5 * 2^52
+    x = low > x ? low : x;  // keeps NaN
+    x = high < x ? high : x;
+    const VecD rounded = x + magic;
+    const VecU64 exponent = ((VecU64)rounded + (1023ull - 0x4338000000000000ull)) << 52;
+    const VecD f = (x - (rounded - magic)) * splat(kLn2);
+    VecD p = splat(1. / 6227020800.);  // Taylor to 13!: |f| <= ln2 / 2, remainder 4e-18
+    constexpr double inverse_factorial[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320,
+                                            1. / 5040,      1. / 720,      1. / 120,     1. / 24,     1. / 6,
+                                            1. / 2,         1.,            1.};
+    for (double c : inverse_factorial) p = p * f + splat(c);
+    return p * (VecD)exponent;
+  }
+
+  static KD_FN VecD exp(VecD x) { return exp2(x * splat(kLog2e)); }
+
+  // For x = 0, normal positive x, +inf and NaN: all that sums of exponentials can be.
+  static KD_FN VecD log(VecD x) {
+    const VecU64 bits = (VecU64)x;
+    VecD m = (VecD)((bits & 0x000fffffffffffffull) | 0x3ff0000000000000ull);
+    VecD exponent = (VecD)((bits >> 52) | 0x4330000000000000ull) - splat(4503599627370496. + 1023.);
+    const auto high = m > splat(1.4142135623730951);
+    m = high ? m * splat(.5) : m;
+    exponent = high ? exponent + splat(1.) : exponent;
+    const VecD s = (m - splat(1.)) / (m + splat(1.)), s2 = s * s;  // log m = 2 artanh s, |s| <= 0.172
+    VecD p = splat(2. / 21);
+    for (int k = 19; k >= 1; k -= 2) p = p * s2 + splat(2. / k);
+    VecD y = exponent * splat(6.93147180369123816490e-01) + (exponent * splat(1.90821492927058770002e-10) + s * p);
+    y = x == splat(0.) ? -infinity<VecD>() : y;
+    return x < infinity<VecD>() ? y : x;  // +inf and NaN pass
+  }
+
+  // Kahan's correction keeps full relative accuracy for small x in [0, 1].
+  static KD_FN VecD log1p(VecD x) {
+    const VecD u = splat(1.) + x, rounding = u - splat(1.);
+    return rounding == splat(0.) ? x : log(u) * (x / rounding);
+  }
+};
+
+// ---- stored types -----------------------------------------------------------------------------------------------
+
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+KD_FN float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+KD_FN uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+KD_FN float to_float(float x) { return x; }
+KD_FN double to_float(double x) { return x; }
+KD_FN float to_float(BF16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+KD_FN float to_float(F16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const float value = as_float(magnitude) * 0x1p112f;  // rebias; exact for subnormals too
+  const bool special = (x.bits & 0x7c00u) == 0x7c00u;  // inf, NaN
+  return as_float((special ? magnitude | 0x7f800000u : as_bits(value)) | sign);
+}
+
+KD_FN void from_float(float& to, float x) { to = x; }
+KD_FN void from_float(float& to, double x) { to = static_cast<float>(x); }
+KD_FN void from_float(double& to, double x) { to = x; }
+KD_FN void from_float(BF16& to, float x) {  // round to nearest even; NaN apart, its payload must not round to inf
+  const uint32_t bits = as_bits(x);
+  to.bits = static_cast<uint16_t>(x != x ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+KD_FN void from_float(F16& to, float x) {  // round to nearest even
+  const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds to 65536 or more
+  } else if (magnitude < 0x38800000u) {
+    half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;  // subnormal: 0.5 has the unit of half's subnormals
+  } else {
+    half = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;  // rebias by -112, round
+  }
+  to.bits = static_cast<uint16_t>(half | sign);
+}
+KD_FN void from_float(BF16& to, double x) { from_float(to, static_cast<float>(x)); }
+KD_FN void from_float(F16& to, double x) { from_float(to, static_cast<float>(x)); }
+
+// kLanes<S> stored values as a vector of S, and back.
+template <class S, class T>
+KD_FN Vec<S> load(const T* from) {
+  Vec<S> v;
+  for (int i = 0; i < kLanes<S>; ++i) v[i] = static_cast<S>(to_float(from[i]));
+  return v;
+}
+template <>
+KD_FN VecF load<float, float>(const float* from) {
+  return load_bits<VecF>(from);
+}
+template <>
+KD_FN VecD load<double, double>(const double* from) {
+  return load_bits<VecD>(from);
+}
+template <>
+KD_FN VecF load<float, BF16>(const BF16* from) {
+  return (VecF)(__builtin_convertvector(load_bits<VecU16>(from), VecU32) << 16);
+}
+
+template <class S, class T>
+KD_FN void store(T* to, Vec<S> v) {
+  for (int i = 0; i < kLanes<S>; ++i) from_float(to[i], v[i]);
+}
+template <>
+KD_FN void store<float, float>(float* to, VecF v) {
+  store_bits(to, v);
+}
+template <>
+KD_FN void store<double, double>(double* to, VecD v) {
+  store_bits(to, v);
+}
+template <>
+KD_FN void store<float, BF16>(BF16* to, VecF v) {
+  const VecU32 bits = (VecU32)v;
+  const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU32 out = v == v ? rounded : (bits >> 16) | 0x40u;
+  store_bits(to, __builtin_convertvector(out, VecU16));
+}
+
+#if defined(__F16C__)
+template <>
+KD_FN VecF load<float, F16>(const F16* from) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+template <>
+KD_FN void store<float, F16>(F16* to, VecF v) {
+  constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(kAll, v, rounding));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, rounding));
+#endif
+}
+#endif
+
+// ---- between lanes ----------------------------------------------------------------------------------------------
+
+// VecD number `part` of a vector of S: float vectors hold two, double vectors one.
+template <class S>
+constexpr int kParts = static_cast<int>(sizeof(double) / sizeof(S));
+KD_FN VecD widen(const float* from, int part) {
+  return __builtin_convertvector(load_bits<HalfF>(from + part * kLanes<double>), VecD);
+}
+KD_FN VecD widen(const double* from, int) { return load_bits<VecD>(from); }
+KD_FN void narrow(float* to, int part, VecD v) {
+  store_bits(to + part * kLanes<double>, __builtin_convertvector(v, HalfF));
+}
+KD_FN void narrow(double* to, int, VecD v) { store_bits(to, v); }
+
+template <class S>
+KD_FN double sum_lanes(Vec<S> v) {
+  alignas(kVectorBytes) S lanes[kLanes<S>];
+  store_bits(lanes, v);
+  VecD sum = widen(lanes, 0);
+  for (int part = 1; part < kParts<S>; ++part) sum += widen(lanes, part);
+  double total = sum[0];
+  for (int i = 1; i < kLanes<double>; ++i) total += sum[i];
+  return total;
+}
+
+template <class S>
+KD_FN S max_lanes(Vec<S> v) {
+  alignas(kVectorBytes) S lanes[kLanes<S>];
+  store_bits(lanes, v);
+  for (int width = kLanes<S> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
+  return lanes[0];
+}
+
+// Transposes a square of kLanes x kLanes: log2 rounds that exchange blocks of 1, 2, 4, ... lanes between two vectors.
+template <class V, int kN, int kStep, bool kHigh, int... kI>
+KD_FN V exchange(V a, V b) {
+  constexpr auto pick = [](int i) { return (i & kStep) ? kN + i - (kHigh ? 0 : kStep) : i + (kHigh ? kStep : 0); };
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define KD_SHUFFLEVECTOR
+#endif
+#endif
+#if defined(KD_SHUFFLEVECTOR)
+  return __builtin_shufflevector(a, b, pick(kI)...);
+#else
+  using Index = decltype(a < b);
+  return __builtin_shuffle(a, b, Index{pick(kI)...});
+#endif
+}
+
+template <int... kI>
+struct Indices {};
+template <int kN, int... kI>
+struct MakeIndices : MakeIndices<kN - 1, kN - 1, kI...> {};
+template <int... kI>
+struct MakeIndices<0, kI...> {
+  using type = Indices<kI...>;
+};
+
+template <int kStep, class V, int kN, int... kI>
+KD_FN void transpose_step(V (&m)[kN], Indices<kI...> indices) {
+  for (int i = 0; i < kN; ++i) {
+    if (i & kStep) continue;
+    const V a = m[i], b = m[i + kStep];
+    m[i] = exchange<V, kN, kStep, false, kI...>(a, b);
+    m[i + kStep] = exchange<V, kN, kStep, true, kI...>(a, b);
+  }
+  if constexpr (2 * kStep < kN) transpose_step<2 * kStep>(m, indices);
+}
+template <class V, int kN>
+KD_FN void transpose(V (&m)[kN]) {
+  transpose_step<1>(m, typename MakeIndices<kN>::type{});
+}
+
+KD_NAMESPACE_END

@@ -1,0 +1,97 @@
+// The arithmetic a loss may use, for any lane type: float and double here, SIMD vectors in cpu/simd.h.
+// A lane may be a class (a row swept in vectors, or by GPU threads) or a row (many short rows at once), so nothing
+// in the algebra branches on a lane's value: it selects.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define KD_FN __host__ __device__ __forceinline__
+#else
+#define KD_FN inline __attribute__((always_inline))
+#endif
+
+// Every translation unit that is compiled for another instruction set puts its templates into a namespace of its own:
+// the linker would otherwise keep one copy of them for all, and run AVX-512 code on a machine without it.
+#ifndef KD_ISA
+#define KD_ISA scalar
+#endif
+#define KD_NAMESPACE_BEGIN \
+  namespace kd {           \
+  inline namespace KD_ISA {
+#define KD_NAMESPACE_END \
+  }                      \
+  }
+
+KD_NAMESPACE_BEGIN
+
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+template <class V>
+struct Ops;  // Scalar, splat, exp2, exp, log, log1p
+
+template <>
+struct Ops<float> {
+  using Scalar = float;
+  static KD_FN float splat(float x) { return x; }
+  static KD_FN float exp2(float x) { return exp2f(x); }
+  static KD_FN float exp(float x) { return expf(x); }
+  static KD_FN float log(float x) { return logf(x); }
+  static KD_FN float log1p(float x) { return log1pf(x); }
+};
+
+template <>
+struct Ops<double> {
+  using Scalar = double;
+  static KD_FN double splat(double x) { return x; }
+  static KD_FN double exp2(double x) { return ::exp2(x); }
+  static KD_FN double exp(double x) { return ::exp(x); }
+  static KD_FN double log(double x) { return ::log(x); }
+  static KD_FN double log1p(double x) { return ::log1p(x); }
+};
+
+template <class V>
+using ScalarOf = typename Ops<V>::Scalar;
+
+// A constant as a lane: lit<V>(0.5).
+template <class V>
+KD_FN V lit(double x) {
+  return Ops<V>::splat(static_cast<ScalarOf<V>>(x));
+}
+
+template <class V>
+KD_FN V infinity() {
+  return Ops<V>::splat(static_cast<ScalarOf<V>>(__builtin_huge_val()));
+}
+
+// mask is a comparison of two lanes: bool, or a vector of them.
+template <class M, class V>
+KD_FN V select(M mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+// NaN in x is skipped (it reaches the sums by its exponential), NaN in the running maximum never arises.
+template <class V>
+KD_FN V max_of(V running, V x) {
+  return select(x > running, x, running);
+}
+
+template <class V>
+KD_FN V min_of(V a, V b) {
+  return select(a < b, a, b);
+}
+
+// weight * x where a weight of exactly 0 wins over an infinite x: 0 * log 0 = 0. NaN in the weight stays.
+template <class V>
+KD_FN V weighted(V weight, V x) {
+  return select(weight == lit<V>(0), lit<V>(0), weight * x);
+}
+
+// a / b where b == 0 means that there is nothing to share out. NaN in b stays.
+template <class V>
+KD_FN V share(V a, V b) {
+  return select(b == lit<V>(0), lit<V>(0), a / b);
+}
+
+KD_NAMESPACE_END

@@ -1,0 +1,27 @@
+// DKD: T^2 (alpha TCKD + beta NCKD). Zhao et al. 2022, arXiv 2203.08679, eq. 7.
+#pragma once
+
+#include "pair.h"
+
+KD_NAMESPACE_BEGIN
+
+template <bool kTwo>
+struct Dkd : SplitLoss<Dkd<kTwo>, kTwo> {
+  template <class S>
+  struct Params : PairParams<S> {
+    S alpha, beta;
+    explicit KD_FN Params(const double* p)
+        : PairParams<S>(p), alpha(static_cast<S>(p[2])), beta(static_cast<S>(p[3])) {}
+  };
+
+  template <class V>
+  static KD_FN void combine(const Params<ScalarOf<V>>& params, const Split<V>& q, const Split<V>& p, V nckd, V& loss,
+                            V& h, V& beta) {
+    const V t = Ops<V>::splat(params.temperature), alpha = Ops<V>::splat(params.alpha);
+    beta = Ops<V>::splat(params.beta);
+    loss = weighted(alpha, t * t * binary_kl(q, p)) + weighted(beta, nckd);
+    h = alpha * difference(p, q);
+  }
+};
+
+KD_NAMESPACE_END

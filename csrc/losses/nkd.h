@@ -1,0 +1,37 @@
+// NKD: -b log c at temperature 1 plus gamma T^2 times the cross-entropy of the non-target softmaxes at temperature T;
+// b and c are teacher's and student's probability of the target. Yang et al., arXiv 2208.10139 and 2303.13005 (eq. 7).
+#pragma once
+
+#include "pair.h"
+
+KD_NAMESPACE_BEGIN
+
+template <bool kTwo>
+struct Nkd : PairSums<kTwo, true> {
+  using Sums = PairSums<kTwo, true>;
+  static constexpr int outputs = 1;
+  static bool two_temperatures(const double* params) { return params[0] != 1.0; }
+
+  template <class S>
+  struct Params : PairParams<S> {
+    S gamma;
+    explicit KD_FN Params(const double* p) : PairParams<S>(p), gamma(static_cast<S>(p[2])) {}
+  };
+
+  template <class V>
+  static KD_FN void finish(const Params<ScalarOf<V>>& params, const typename Sums::template Stats<V>& a,
+                           const Pivots<V>& pivots, V s_y, V t_y, const V* upstream, V* loss,
+                           typename Sums::template Coef<V>& coef) {
+    const V gamma = Ops<V>::splat(params.gamma), one = lit<V>(1);
+    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), one, a.v[kTwo ? Sums::sum_t1 : Sums::sum_t]);
+    loss[0] = weighted(gamma, non_target<V>(params.temperature, a.v[Sums::sum_s], a.v[Sums::sum_t],
+                                            a.v[Sums::mean_x], lit<V>(0)));
+    pair_gradient<V>(params.temperature, a, lit<V>(0), gamma, upstream[0], coef);
+    if constexpr (kTwo) coef.c[2] = lit<V>(0);
+    // The target term is cross-entropy weighted by the teacher's confidence; extra cross-entropy joins it for free.
+    add_cross_entropy<Sums>(q.p + Ops<V>::splat(params.ce_weight), a, s_y - usable(pivots.s), upstream[0], loss[0],
+                            coef);
+  }
+};
+
+KD_NAMESPACE_END

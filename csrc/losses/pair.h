@@ -1,0 +1,65 @@
+// What the losses between student and teacher share. Every one of them has the gradient
+//
+//   target:  T H            others:  T [ (beta - H) ph_i - beta qh_i ]
+//
+// with ph, qh the softmax over the non-target classes of student and teacher and two scalars per row: H and beta.
+// A loss brings its value, H and beta, and nothing else.
+#pragma once
+
+#include "../stats.h"
+
+KD_NAMESPACE_BEGIN
+
+// Writes the coefficients of the gradient above, times the upstream gradient.
+template <class V, class Stats, class Coef>
+KD_FN void pair_gradient(ScalarOf<V> temperature, const Stats& a, V h, V beta, V upstream, Coef& coef) {
+  const V t = upstream * Ops<V>::splat(temperature);
+  coef.c[0] = share(t * (beta - h), a.v[0]);
+  coef.c[1] = share(-t * beta, a.v[1]);
+  coef.y = t * h;
+}
+
+// weight * CE(student, target) at temperature 1, on top of a loss and its coefficients. relative: the target's logit
+// minus the pivot. A loss that sums at two temperatures keeps the exponentials at temperature 1 as its third; otherwise
+// the row's temperature is 1.
+template <class Sums, class V, class Stats, class Coef>
+KD_FN void add_cross_entropy(V weight, const Stats& a, V relative, V upstream, V& loss, Coef& coef) {
+  const V sum = a.v[Sums::two ? 3 : 0];
+  const Split<V> p = Split<V>::of(relative, lit<V>(1), sum);
+  loss += weighted(weight, -p.log_p);
+  coef.c[Sums::two ? 2 : 0] += share(upstream * weight * p.rest, sum);
+  coef.y -= upstream * weight * p.rest;
+}
+
+template <class S>
+struct PairParams : Scales<S> {  // every pair loss: params[0] temperature, params[1] ce_weight
+  S ce_weight;
+  explicit KD_FN PairParams(const double* p) : Scales<S>(p[0]), ce_weight(static_cast<S>(p[1])) {}
+};
+
+// A loss made of the target's probabilities (b teacher, c student) and of NCKD, the KL of the non-target softmaxes:
+// Loss::combine gives value, H and beta. Cross-entropy at T = 1 is added when asked for.
+template <class Loss, bool kTwo>
+struct SplitLoss : PairSums<kTwo, false> {
+  using Sums = PairSums<kTwo, false>;
+  static constexpr int outputs = 1;
+  static bool two_temperatures(const double* params) { return params[0] != 1.0 && params[1] != 0.0; }
+
+  template <class Params, class V>
+  static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
+                           V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
+    const V t = Ops<V>::splat(params.temperature), relative = s_y - usable(pivots.s);
+    const Split<V> p = Split<V>::of(relative, t, a.v[Sums::sum_s]);
+    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), t, a.v[Sums::sum_t]);
+    const V nckd = non_target<V>(params.temperature, a.v[Sums::sum_s], a.v[Sums::sum_t], a.v[Sums::mean_x],
+                                 Ops<V>::log(a.v[Sums::sum_t]));  // times T^2
+    V h, beta;
+    Loss::combine(params, q, p, nckd, loss[0], h, beta);
+    pair_gradient<V>(params.temperature, a, h, beta, upstream[0], coef);
+    if constexpr (kTwo) coef.c[2] = lit<V>(0);
+    if (params.ce_weight != 0)
+      add_cross_entropy<Sums>(Ops<V>::splat(params.ce_weight), a, relative, upstream[0], loss[0], coef);
+  }
+};
+
+KD_NAMESPACE_END

@@ -1,0 +1,33 @@
+// The target/non-target decomposition of one set of logits at temperature T: log p_y, log(1 - p_y) and the logsumexp of
+// the other classes. What DKD and NKD are built on, as an op of its own.
+#pragma once
+
+#include "../stats.h"
+
+KD_NAMESPACE_BEGIN
+
+struct TargetSplit : StudentSums {
+  using Sums = StudentSums;
+  static constexpr int outputs = 3;
+
+  template <class S>
+  struct Params : Scales<S> {
+    explicit KD_FN Params(const double* p) : Scales<S>(p[0]) {}
+  };
+
+  template <class V>
+  static KD_FN void finish(const Params<ScalarOf<V>>& params, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
+                           const V* upstream, V* out, Coef<V>& coef) {
+    const V t = Ops<V>::splat(params.temperature), log_sum = Ops<V>::log(a.v[sum_s]);
+    const Split<V> p = Split<V>::of(s_y - usable(pivots.s), t, a.v[sum_s]);
+    out[0] = p.log_p;
+    out[1] = p.log_rest;
+    out[2] = usable(pivots.s) / t + log_sum;
+    // d/d u_i of the three: -(1 - p) ph_i, p ph_i, ph_i; of the target: 1 - p, -p, 0.
+    const V h = upstream[0] * p.rest - upstream[1] * p.p;
+    coef.c[0] = share((upstream[2] - h) / t, a.v[sum_s]);
+    coef.y = h / t;
+  }
+};
+
+KD_NAMESPACE_END

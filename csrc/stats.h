@@ -1,0 +1,211 @@
+// The mergeable pieces that losses are made of: what is summed over the classes of a row, target class left out.
+//
+// A class enters through its logits relative to the pivots (ds = s - max s, dt = t - max t, both <= 0). They stay in
+// units of logits, temperature not applied: differences t - s are then exact however small or large the temperature is,
+// and one pivot serves every temperature.
+//
+//   Sums::exps(scales, ds, dt)   the exponentials of a class, e[0..kept) are what the gradient needs again
+//   Sums::add(stats, exps)       statistics of one more class
+//   Sums::merge(scales, a, b)    statistics of two disjoint sets of classes, rebased to the common pivots
+//   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots
+//   gradient(e, coef)            d loss / d logit of a class: no new exponential
+#pragma once
+
+#include "lane.h"
+
+KD_NAMESPACE_BEGIN
+
+template <class V>
+struct Pivots {
+  V s, t;  // maxima of the logits; -inf where there is no class
+};
+
+// The pivot to subtract: 0 where no class has a finite logit, so that -inf - pivot stays -inf.
+template <class V>
+KD_FN V usable(V pivot) {
+  return select(pivot == -infinity<V>(), lit<V>(0), pivot);
+}
+
+// How far logits relative to `from` move when they are taken relative to `to`.
+template <class V>
+KD_FN V moved(V from, V to) {
+  return usable(from) - select(from == -infinity<V>(), lit<V>(0), usable(to));
+}
+
+// x -> 2^(k x) is softmax at the row's temperature; k is kept finite so that 0 * k = 0 at any temperature.
+template <class S>
+struct Scales {
+  S temperature, k;
+  explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(bounded(kLog2e / t)) {}
+  static KD_FN S bounded(double x) { return static_cast<S>(x < 3e38 ? x : 3e38); }
+};
+
+template <int kKept>
+struct Kept {
+  static constexpr int kept = kKept;
+  template <class V>
+  struct Coef {
+    V c[kKept];  // gradient of a class: sum of c[i] * e[i]
+    V y;         // gradient of the target class
+  };
+};
+
+template <class V, int kKept>
+KD_FN V gradient(const V (&e)[kKept], const V (&c)[kKept]) {
+  V sum = c[0] * e[0];
+  for (int i = 1; i < kKept; ++i) sum = c[i] * e[i] + sum;
+  return sum;
+}
+
+// Student and teacher. kCross chooses what is averaged over the teacher's non-target softmax: t - s (for a divergence)
+// or -s (for a cross-entropy). kTwo adds the sums at temperature 1 that cross-entropy (student) and NKD (both) need
+// beside those at the row's temperature.
+template <bool kTwo, bool kCross>
+struct PairSums : Kept<kTwo ? 3 : 2> {
+  static constexpr bool teacher = true;
+  static constexpr bool two = kTwo;
+  static constexpr int count = 3 + (kTwo ? (kCross ? 2 : 1) : 0);
+  enum { sum_s, sum_t, mean_x, sum_s1, sum_t1 };
+
+  template <class V>
+  struct Exps {
+    V e[kTwo ? 3 : 2];  // 2^(k ds), 2^(k dt), e^ds
+    V x, t1;
+  };
+  template <class V>
+  struct Stats {
+    V v[count];
+  };
+
+  template <class V>
+  static KD_FN Exps<V> exps(const Scales<ScalarOf<V>>& scales, V ds, V dt) {
+    Exps<V> out;
+    out.e[0] = Ops<V>::exp2(ds * scales.k);
+    out.e[1] = Ops<V>::exp2(dt * scales.k);
+    if constexpr (kTwo) out.e[2] = Ops<V>::exp2(ds * lit<V>(kLog2e));
+    if constexpr (kTwo && kCross) out.t1 = Ops<V>::exp2(dt * lit<V>(kLog2e));
+    out.x = kCross ? -ds : dt - ds;
+    return out;
+  }
+
+  template <class V>
+  static KD_FN void add(Stats<V>& a, const Exps<V>& x) {
+    a.v[sum_s] += x.e[0];
+    a.v[sum_t] += x.e[1];
+    // Without teacher mass the class is out, also where it is -inf - -inf. NaN logits arrive through the sums.
+    a.v[mean_x] = x.e[1] * select(x.e[1] > lit<V>(0), x.x, lit<V>(0)) + a.v[mean_x];
+    if constexpr (kTwo) a.v[sum_s1] += x.e[2];
+    if constexpr (kTwo && kCross) a.v[sum_t1] += x.t1;
+  }
+
+  template <class V>
+  static KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats<V>& a, Pivots<V>& pa, const Stats<V>& b,
+                          const Pivots<V>& pb) {
+    const Pivots<V> p = {max_of(pa.s, pb.s), max_of(pa.t, pb.t)};
+    Stats<V> sum = moved_to(scales, b, pb, p);
+    a = moved_to(scales, a, pa, p);
+    for (int i = 0; i < count; ++i) a.v[i] += sum.v[i];
+    pa = p;
+  }
+
+  template <class V>
+  static KD_FN Stats<V> moved_to(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& from,
+                                 const Pivots<V>& to) {
+    const V ds = moved(from.s, to.s), dt = moved(from.t, to.t);
+    const V ft = Ops<V>::exp2(dt * scales.k);
+    Stats<V> out;
+    out.v[sum_s] = a.v[sum_s] * Ops<V>::exp2(ds * scales.k);
+    out.v[sum_t] = a.v[sum_t] * ft;
+    out.v[mean_x] = weighted(ft, a.v[mean_x] + weighted(a.v[sum_t], kCross ? -ds : dt - ds));
+    if constexpr (kTwo) out.v[sum_s1] = a.v[sum_s1] * Ops<V>::exp2(ds * lit<V>(kLog2e));
+    if constexpr (kTwo && kCross) out.v[sum_t1] = a.v[sum_t1] * Ops<V>::exp2(dt * lit<V>(kLog2e));
+    return out;
+  }
+
+  template <class V, class Coef>
+  static KD_FN void rebase(const Scales<ScalarOf<V>>& scales, Coef& coef, const Pivots<V>& row, const Pivots<V>& part) {
+    const V ds = moved(part.s, row.s), dt = moved(part.t, row.t);
+    coef.c[0] *= Ops<V>::exp2(ds * scales.k);
+    coef.c[1] *= Ops<V>::exp2(dt * scales.k);
+    if constexpr (kTwo) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));
+  }
+};
+
+// One tensor alone (cross-entropy, the target split of one set of logits).
+struct StudentSums : Kept<1> {
+  static constexpr bool teacher = false;
+  static constexpr bool two = false;
+  static constexpr int count = 1;
+  enum { sum_s };
+
+  template <class V>
+  struct Exps {
+    V e[1];
+  };
+  template <class V>
+  struct Stats {
+    V v[1];
+  };
+  template <class V>
+  static KD_FN Exps<V> exps(const Scales<ScalarOf<V>>& scales, V ds, V) {
+    return {{Ops<V>::exp2(ds * scales.k)}};
+  }
+  template <class V>
+  static KD_FN void add(Stats<V>& a, const Exps<V>& x) {
+    a.v[sum_s] += x.e[0];
+  }
+  template <class V>
+  static KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats<V>& a, Pivots<V>& pa, const Stats<V>& b,
+                          const Pivots<V>& pb) {
+    const V p = max_of(pa.s, pb.s);
+    a.v[sum_s] = a.v[sum_s] * Ops<V>::exp2(moved(pa.s, p) * scales.k) +
+                 b.v[sum_s] * Ops<V>::exp2(moved(pb.s, p) * scales.k);
+    pa.s = p;
+  }
+  template <class V, class Coef>
+  static KD_FN void rebase(const Scales<ScalarOf<V>>& scales, Coef& coef, const Pivots<V>& row, const Pivots<V>& part) {
+    coef.c[0] *= Ops<V>::exp2(moved(part.s, row.s) * scales.k);
+  }
+};
+
+// The target against all other classes, from g = log(p / (1 - p)). Nothing cancels and nothing underflows early: log p
+// and log(1 - p) keep full relative accuracy however close p is to 0 or 1.
+template <class V>
+struct Split {
+  V log_p, log_rest, p, rest;
+
+  // relative: the target's logit minus the pivot; sum: sum over the other classes of exp((logit - pivot) / T).
+  static KD_FN Split of(V relative, V temperature, V sum) { return of_odds(relative / temperature - Ops<V>::log(sum)); }
+
+  static KD_FN Split of_odds(V g) {
+    const V zero = lit<V>(0), one = lit<V>(1);
+    const V e = Ops<V>::exp(select(g < zero, g, -g));
+    const V l = Ops<V>::log1p(e), small = e / (one + e), large = one / (one + e);
+    return {select(g < zero, g, zero) - l, select(g < zero, zero, -g) - l, select(g < zero, small, large),
+            select(g < zero, large, small)};
+  }
+};
+
+// p - q of two splits, without cancellation when both are near 1.
+template <class V>
+KD_FN V difference(const Split<V>& p, const Split<V>& q) {
+  return select(p.p > lit<V>(0.5), q.rest - p.rest, p.p - q.p);
+}
+
+// KL between the two Bernoulli distributions (target, not target): q is the teacher's, p the student's.
+template <class V>
+KD_FN V binary_kl(const Split<V>& q, const Split<V>& p) {
+  return weighted(q.p, q.log_p - p.log_p) + weighted(q.rest, q.log_rest - p.log_rest);
+}
+
+// T^2 times the mean of x under the teacher's non-target softmax, plus T^2 (log sum_s - log_t): the non-target KL
+// (log_t = log sum_t, x = t - s) or cross-entropy (log_t = 0, x = -s). 0 without teacher mass, +inf where the teacher
+// has mass and the student none.
+template <class V>
+KD_FN V non_target(ScalarOf<V> temperature, V sum_s, V sum_t, V mean_x, V log_t) {
+  const V t = Ops<V>::splat(temperature);
+  const V value = t * (mean_x / sum_t) + t * t * (Ops<V>::log(sum_s) - log_t);
+  return select(sum_t == lit<V>(0), lit<V>(0), select(sum_s == lit<V>(0), infinity<V>(), value));
+}
+
+KD_NAMESPACE_END
