@@ -1,0 +1,153 @@
+"""Which implementations exist in this installation, and which one a call uses."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from kdkernels import ops  # defines the operators, before any extension registers kernels for them
+
+
+class Availability(NamedTuple):
+    """Whether a backend can be used, why or why not, and what its build recorded."""
+
+    available: bool
+    reason: str
+    build: Mapping[str, Any] = MappingProxyType({})
+
+
+# Per device type, fastest first; the reference runs everywhere and closes every list.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+def _import_error(module: str, absent: str) -> str | None:
+    """Imports an optional module of this package; None, or why that failed."""
+    if importlib.util.find_spec(module) is None:
+        return absent
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{module} does not load: {error}"
+    return None
+
+
+def _build_record() -> dict[str, Any]:
+    """What setup.py wrote about the build; empty where it has not run."""
+    try:
+        text = Path(__file__).with_name("_build.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    return dict(json.loads(text))
+
+
+def _has_kernels(key: str) -> bool:
+    names = (ops.forward, ops.backward, ops.reduced, ops.scale_)
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for op in names)
+
+
+def _probe() -> dict[str, Availability]:
+    build = _build_record()
+    reasons = build.pop("reasons", {})
+    load_error = _import_error("kdkernels._C", "")
+
+    def compiled(name: str, key: str) -> Availability:
+        if _has_kernels(key):
+            return Availability(True, "compiled kernels are loaded", MappingProxyType(build))
+        missing = reasons.get(name, f"this installation has no {key} kernels")
+        return Availability(False, load_error or f"not built: {missing}", MappingProxyType(build))
+
+    def with_device(entry: Availability) -> Availability:
+        if entry.available and not torch.cuda.is_available():
+            return entry._replace(available=False, reason="PyTorch finds no CUDA device")
+        return entry
+
+    triton_error = _import_error(
+        "kdkernels.triton_kernels", "not part of this build: there is no kdkernels.triton_kernels"
+    )
+    triton = Availability(triton_error is None, triton_error or "Triton kernels are loaded")
+    return {
+        "cuda": with_device(compiled("cuda", "CUDA")),
+        "triton": with_device(triton),
+        "cpu": compiled("cpu", "CPU"),
+        "reference": Availability(True, "plain PyTorch, always there"),
+    }
+
+
+_available = _probe()
+_warned = False
+
+
+def backends() -> dict[str, Availability]:
+    """The backends `cuda`, `triton`, `cpu` and `reference`: usable or not, why, and build facts."""
+    return dict(_available)
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """The backend that a call on `device` uses.
+
+    `None` takes the fastest one available there; when that is not the fastest one there is, the
+    first call of the process that meets this warns. A backend asked for by name is used or refused.
+    """
+    if backend is not None:
+        return _named(backend, device)
+    for name in _PREFERENCE.get(device.type, ()):
+        if _available[name].available:
+            break
+    else:
+        name = "reference"
+    if not _warned and name != _PREFERENCE.get(device.type, ("",))[0]:
+        _warn_downgrade(name, device.type)
+    return name
+
+
+def check_name(argument: str, backend: str | None) -> None:
+    if backend is not None and backend not in _available:
+        allowed = ", ".join(_available)
+        raise ValueError(f"{argument}: got {backend!r}; must be None or one of {allowed}")
+
+
+def _named(backend: str, device: torch.device) -> str:
+    check_name("backend", backend)
+    if not _available[backend].available:
+        raise RuntimeError(f"backend {backend!r} is not available: {_available[backend].reason}")
+    if _DEVICE.get(backend, device.type) != device.type:
+        raise ValueError(
+            f"backend {backend!r} works on {_DEVICE[backend]} tensors; the logits are on {device}"
+        )
+    return backend
+
+
+def _warn_downgrade(name: str, device_type: str) -> None:
+    global _warned
+    _warned = True
+    missing = [
+        f"{better} ({_available[better].reason})"
+        for better in _PREFERENCE.get(device_type, ())
+        if not _available[better].available
+    ]
+    why = "; not available: " + ", ".join(missing) if missing else ""
+    warnings.warn(
+        f"kdkernels uses its slower backend {name!r} for {device_type} tensors{why}. "
+        "Pass backend= to choose one and silence this.",
+        RuntimeWarning,
+        stacklevel=5,  # the caller of a loss function
+    )
+
+
+def checks_targets(device: torch.device) -> bool:
+    """Whether the range of targets is checked before a call, which reads them on the host.
+
+    That costs nothing on a CPU. On other devices it is a synchronisation, done only when
+    KDKERNELS_CHECK is set to something else than 0; without it a bad target makes its row NaN.
+    """
+    return device.type == "cpu" or os.environ.get("KDKERNELS_CHECK", "0") not in ("", "0")

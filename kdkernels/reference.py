@@ -1,0 +1,362 @@
+"""The losses in plain differentiable PyTorch: the truth that every kernel is tested against.
+
+Each function takes class-last logits `(..., classes)`, an integer target `(...)`, and returns one
+loss per row `(...)`. Everything is the published formula on top of `log_softmax`; gradients are
+autograd's. No closed-form gradient and no algebra of the kernels is used here, so that a mistake
+there cannot repeat itself here.
+
+float16 and bfloat16 logits are computed in float32; float64 in float64. Rows whose target is
+`ignore_index`, or whose `row_weight` is 0, give 0 and a zero gradient whatever they hold. Rows
+whose target is out of range give NaN. Logits of -inf are exact: 0 * log 0 = 0, and neither a value
+nor a first or second derivative turns NaN because of them, as long as a row has one finite logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The position of a variant in this tuple is its number in the parameters of the `aekt` op.
+AEKT_VARIANTS = (
+    "ratio_weighted_tckd",
+    "ratio_weighted_ce",
+    "confidence_weighted_ce",
+    "ratio_divergence",
+    "ratio_coupled_tckd",
+)
+
+_NEG_INF = -math.inf
+
+
+def kd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: float = 4.0,
+    ce_weight: float = 0.0,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Knowledge distillation, T^2 KL(q || p) with p, q the softmax at T of student and teacher.
+
+    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531,
+    section 2.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight)
+    log_p = torch.log_softmax(rows.student / temperature, dim=-1)
+    log_q = torch.log_softmax(rows.teacher / temperature, dim=-1)
+    divergence = _times(log_q.exp(), log_q - log_p).sum(dim=-1)
+    return rows.close(temperature**2 * divergence + rows.cross_entropy(ce_weight))
+
+
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    ce_weight: float = 0.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Decoupled distillation, T^2 (alpha TCKD + beta NCKD).
+
+    TCKD is the divergence of the binary distributions (target, not target), NCKD that of the
+    distributions over the non-target classes. Zhao et al., "Decoupled Knowledge Distillation",
+    arXiv 2203.08679, equations 5 to 7.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight)
+    loss = rows.cross_entropy(ce_weight)
+    if alpha != 0:
+        loss = loss + temperature**2 * alpha * _binary_divergence(rows, temperature)
+    if beta != 0:
+        loss = loss + temperature**2 * beta * _non_target_divergence(rows, temperature)
+    return rows.close(loss)
+
+
+def nkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    gamma: float = 1.5,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Normalised distillation, -b log c - gamma T^2 sum over i != y of qh_i log ph_i.
+
+    b and c are the target probabilities of teacher and student at temperature 1, qh and ph the
+    distributions over the non-target classes at temperature T. Both terms are cross-entropies,
+    so the minimum is not 0. Yang et al., "From Knowledge Distillation to Self-Knowledge
+    Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", arXiv
+    2303.13005 (first as 2208.10139), the NKD loss.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight)
+    log_c, _ = _log_target(rows.student, rows.hot)
+    log_b, _ = _log_target(rows.teacher, rows.hot)
+    loss = _times(log_b.exp(), -log_c) + rows.cross_entropy(ce_weight)
+    if gamma != 0:
+        _, log_ph = _non_target(rows.student / temperature, rows.hot)
+        qh, _ = _non_target(rows.teacher / temperature, rows.hot)
+        loss = loss + gamma * temperature**2 * _times(qh, -log_ph).sum(dim=-1)
+    return rows.close(loss)
+
+
+def tf_nkd(
+    student: Tensor,
+    target: Tensor,
+    ce_weight: float = 0.0,
+    mean_confidence: float | Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Teacher-free NKD, -(w + ce_weight) log c with w = c + 1 - mean(c), not differentiated.
+
+    c is the target probability at temperature 1 and its mean runs over the rows that are read
+    and are not NaN, unless `mean_confidence` gives it. Yang et al., "Rethinking Knowledge
+    Distillation via Cross-Entropy", arXiv 2208.10139, the tf-NKD loss.
+    """
+    rows = _open(student, None, target, ignore_index, row_weight)
+    log_c, _ = _log_target(rows.student, rows.hot)
+    confidence = log_c.detach().exp()
+    if mean_confidence is None:
+        counted = rows.alive & rows.valid & ~confidence.isnan()
+        total = torch.where(counted, confidence, 0.0).sum()
+        mean_confidence = total / counted.sum().clamp(min=1)
+    elif isinstance(mean_confidence, Tensor):
+        mean_confidence = mean_confidence.detach()
+    return rows.close(-(confidence + 1 - mean_confidence + ce_weight) * log_c)
+
+
+def aekt(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    ce_weight: float = 0.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    variant: str | float = "ratio_weighted_tckd",
+    log_ratio_max: float = math.log(10.0),
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Adaptive explicit knowledge transfer, T^2 (alpha phi(c; b) + beta NCKD).
+
+    Park and Lee, "Adaptive Explicit Knowledge Transfer for Knowledge Distillation", arXiv
+    2409.01679, publish the idea: learn the teacher's target confidence b, adaptively, by its
+    ratio to the student's confidence c. Their formula is not public. The five forms of phi are
+    derived from that description and none is claimed to be the paper's loss. With
+    r = exp(min(log b - log c, log_ratio_max)):
+
+    ratio_weighted_tckd      r TCKD, r not differentiated
+    ratio_weighted_ce        -r log c, r not differentiated
+    confidence_weighted_ce   -b log c
+    ratio_divergence         r - log r - 1, continued linearly in log r beyond log_ratio_max
+    ratio_coupled_tckd       r TCKD, r differentiated where it is not clamped
+    """
+    name = variant if isinstance(variant, str) else AEKT_VARIANTS[int(variant)]
+    rows = _open(student, teacher, target, ignore_index, row_weight)
+    loss = rows.cross_entropy(ce_weight)
+    if alpha != 0:
+        phi = _explicit_knowledge(rows, temperature, name, log_ratio_max)
+        loss = loss + temperature**2 * alpha * phi
+    if beta != 0:
+        loss = loss + temperature**2 * beta * _non_target_divergence(rows, temperature)
+    return rows.close(loss)
+
+
+def cross_entropy(
+    student: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Ordinary cross-entropy at temperature 1, -log c."""
+    rows = _open(student, None, target, ignore_index, row_weight)
+    return rows.close(rows.cross_entropy(1.0))
+
+
+def target_split(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float = 1.0,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Target and rest of softmax(z/T): log c, log(1 - c) and the logsumexp of z_i/T over i != y.
+
+    Returns the three stacked in front, `(3, ...)`. The split is that of DKD, arXiv 2203.08679,
+    section 3.1.
+    """
+    rows = _open(logits, None, target, ignore_index, row_weight)
+    scaled = rows.student / temperature
+    log_c, log_rest = _log_target(scaled, rows.hot)
+    return rows.close(torch.stack((log_c, log_rest, _logsumexp_rest(scaled, rows.hot))))
+
+
+class _Rows(NamedTuple):
+    """Logits in the compute dtype; rows that must not be read are zeros."""
+
+    student: Tensor
+    teacher: Tensor
+    hot: Tensor  # (..., classes), true at the target
+    alive: Tensor  # (...), false where the row is ignored or has weight 0
+    valid: Tensor  # (...), false where the target is out of range
+    weight: Tensor | None
+
+    def cross_entropy(self, weight: float) -> Tensor:
+        if weight == 0:
+            return self.student.new_zeros(self.student.shape[:-1])
+        return -weight * _log_target(self.student, self.hot)[0]
+
+    def close(self, loss: Tensor) -> Tensor:
+        # A product, not a mask: the gradient of such a row must be NaN too.
+        loss = loss * torch.where(self.valid, 1.0, math.nan).to(loss.dtype)
+        loss = torch.where(self.alive, loss, 0.0)
+        return loss if self.weight is None else loss * self.weight
+
+
+def _open(
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    ignore_index: int,
+    row_weight: Tensor | None,
+) -> _Rows:
+    double = torch.float64 in (student.dtype, student.dtype if teacher is None else teacher.dtype)
+    dtype = torch.float64 if double else torch.float32
+    shape, classes = student.shape[:-1], student.shape[-1]
+    alive = torch.ones(shape, dtype=torch.bool, device=student.device)
+    valid = alive
+    # Class -1 exists in no row: without a target nothing is hot.
+    index = torch.full(shape, -1, device=student.device)
+    if target is not None:
+        index = target.long()
+        alive = index != ignore_index
+        valid = ((index >= 0) & (index < classes)) | ~alive
+    if row_weight is not None:
+        row_weight = row_weight.to(dtype)
+        alive = alive & (row_weight != 0)
+    hot = torch.arange(classes, device=student.device) == index.unsqueeze(-1)
+
+    def read(logits: Tensor) -> Tensor:
+        return torch.where(alive.unsqueeze(-1), logits.to(dtype), 0.0)
+
+    student = read(student)
+    return _Rows(
+        student, student if teacher is None else read(teacher), hot, alive, valid, row_weight
+    )
+
+
+def _times(probability: Tensor, value: Tensor) -> Tensor:
+    """probability * value with 0 * inf = 0, in the derivatives as well."""
+    return probability * torch.where(probability == 0, 0.0, value)
+
+
+def _without_target(logits: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with the target at -inf, and whether a row has any other class left (..., 1)."""
+    rest = torch.where(hot, _NEG_INF, logits)
+    return rest, (rest != _NEG_INF).any(dim=-1, keepdim=True)
+
+
+def _logsumexp_rest(logits: Tensor, hot: Tensor) -> Tensor:
+    rest, some = _without_target(logits, hot)
+    logsumexp = torch.where(some, rest, 0.0).logsumexp(dim=-1)
+    return torch.where(some.squeeze(-1), logsumexp, _NEG_INF)
+
+
+def _non_target(logits: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and their logarithms over the classes other than the target.
+
+    With no other class left the probabilities are 0, and the logarithms, -inf, still carry
+    gradients: those of ph_i = 0, as where the student lacks a single class of the teacher.
+    """
+    rest, some = _without_target(logits, hot)
+    log_probability = torch.log_softmax(torch.where(some, rest, 0.0), dim=-1)
+    probability = torch.where(some, log_probability.exp(), 0.0)
+    return probability, torch.where(some, log_probability, rest)
+
+
+def _log_target(logits: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
+    """log c and log(1 - c), c being the probability of the target.
+
+    Of the two, the logarithm of what is near 1 is taken as log1p of the other probability, so
+    both keep their relative accuracy.
+    """
+    log_p = torch.log_softmax(logits, dim=-1)
+    log_c = torch.where(hot, log_p, 0.0).sum(dim=-1)
+    rest, some = _without_target(log_p, hot)
+    log_rest = torch.where(some, rest, 0.0).logsumexp(dim=-1)
+    # With no other class left, log(1 - c) = -inf keeps its gradient by the target, -c.
+    log_none = _NEG_INF - logits.logsumexp(dim=-1)
+    log_rest = torch.where(some.squeeze(-1), log_rest, log_none)
+    return _accurate_near_one(log_c, log_rest), _accurate_near_one(log_rest, log_c)
+
+
+def _accurate_near_one(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log a for a + b = 1."""
+    b = log_b.exp()
+    small = b < 0.5
+    return torch.where(small, torch.log1p(-torch.where(small, b, 0.0)), log_a)
+
+
+def _binary_divergence(rows: _Rows, temperature: float) -> Tensor:
+    """TCKD: b log(b/c) + (1-b) log((1-b)/(1-c))."""
+    log_c, log_c_rest = _log_target(rows.student / temperature, rows.hot)
+    log_b, log_b_rest = _log_target(rows.teacher / temperature, rows.hot)
+    target = _times(log_b.exp(), log_b - log_c)
+    return target + _times(log_b_rest.exp(), log_b_rest - log_c_rest)
+
+
+def _non_target_divergence(rows: _Rows, temperature: float) -> Tensor:
+    """NCKD: the sum over i != y of qh_i log(qh_i / ph_i)."""
+    _, log_ph = _non_target(rows.student / temperature, rows.hot)
+    qh, log_qh = _non_target(rows.teacher / temperature, rows.hot)
+    return _times(qh, log_qh - log_ph).sum(dim=-1)
+
+
+def _explicit_knowledge(
+    rows: _Rows, temperature: float, variant: str, log_ratio_max: float
+) -> Tensor:
+    """phi(c; b) of AEKT."""
+    log_c, _ = _log_target(rows.student / temperature, rows.hot)
+    log_b, _ = _log_target(rows.teacher / temperature, rows.hot)
+    neither = (log_b == _NEG_INF) & (log_c == _NEG_INF)
+    log_ratio = torch.where(neither, 0.0, log_b - log_c)
+    clamped = log_ratio.clamp(max=log_ratio_max)
+    ratio = clamped.exp()
+
+    def ratio_divergence() -> Tensor:
+        beyond = (log_ratio - log_ratio_max).clamp(min=0)
+        return clamped.expm1() - clamped + math.expm1(log_ratio_max) * beyond
+
+    def ratio_coupled_tckd() -> Tensor:
+        divergence = _binary_divergence(rows, temperature)
+        # (1 - c) TCKD vanishes as c goes to 1, although TCKD is infinite there.
+        return _times(torch.where(divergence.isinf(), ratio.detach(), ratio), divergence)
+
+    # _times: a teacher with b = 0 has no say in the weighted forms, even where log c is -inf.
+    forms: dict[str, Callable[[], Tensor]] = {
+        "ratio_weighted_tckd": lambda: _times(
+            ratio.detach(), _binary_divergence(rows, temperature)
+        ),
+        "ratio_weighted_ce": lambda: _times(torch.where(neither, 0.0, ratio.detach()), -log_c),
+        "confidence_weighted_ce": lambda: _times(log_b.exp(), -log_c),
+        "ratio_divergence": ratio_divergence,
+        "ratio_coupled_tckd": ratio_coupled_tckd,
+    }
+    return forms[variant]()
