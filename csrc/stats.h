@@ -36,6 +36,7 @@ KD_FN V moved(V from, V to) {
 template <class S>
 struct Scales {
   S temperature, k;
+  explicit KD_FN Scales(const double* params) : Scales(params[0]) {}  // the first parameter of a loss is T
   explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(bounded(kLog2e / t)) {}
   static KD_FN S bounded(double x) { return static_cast<S>(x < 3e38 ? x : 3e38); }
 };

@@ -1,11 +1,5 @@
 // Compiled once per instruction set, with its flags and KD_ISA=<name>: all losses, both regimes, both compute types.
-#include "../losses/aekt.h"
-#include "../losses/cross_entropy.h"
-#include "../losses/dkd.h"
-#include "../losses/kd.h"
 #include "../losses/list.h"
-#include "../losses/nkd.h"
-#include "../losses/target_split.h"
 #include "row.h"
 
 #define KD_TEXT_(x) #x

@@ -35,7 +35,9 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
   template <class V>
   static KD_FN void target_term(const Params<ScalarOf<V>>& params, const Split<V>& q, const Split<V>& p, V& phi, V& h) {
     const V zero = lit<V>(0), one = lit<V>(1), bound = Ops<V>::splat(params.log_ratio_max);
-    const V log_ratio = q.log_p - p.log_p, clamped = min_of(log_ratio, bound), ratio = Ops<V>::exp(clamped);
+    // A target masked in both, probability 0 against 0, counts as equal.
+    const auto masked = (q.log_p == -infinity<V>()) & (p.log_p == -infinity<V>());
+    const V log_ratio = select(masked, zero, q.log_p - p.log_p), clamped = min_of(log_ratio, bound), ratio = Ops<V>::exp(clamped);
     const V tckd = binary_kl(q, p), d = difference(p, q);
     switch (params.variant) {
       case kRatioWeightedTckd:
@@ -43,8 +45,8 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
         h = ratio * d;
         break;
       case kRatioWeightedCe:
-        phi = weighted(ratio, -p.log_p);
-        h = -ratio * p.rest;
+        phi = weighted(select(masked, zero, ratio), -p.log_p);
+        h = -select(masked, zero, ratio) * p.rest;
         break;
       case kConfidenceWeightedCe:
         phi = weighted(q.p, -p.log_p);
@@ -57,7 +59,7 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
         break;
       default:  // kRatioCoupledTckd
         phi = weighted(ratio, tckd);
-        h = ratio * d - select(log_ratio < bound, ratio * p.rest * tckd, zero);
+        h = ratio * d - select(log_ratio < bound, ratio * weighted(p.rest, tckd), zero);
         break;
     }
   }

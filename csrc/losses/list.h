@@ -1,6 +1,13 @@
-// The one list of losses: KD_LOSS(name in Python, struct). Losses that may need exponentials at two temperatures are
-// templates over that choice (KD_LOSS_TWO).
+// The one list of losses: an include, and KD_LOSS(name in Python, struct). Losses that may need exponentials at two
+// temperatures are templates over that choice (KD_LOSS_TWO).
 #pragma once
+
+#include "aekt.h"
+#include "cross_entropy.h"
+#include "dkd.h"
+#include "kd.h"
+#include "nkd.h"
+#include "target_split.h"
 
 #define KD_LOSSES(KD_LOSS, KD_LOSS_TWO) \
   KD_LOSS_TWO(kd, Kd)                   \

@@ -10,10 +10,12 @@
 
 KD_NAMESPACE_BEGIN
 
-// Writes the coefficients of the gradient above, times the upstream gradient.
+// Writes the coefficients of the gradient above, times the upstream gradient. Where the teacher has no mass on other
+// classes nothing is learned about them: beta does not count.
 template <class V, class Stats, class Coef>
 KD_FN void pair_gradient(ScalarOf<V> temperature, const Stats& a, V h, V beta, V upstream, Coef& coef) {
   const V t = upstream * Ops<V>::splat(temperature);
+  beta = select(a.v[1] == lit<V>(0), lit<V>(0), beta);
   coef.c[0] = share(t * (beta - h), a.v[0]);
   coef.c[1] = share(-t * beta, a.v[1]);
   coef.y = t * h;
@@ -34,7 +36,7 @@ KD_FN void add_cross_entropy(V weight, const Stats& a, V relative, V upstream, V
 template <class S>
 struct PairParams : Scales<S> {  // every pair loss: params[0] temperature, params[1] ce_weight
   S ce_weight;
-  explicit KD_FN PairParams(const double* p) : Scales<S>(p[0]), ce_weight(static_cast<S>(p[1])) {}
+  explicit KD_FN PairParams(const double* p) : Scales<S>(p), ce_weight(static_cast<S>(p[1])) {}
 };
 
 // A loss made of the target's probabilities (b teacher, c student) and of NCKD, the KL of the non-target softmaxes:

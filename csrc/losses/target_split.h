@@ -11,12 +11,10 @@ struct TargetSplit : StudentSums {
   static constexpr int outputs = 3;
 
   template <class S>
-  struct Params : Scales<S> {
-    explicit KD_FN Params(const double* p) : Scales<S>(p[0]) {}
-  };
+  using Params = Scales<S>;
 
   template <class V>
-  static KD_FN void finish(const Params<ScalarOf<V>>& params, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
+  static KD_FN void finish(const Scales<ScalarOf<V>>& params, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
                            const V* upstream, V* out, Coef<V>& coef) {
     const V t = Ops<V>::splat(params.temperature), log_sum = Ops<V>::log(a.v[sum_s]);
     const Split<V> p = Split<V>::of(s_y - usable(pivots.s), t, a.v[sum_s]);
