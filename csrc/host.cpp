@@ -60,7 +60,8 @@ std::string plan(const std::string& isa, int64_t rows, int64_t classes, bool cla
   p.classes = classes;
   p.student.data = &p;
   p.student.class_stride = class_strided ? rows : 1;
-  return kd::plan(build_of(isa), p).regime == kd::Regime::lanes_are_rows ? "lanes_are_rows" : "lanes_are_classes";
+  const char* const names[] = {"lanes_are_classes", "batches", "lanes_are_rows"};
+  return names[static_cast<int>(kd::plan(build_of(isa), p).regime)];
 }
 
 }  // namespace

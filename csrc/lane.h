@@ -88,10 +88,10 @@ KD_FN V weighted(V weight, V x) {
   return select(weight == lit<V>(0), lit<V>(0), weight * x);
 }
 
-// a / b where b == 0 means that there is nothing to share out. NaN in b stays.
+// 1 / sum, or 0 where there is nothing to share out. NaN stays.
 template <class V>
-KD_FN V share(V a, V b) {
-  return select(b == lit<V>(0), lit<V>(0), a / b);
+KD_FN V inverse(V sum) {
+  return select(sum == lit<V>(0), lit<V>(0), lit<V>(1) / sum);
 }
 
 KD_NAMESPACE_END

@@ -57,9 +57,9 @@ kd::Logits describe(const Tensor& x, const char* name) {
 
 // A tensor with one element per row (and output), of the compute type or int64.
 void check_rows(const Tensor& x, const char* name, const kd::Problem& p, ScalarType dtype, int outputs = 1) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype &&
-                      x.numel() == outputs * p.rows_total(),
-                  name, ": must be a contiguous CPU tensor of ", outputs * p.rows_total(), " elements of the right dtype");
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype && x.numel() == outputs * p.rows_total(),
+                  name, ": must be a contiguous CPU tensor of ", outputs * p.rows_total(),
+                  " elements of the right dtype");
 }
 
 ScalarType compute_type(const kd::Problem& p) { return p.in_double() ? ScalarType::Double : ScalarType::Float; }

@@ -159,8 +159,8 @@ struct StudentSums : Kept<1> {
   static KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats<V>& a, Pivots<V>& pa, const Stats<V>& b,
                           const Pivots<V>& pb) {
     const V p = max_of(pa.s, pb.s);
-    a.v[sum_s] = a.v[sum_s] * Ops<V>::exp2(moved(pa.s, p) * scales.k) +
-                 b.v[sum_s] * Ops<V>::exp2(moved(pb.s, p) * scales.k);
+    a.v[sum_s] =
+        a.v[sum_s] * Ops<V>::exp2(moved(pa.s, p) * scales.k) + b.v[sum_s] * Ops<V>::exp2(moved(pb.s, p) * scales.k);
     pa.s = p;
   }
   template <class V, class Coef>
@@ -176,12 +176,14 @@ struct Split {
   V log_p, log_rest, p, rest;
 
   // relative: the target's logit minus the pivot; sum: sum over the other classes of exp((logit - pivot) / T).
-  static KD_FN Split of(V relative, V temperature, V sum) { return of_odds(relative / temperature - Ops<V>::log(sum)); }
+  static KD_FN Split of(V relative, ScalarOf<V> temperature, V sum) {
+    return of_odds(relative * Ops<V>::splat(1 / temperature) - Ops<V>::log(sum));
+  }
 
   static KD_FN Split of_odds(V g) {
     const V zero = lit<V>(0), one = lit<V>(1);
     const V e = Ops<V>::exp(select(g < zero, g, -g));
-    const V l = Ops<V>::log1p(e), small = e / (one + e), large = one / (one + e);
+    const V l = Ops<V>::log1p(e), large = one / (one + e), small = e * large;
     return {select(g < zero, g, zero) - l, select(g < zero, zero, -g) - l, select(g < zero, small, large),
             select(g < zero, large, small)};
   }
@@ -205,7 +207,7 @@ KD_FN V binary_kl(const Split<V>& q, const Split<V>& p) {
 template <class V>
 KD_FN V non_target(ScalarOf<V> temperature, V sum_s, V sum_t, V mean_x, V log_t) {
   const V t = Ops<V>::splat(temperature);
-  const V value = t * (mean_x / sum_t) + t * t * (Ops<V>::log(sum_s) - log_t);
+  const V value = t * (mean_x + t * (Ops<V>::log(sum_s) - log_t));
   return select(sum_t == lit<V>(0), lit<V>(0), select(sum_s == lit<V>(0), infinity<V>(), value));
 }
 

@@ -82,15 +82,14 @@ const char* supported_names() {
   return names;
 }
 
-// Rows go to the lanes while they are too short to fill vectors and amortise a row's finish, and wherever classes are
-// not adjacent in memory (class dimension in the middle: rows then are).
 Plan plan(const Kernels& build, const Problem& p) {
-  constexpr int64_t kFewClasses = 256;
-  const auto strided = [&](const Logits& x) { return x.data && x.class_stride != 1 && p.classes > 1; };
   const int lanes = build.vector_bytes / static_cast<int>(p.in_double() ? sizeof(double) : sizeof(float));
+  const auto strided = [&](const Logits& x) { return x.data && x.class_stride != 1 && p.classes > 1; };
   if (strided(p.student) || strided(p.teacher) || strided(p.grad)) return {Regime::lanes_are_rows, lanes};
-  if (p.classes <= kFewClasses && p.rows_total() > 1) return {Regime::lanes_are_rows, lanes};
-  return {Regime::lanes_are_classes, 1};
+  if (p.classes > kTile || p.rows_total() == 1) return {Regime::lanes_are_classes, 1};
+  // A row that fills a vector only once or twice wastes too much of the last one.
+  if (p.classes < 2 * lanes) return {Regime::lanes_are_rows, lanes};
+  return {Regime::batches, lanes};
 }
 
 // A large gradient is fresh memory: its first write faults once per page, which with pages of 4 KiB costs more than

@@ -47,8 +47,12 @@ struct Problem {
 // How the rows are walked.
 enum class Regime : int32_t {
   lanes_are_classes,  // a row at a time, in tiles that stay in cache
-  lanes_are_rows,     // several short (or class-strided) rows at a time, one per SIMD lane
+  batches,            // short rows: as many as there are lanes, swept one by one and finished together
+  lanes_are_rows,     // very short or class-strided rows: one per lane
 };
+
+constexpr int64_t kCache = 32 << 10;  // bytes of exponentials that a batch may keep: the first-level cache
+constexpr int kTile = 1024;  // classes that are swept at a time: a pair of tiles stays in the first-level cache
 
 struct Plan {
   Regime regime;

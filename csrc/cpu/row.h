@@ -1,12 +1,15 @@
 // The generic row loops: the same for every loss. A loss comes in as its struct, the compute type as S.
 //
-// lanes_are_classes: a row is walked in tiles. Per tile: load (convert, find the maxima), then the exponentials relative
-// to the tile's own maxima, kept in a scratch row, and the statistics, merged into the row's. When the row is finished
-// the gradient is a linear combination of the kept exponentials, with coefficients rebased to each tile's pivots.
-// Student and teacher are read from memory once, the gradient is written once.
+// lanes_are_classes: a row is walked in tiles. Per tile: load (convert, find the maxima), then the exponentials
+// relative to the tile's own maxima, kept in a scratch row, and the statistics, merged into the row's. When the row is
+// finished the gradient is a linear combination of the kept exponentials, with coefficients rebased to each tile's
+// pivots. Student and teacher are read from memory once, the gradient is written once.
 //
-// lanes_are_rows: as many rows as there are lanes, transposed into the scratch memory, then the same steps with every
-// row in its own lane. No horizontal reductions, one finish for all of them.
+// batches: as many rows as there are lanes at a time, short enough for their exponentials to stay in cache. Still swept
+// row by row, but what is done once per row (maxima, sums, finish) is done for all of them, one per lane.
+//
+// lanes_are_rows: the same, and the sweep too has a row in every lane; the logits are transposed on the way, or already
+// lie that way (class dimension in the middle).
 //
 // The target and the padding are loaded as -inf: their exponentials are 0 and nothing below needs to ask for them. The
 // target's gradient is written afterwards.
@@ -65,7 +68,6 @@ KD_FN S max_over(const S* x, int64_t n) {
   return max_lanes<S>(max_lanewise(x, n));
 }
 
-constexpr int kTile = 1024;  // classes; a pair of tiles stays in the first-level cache
 static_assert(kTile % kLanes<float> == 0, "a tile is made of whole vectors");
 
 template <class S>
@@ -121,13 +123,13 @@ struct Ahead {  // what the sweep asks the memory for meanwhile: the next tile
 };
 
 template <class Sums, class S, bool kKeep>
-typename Sums::template Stats<double> sweep_tile(const Scales<S>& scales, const S* s, const S* t, int n,
-                                                       Pivots<S> pivots, S* kept, int64_t kept_stride, Ahead ahead) {
+typename Sums::template Stats<Vec<S>> sweep(const Scales<S>& scales, const S* s, const S* t, int64_t n,
+                                            Pivots<S> pivots, S* kept, int64_t kept_stride, Ahead ahead) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   const V ms = Ops<V>::splat(usable(pivots.s)), mt = Ops<V>::splat(usable(pivots.t));
   typename Sums::template Stats<V> stats = {};
-  for (int i = 0; i < n; i += L) {
+  for (int64_t i = 0; i < n; i += L) {
     const auto x = Sums::template exps<V>(scales, load<S>(s + i) - ms, load<S>(t + i) - mt);
     Sums::add(stats, x);
     if constexpr (kKeep)
@@ -139,9 +141,7 @@ typename Sums::template Stats<double> sweep_tile(const Scales<S>& scales, const 
       ahead.t += ahead.t_step;
     }
   }
-  typename Sums::template Stats<double> total;
-  for (int k = 0; k < Sums::count; ++k) total.v[k] = sum_lanes<S>(stats.v[k]);
-  return total;
+  return stats;
 }
 
 template <class S, class T, int kKept>
@@ -185,9 +185,8 @@ void load_block_of(const T* data, const Logits& x, const Block<S>& block, int64_
   const T* rows[L];
   bool full = true, adjacent = x.inner_stride == 1;
   for (int lane = 0; lane < L; ++lane) {
-    rows[lane] = block.active[lane]
-                     ? data + block.outer[lane] * x.outer_stride + block.inner[lane] * x.inner_stride
-                     : nullptr;
+    rows[lane] =
+        block.active[lane] ? data + block.outer[lane] * x.outer_stride + block.inner[lane] * x.inner_stride : nullptr;
     full = full && block.active[lane];
     adjacent = adjacent && full && rows[lane] == rows[0] + lane;
   }
@@ -215,8 +214,7 @@ void load_block_of(const T* data, const Logits& x, const Block<S>& block, int64_
   } else {
     for (int64_t c = 0; c < classes; ++c)
       for (int lane = 0; lane < L; ++lane)
-        to[c * L + lane] =
-            rows[lane] ? static_cast<S>(to_float(rows[lane][c * x.class_stride])) : -infinity<S>();
+        to[c * L + lane] = rows[lane] ? static_cast<S>(to_float(rows[lane][c * x.class_stride])) : -infinity<S>();
   }
 }
 
@@ -250,8 +248,7 @@ void store_block_of(T* data, const Logits& x, const Block<S>& block, int64_t cla
     for (int64_t c = 0; c < classes; ++c) store<S>(rows[0] + c * x.class_stride, load<S>(from + c * L));
   } else {
     for (int64_t c = 0; c < classes; ++c)
-      for (int lane = 0; lane < block.lanes; ++lane)
-        from_float(rows[lane][c * x.class_stride], from[c * L + lane]);
+      for (int lane = 0; lane < block.lanes; ++lane) from_float(rows[lane][c * x.class_stride], from[c * L + lane]);
   }
 }
 
@@ -266,6 +263,83 @@ void store_block(const Logits& x, const Block<S>& block, int64_t classes, const 
   with_type(x.dtype, x.data, [&](auto* data) {
     if constexpr (sizeof(*data) <= sizeof(S)) store_block_of(data, x, block, classes, from);
   });
+}
+
+// ---- a short row, padded ------------------------------------------------------------------------------------------
+
+// kLanes <= classes: the last vector of a row overlaps the one before rather than run past the end. Lanes that repeat a
+// class are loaded as -inf; the gradient's last vector is stored first, so that the vectors before it have the last
+// word.
+template <class S>
+struct Padding {
+  static constexpr int L = kLanes<S>;
+  int64_t classes, vectors, repeated;
+  explicit Padding(int64_t n) : classes(n), vectors((n + L - 1) / L), repeated((n + L - 1) / L * L - n) {}
+  int64_t first_class(int64_t vector) const { return vector + 1 == vectors ? classes - L : vector * L; }
+  int64_t slot(int64_t c) const { return c < (vectors - 1) * L ? c : c + repeated; }
+};
+
+template <class S>
+struct ShortRow {
+  S max;
+  double at_target;  // -inf without one
+};
+
+template <class S, class T>
+ShortRow<S> load_short(const T* row, const Padding<S>& padding, int64_t target, S* to) {
+  constexpr int L = kLanes<S>;
+  using Mask = decltype(Vec<S>() < Vec<S>());
+  Mask lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  const Vec<S> nothing = -infinity<Vec<S>>();
+  const int64_t last = padding.vectors - 1, hole = target < 0 ? -1 : padding.slot(target);
+  Vec<S> max = nothing;
+  const auto whole = [&](int64_t from, int64_t end) {
+    for (int64_t v = from; v < end; ++v) {
+      const Vec<S> x = load<S>(row + v * L);
+      store<S>(to + v * L, x);
+      max = max_of(max, x);
+    }
+  };
+  const auto masked = [&](int64_t v) {
+    Vec<S> x = load<S>(row + padding.first_class(v));
+    x = select(lane == static_cast<int>(hole - v * L), nothing, x);
+    if (v == last) x = select(lane < static_cast<int>(padding.repeated), nothing, x);
+    store<S>(to + v * L, x);
+    max = max_of(max, x);
+  };
+  const int64_t split = hole < 0 ? last : hole / L;
+  whole(0, split);
+  if (split < last) {
+    masked(split);
+    whole(split + 1, last);
+  }
+  masked(last);
+  return {max_lanes<S>(max), target < 0 ? -infinity<double>() : static_cast<double>(to_float(row[target]))};
+}
+
+template <class S>
+ShortRow<S> load_short(DType dtype, char* row, const Padding<S>& padding, int64_t target, S* to) {
+  return with_type(dtype, row, [&](auto* p) {
+    if constexpr (sizeof(*p) > sizeof(S))
+      return ShortRow<S>();  // float64 is never computed in float
+    else
+      return load_short<S>(p, padding, target, to);
+  });
+}
+
+template <class S, class T, int kKept>
+void gradient_short(T* out, const Padding<S>& padding, const S* kept, int64_t kept_stride, const S (&coef)[kKept]) {
+  using V = Vec<S>;
+  constexpr int L = kLanes<S>;
+  V c[kKept], e[kKept];
+  for (int k = 0; k < kKept; ++k) c[k] = Ops<V>::splat(coef[k]);
+  const auto vector = [&](int64_t v) {
+    for (int k = 0; k < kKept; ++k) e[k] = load<S>(kept + k * kept_stride + v * L);
+    store<S>(out + padding.first_class(v), gradient(e, c));
+  };
+  vector(padding.vectors - 1);
+  for (int64_t v = 0; v < padding.vectors - 1; ++v) vector(v);
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
@@ -301,7 +375,14 @@ struct Rows {
   }
 
   static bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
-    return plan.regime == Regime::lanes_are_rows ? lanes_are_rows(p, begin, end) : lanes_are_classes(p, begin, end);
+    switch (plan.regime) {
+      case Regime::lanes_are_rows:
+        return lanes_are_rows(p, begin, end);
+      case Regime::batches:
+        return batches(p, begin, end);
+      default:
+        return lanes_are_classes(p, begin, end);
+    }
   }
 
   static bool lanes_are_classes(const Problem& p, int64_t begin, int64_t end) {
@@ -356,16 +437,16 @@ struct Rows {
                              last ? next_t : t + (first + kTile) * t_bytes, L * s_bytes, L * t_bytes};
         if (back) {
           const Pivots<S> at = {static_cast<S>(pivots.s), static_cast<S>(pivots.t)};
-          sweep_tile<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
-          with_type(p.grad.dtype, grad, [&](auto* out) {
-            gradient_tile<S>(out + first, n, kept, kTile, coef.c);
-          });
+          sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
+          with_type(p.grad.dtype, grad, [&](auto* out) { gradient_tile<S>(out + first, n, kept, kTile, coef.c); });
           continue;
         }
         const Pivots<S> at = {s_tile.max, t_tile.max};
-        const StatsD part =
-            keep ? sweep_tile<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept + first, padded, ahead)
-                 : sweep_tile<Sums, S, false>(scales, s_tile.data, t_tile.data, n, at, nullptr, 0, ahead);
+        const auto lanes =
+            keep ? sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept + first, padded, ahead)
+                 : sweep<Sums, S, false>(scales, s_tile.data, t_tile.data, n, at, nullptr, 0, ahead);
+        StatsD part;
+        for (int k = 0; k < Sums::count; ++k) part.v[k] = sum_lanes<S>(lanes.v[k]);
         tile_pivots[i] = at;
         Sums::merge(Scales<double>(params), stats, pivots, part, Pivots<double>{at.s, at.t});
       }
@@ -400,12 +481,145 @@ struct Rows {
     for (int k = 0; k < Sums::count; ++k) stats.v[k] = from[k + 2];
   }
 
-  // ---- lanes are rows ---------------------------------------------------------------------------------------------
+  // ---- several rows at a time ---------------------------------------------------------------------------------------
+
+  struct Batch {  // up to L rows, one per lane, and all that is one number per row
+    Block<S> block;
+    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[Loss::outputs][L];
+    alignas(kVectorBytes) double loss[Loss::outputs][L];
+    alignas(kVectorBytes) S maxima[2][L], coef[Sums::kept][L], coef_y[L];
+  };
+
+  static void open(const Problem& p, int64_t first, int64_t end, Batch& b) {
+    b.block.lanes = static_cast<int>(end - first < L ? end - first : L);
+    memset(b.sums, 0, sizeof(b.sums));
+    memset(b.g, 0, sizeof(b.g));
+    int64_t outer = first / p.inner, inner = first % p.inner;
+    for (int lane = 0; lane < L; ++lane) {
+      const int64_t row = first + lane;
+      b.block.active[lane] = lane < b.block.lanes && !skipped(p, row);
+      b.block.outer[lane] = outer;
+      b.block.inner[lane] = inner;
+      if (++inner == p.inner) inner = 0, ++outer;
+      b.block.target[lane] = b.block.active[lane] && p.target ? p.target[row] : -1;
+      b.s_y[lane] = b.t_y[lane] = -infinity<double>();
+      for (int tensor = 0; tensor < 2; ++tensor) b.maxima[tensor][lane] = -infinity<S>();
+      if (!b.block.active[lane]) continue;
+      double g[Loss::outputs];
+      upstream(p, row, g);
+      for (int k = 0; k < Loss::outputs; ++k) b.g[k][lane] = g[k];
+    }
+    if (p.pass != Pass::backward) return;
+    for (int lane = 0; lane < L; ++lane) {
+      if (!b.block.active[lane]) continue;
+      Pivots<double> pivots;
+      StatsD stats;
+      load_stats(p.stats + (first + lane) * kStatsWidth, pivots, stats);
+      b.maxima[0][lane] = static_cast<S>(pivots.s);
+      b.maxima[1][lane] = static_cast<S>(pivots.t);
+      for (int k = 0; k < Sums::count; ++k) b.sums[k][lane] = stats.v[k];
+    }
+  }
+
+  // From maxima and sums to losses (written) and coefficients. Rows that are skipped get coefficients of 0.
+  static void close(const Problem& p, const Params& params, int64_t first, Batch& b) {
+    for (int part = 0; part < kParts<S> && part * kLanes<double> < b.block.lanes; ++part) {
+      const int at = part * kLanes<double>;
+      typename Sums::template Stats<VecD> stats;
+      typename Sums::template Coef<VecD> coef;
+      VecD g[Loss::outputs], loss[Loss::outputs];
+      const Pivots<VecD> pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
+      store_bits(b.pivots[0] + at, pivots.s);
+      store_bits(b.pivots[1] + at, pivots.t);
+      for (int k = 0; k < Sums::count; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
+      for (int k = 0; k < Loss::outputs; ++k) g[k] = load_bits<VecD>(b.g[k] + at);
+      Loss::finish(params, stats, pivots, load_bits<VecD>(b.s_y + at), load_bits<VecD>(b.t_y + at), g, loss, coef);
+      for (int k = 0; k < Loss::outputs; ++k) store_bits(b.loss[k] + at, loss[k]);
+      for (int k = 0; k < Sums::kept; ++k) narrow(b.coef[k], part, coef.c[k]);
+      narrow(b.coef_y, part, coef.y);
+    }
+    for (int lane = 0; lane < L; ++lane)
+      if (!b.block.active[lane])
+        for (int k = 0; k < Sums::kept; ++k) b.coef[k][lane] = 0;
+    if (p.pass == Pass::backward) return;
+    for (int lane = 0; lane < b.block.lanes; ++lane) {
+      const int64_t row = first + lane;
+      double loss[Loss::outputs], g[Loss::outputs];
+      for (int k = 0; k < Loss::outputs; ++k) loss[k] = b.loss[k][lane], g[k] = b.g[k][lane];
+      write_rows(p, row, b.block.active[lane] ? loss : nullptr, g);
+      if (!p.stats) continue;
+      StatsD stats;
+      for (int k = 0; k < Sums::count; ++k) stats.v[k] = b.sums[k][lane];
+      store_stats(p.stats + row * kStatsWidth, {b.pivots[0][lane], b.pivots[1][lane]}, stats);
+    }
+  }
+
+  static void put_targets(const Problem& p, const Batch& b) {
+    for (int lane = 0; lane < b.block.lanes; ++lane)
+      if (b.block.target[lane] >= 0)
+        put<S>(p.grad, row_start(p.grad, b.block.outer[lane], b.block.inner[lane]), b.block.target[lane],
+               b.coef_y[lane]);
+  }
+
+  static bool batches(const Problem& p, int64_t begin, int64_t end) {
+    const Padding<S> padding(p.classes);
+    constexpr int planes = Sums::kept > 2 ? Sums::kept : 2;
+    const int64_t padded = padding.vectors * L, fitting = kCache / static_cast<int64_t>(sizeof(S)) / (planes * padded);
+    const int size = static_cast<int>(fitting > L ? L : fitting < 1 ? 1 : fitting);  // rows in a batch
+    const int64_t plane = padded * size;
+    const bool back = p.pass == Pass::backward;
+    S* kept = static_cast<S*>(scratch(sizeof(S) * planes * plane));  // logits first, their exponentials afterwards
+    if (!kept) return false;
+    const Params params(p.params);
+    const Scales<S> scales(params.temperature);
+    const int64_t s_step = L * bytes_of(p.student.dtype), t_step = Sums::teacher ? L * bytes_of(p.teacher.dtype) : 0;
+
+    for (int64_t first = begin; first < end; first += size) {
+      Batch b;
+      open(p, first, end - first < size ? end : first + size, b);
+      for (int lane = 0; lane < b.block.lanes; ++lane) {
+        if (!b.block.active[lane]) continue;
+        const int64_t outer = b.block.outer[lane], inner = b.block.inner[lane], target = b.block.target[lane];
+        S *const s = kept + lane * padded, *const t = Sums::teacher ? s + plane : s;
+        const auto s_row = load_short(p.student.dtype, row_start(p.student, outer, inner), padding, target, s);
+        b.s_y[lane] = s_row.at_target;
+        if (!back) b.maxima[0][lane] = s_row.max;
+        if constexpr (Sums::teacher) {
+          const auto t_row = load_short(p.teacher.dtype, row_start(p.teacher, outer, inner), padding, target, t);
+          b.t_y[lane] = t_row.at_target;
+          if (!back) b.maxima[1][lane] = t_row.max;
+        }
+        const int ahead_by = lane + 1 < b.block.lanes ? 1 : 0;
+        const int64_t next_outer = b.block.outer[lane + ahead_by], next_inner = b.block.inner[lane + ahead_by];
+        const Ahead ahead = {row_start(p.student, next_outer, next_inner),
+                             Sums::teacher ? row_start(p.teacher, next_outer, next_inner) : nullptr, s_step, t_step};
+        const Pivots<S> pivots = {b.maxima[0][lane], b.maxima[1][lane]};
+        const auto lanes = sweep<Sums, S, true>(scales, s, t, padded, pivots, s, plane, ahead);
+        if (!back)
+          for (int k = 0; k < Sums::count; ++k) b.sums[k][lane] = sum_lanes<S>(lanes.v[k]);
+      }
+      close(p, params, first, b);
+      if (!p.grad.data) continue;
+      for (int lane = 0; lane < b.block.lanes; ++lane) {
+        char* const out = row_start(p.grad, b.block.outer[lane], b.block.inner[lane]);
+        if (!b.block.active[lane]) {
+          memset(out, 0, p.classes * bytes_of(p.grad.dtype));
+          continue;
+        }
+        S coef[Sums::kept];
+        for (int k = 0; k < Sums::kept; ++k) coef[k] = b.coef[k][lane];
+        with_type(p.grad.dtype, out,
+                  [&](auto* to) { gradient_short<S>(to, padding, kept + lane * padded, plane, coef); });
+      }
+      put_targets(p, b);
+    }
+    return true;
+  }
 
   static bool lanes_are_rows(const Problem& p, int64_t begin, int64_t end) {
     constexpr int kChunk = 64;  // classes summed in S before the sum goes to double
     const int64_t classes = p.classes, plane = classes * L;
-    const bool back = p.pass == Pass::backward, keep = p.grad.data;
+    const bool back = p.pass == Pass::backward;
     constexpr int planes = Sums::kept > 2 ? Sums::kept : 2;
     S* memory = static_cast<S*>(scratch(sizeof(S) * planes * plane));
     if (!memory) return false;
@@ -415,116 +629,51 @@ struct Rows {
     const Scales<S> scales(params.temperature);
 
     for (int64_t first = begin; first < end; first += L) {
-      Block<S> block;
-      block.lanes = static_cast<int>(end - first < L ? end - first : L);
-      alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[Loss::outputs][L],
-          loss[Loss::outputs][L];
-      alignas(kVectorBytes) S coef[Sums::kept][L], coef_y[L], maxima[2][L];
-      memset(sums, 0, sizeof(sums));
-      memset(g, 0, sizeof(g));
-      int64_t outer = first / p.inner, inner = first % p.inner;
+      Batch b;
+      open(p, first, end, b);
+      load_block<S>(p.student, b.block, classes, kept[0]);
+      if constexpr (Sums::teacher) load_block<S>(p.teacher, b.block, classes, kept[1]);
       for (int lane = 0; lane < L; ++lane) {
-        const int64_t row = first + lane;
-        block.active[lane] = lane < block.lanes && !skipped(p, row);
-        block.outer[lane] = outer;
-        block.inner[lane] = inner;
-        if (++inner == p.inner) inner = 0, ++outer;
-        block.target[lane] = block.active[lane] && p.target ? p.target[row] : -1;
-      }
-      load_block<S>(p.student, block, classes, kept[0]);
-      if constexpr (Sums::teacher) load_block<S>(p.teacher, block, classes, kept[1]);
-      for (int lane = 0; lane < L; ++lane) {
-        S* const at = kept[0] + block.target[lane] * L + lane;
-        const bool has_target = block.target[lane] >= 0;
-        s_y[lane] = has_target ? static_cast<double>(*at) : -infinity<double>();
-        t_y[lane] = has_target && Sums::teacher ? static_cast<double>(at[plane]) : -infinity<double>();
-        if (has_target) *at = -infinity<S>();
-        if (has_target && Sums::teacher) at[plane] = -infinity<S>();
-        if (!block.active[lane]) continue;
-        double row_g[Loss::outputs];
-        upstream(p, first + lane, row_g);
-        for (int k = 0; k < Loss::outputs; ++k) g[k][lane] = row_g[k];
-      }
-
-      if (back) {
-        for (int lane = 0; lane < L; ++lane) {
-          Pivots<double> row_pivots = {-infinity<double>(), -infinity<double>()};
-          StatsD row_stats = {};
-          if (block.active[lane]) load_stats(p.stats + (first + lane) * kStatsWidth, row_pivots, row_stats);
-          maxima[0][lane] = static_cast<S>(row_pivots.s);
-          maxima[1][lane] = static_cast<S>(row_pivots.t);
-          for (int k = 0; k < Sums::count; ++k) sums[k][lane] = row_stats.v[k];
-        }
-      } else {
-        for (int tensor = 0; tensor < 2; ++tensor) {
-          store<S>(maxima[tensor], max_lanewise(kept[tensor], tensor == 0 || Sums::teacher ? plane : 0));
+        if (b.block.target[lane] < 0) continue;
+        S* const at = kept[0] + b.block.target[lane] * L + lane;
+        b.s_y[lane] = *at;
+        *at = -infinity<S>();
+        if constexpr (Sums::teacher) {
+          b.t_y[lane] = at[plane];
+          at[plane] = -infinity<S>();
         }
       }
-      for (int tensor = 0; tensor < 2; ++tensor)
-        for (int part = 0; part < kParts<S>; ++part)
-          store_bits(pivots[tensor] + part * kLanes<double>, widen(maxima[tensor], part));
-
-      const V ms = usable(load<S>(maxima[0])), mt = usable(load<S>(maxima[1]));
+      if (!back) {
+        store<S>(b.maxima[0], max_lanewise(kept[0], plane));
+        if constexpr (Sums::teacher) store<S>(b.maxima[1], max_lanewise(kept[1], plane));
+      }
+      const V ms = usable(load<S>(b.maxima[0])), mt = usable(load<S>(b.maxima[1]));
+      const S* const t = kept[Sums::teacher ? 1 : 0];
       for (int64_t from = 0; from < classes; from += kChunk) {
         typename Sums::template Stats<V> stats = {};
         const int64_t to = classes - from < kChunk ? classes : from + kChunk;
         for (int64_t c = from; c < to; ++c) {
-          const auto x = Sums::template exps<V>(scales, load<S>(kept[0] + c * L) - ms, load<S>(kept[1] + c * L) - mt);
+          const auto x = Sums::template exps<V>(scales, load<S>(kept[0] + c * L) - ms, load<S>(t + c * L) - mt);
           Sums::add(stats, x);
           for (int k = 0; k < Sums::kept; ++k) store<S>(kept[k] + c * L, x.e[k]);
         }
         if (back) continue;
-        for (int k = 0; k < Sums::count; ++k) {
-          alignas(kVectorBytes) S part_sums[L];
-          store<S>(part_sums, stats.v[k]);
-          for (int lane = 0; lane < L; ++lane) sums[k][lane] += part_sums[lane];
-        }
+        for (int k = 0; k < Sums::count; ++k)
+          for (int part = 0; part < kParts<S>; ++part) {
+            double* const sum = b.sums[k] + part * kLanes<double>;
+            store_bits(sum, load_bits<VecD>(sum) + widen_part(stats.v[k], part));
+          }
       }
-
-      for (int part = 0; part < kParts<S>; ++part) {
-        const int at = part * kLanes<double>;
-        typename Sums::template Stats<VecD> stats;
-        typename Sums::template Coef<VecD> c;
-        VecD upstream_d[Loss::outputs], loss_d[Loss::outputs];
-        for (int k = 0; k < Sums::count; ++k) stats.v[k] = load_bits<VecD>(sums[k] + at);
-        for (int k = 0; k < Loss::outputs; ++k) upstream_d[k] = load_bits<VecD>(g[k] + at);
-        Loss::finish(params, stats, Pivots<VecD>{load_bits<VecD>(pivots[0] + at), load_bits<VecD>(pivots[1] + at)},
-                     load_bits<VecD>(s_y + at), load_bits<VecD>(t_y + at), upstream_d, loss_d, c);
-        for (int k = 0; k < Loss::outputs; ++k) store_bits(loss[k] + at, loss_d[k]);
-        for (int k = 0; k < Sums::kept; ++k) narrow(coef[k], part, c.c[k]);
-        narrow(coef_y, part, c.y);
-      }
-      for (int lane = 0; lane < block.lanes; ++lane) {
-        const int64_t row = first + lane;
-        if (block.active[lane]) {
-          double row_loss[Loss::outputs], row_g[Loss::outputs];
-          for (int k = 0; k < Loss::outputs; ++k) row_loss[k] = loss[k][lane], row_g[k] = g[k][lane];
-          if (!back) write_rows(p, row, row_loss, row_g);
-        } else {
-          write_rows(p, row, nullptr, nullptr);
-        }
-        if (p.stats && !back) {
-          StatsD row_stats = {};
-          for (int k = 0; k < Sums::count; ++k) row_stats.v[k] = sums[k][lane];
-          store_stats(p.stats + row * kStatsWidth, {pivots[0][lane], pivots[1][lane]}, row_stats);
-        }
-      }
-      if (!keep) continue;
-
-      for (int lane = 0; lane < L; ++lane)  // exponentials are 0 there: so is the gradient
-        if (!block.active[lane])
-          for (int k = 0; k < Sums::kept; ++k) coef[k][lane] = 0;
-      V c[Sums::kept];
-      for (int k = 0; k < Sums::kept; ++k) c[k] = load<S>(coef[k]);
+      close(p, params, first, b);
+      if (!p.grad.data) continue;
+      V c[Sums::kept], e[Sums::kept];
+      for (int k = 0; k < Sums::kept; ++k) c[k] = load<S>(b.coef[k]);
       for (int64_t i = 0; i < classes; ++i) {
-        V e[Sums::kept];
         for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + i * L);
         store<S>(kept[0] + i * L, gradient(e, c));
       }
-      store_block<S>(p.grad, block, classes, kept[0]);
-      for (int lane = 0; lane < block.lanes; ++lane)
-        if (block.target[lane] >= 0)
-          put<S>(p.grad, row_start(p.grad, block.outer[lane], block.inner[lane]), block.target[lane], coef_y[lane]);
+      store_block<S>(p.grad, b.block, classes, kept[0]);
+      put_targets(p, b);
     }
     return true;
   }

@@ -26,7 +26,7 @@ typedef float VecF __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
-typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));       // as many lanes as VecD
+typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));      // as many lanes as VecD
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as VecF
 
 template <class S>
@@ -69,7 +69,7 @@ struct Ops<VecF> {
     return _mm512_maskz_scalef_ps(kAll, power(f), x - f);
 #else
     const VecF low = splat(-127.f), magic = splat(12582912.f);  // 1.5 * 2^23: rounds to integer in the low bits
-    x = low > x ? low : x;  // keeps NaN
+    x = low > x ? low : x;                                      // keeps NaN
     const VecF rounded = x + magic;
     const VecU32 exponent = ((VecU32)rounded + (127u - 0x4B400000u)) << 23;
     return power(x - (rounded - magic)) * (VecF)exponent;
@@ -95,15 +95,15 @@ struct Ops<VecD> {
 
   static KD_FN VecD exp2(VecD x) {
     const VecD low = splat(-1023.), high = splat(1024.), magic = splat(6755399441055744.);  // 1.5 * 2^52
-    x = low > x ? low : x;  // keeps NaN
+    x = low > x ? low : x;                                                                  // keeps NaN
     x = high < x ? high : x;
     const VecD rounded = x + magic;
     const VecU64 exponent = ((VecU64)rounded + (1023ull - 0x4338000000000000ull)) << 52;
     const VecD f = (x - (rounded - magic)) * splat(kLn2);
     VecD p = splat(1. / 6227020800.);  // Taylor to 13!: |f| <= ln2 / 2, remainder 4e-18
-    constexpr double inverse_factorial[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320,
-                                            1. / 5040,      1. / 720,      1. / 120,     1. / 24,     1. / 6,
-                                            1. / 2,         1.,            1.};
+    constexpr double inverse_factorial[] = {
+        1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720,
+        1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.,         1.};
     for (double c : inverse_factorial) p = p * f + splat(c);
     return p * (VecD)exponent;
   }
@@ -126,10 +126,12 @@ struct Ops<VecD> {
     return x < infinity<VecD>() ? y : x;  // +inf and NaN pass
   }
 
-  // Kahan's correction keeps full relative accuracy for small x in [0, 1].
+  // For x in [0, 1]: 2 artanh(x / (2 + x)), the argument at most 1/3. Full relative accuracy for small x.
   static KD_FN VecD log1p(VecD x) {
-    const VecD u = splat(1.) + x, rounding = u - splat(1.);
-    return rounding == splat(0.) ? x : log(u) * (x / rounding);
+    const VecD s = x / (splat(2.) + x), s2 = s * s;
+    VecD p = splat(2. / 35);
+    for (int k = 33; k >= 1; k -= 2) p = p * s2 + splat(2. / k);
+    return s * p;
   }
 };
 
@@ -257,47 +259,16 @@ KD_FN VecD widen(const float* from, int part) {
   return __builtin_convertvector(load_bits<HalfF>(from + part * kLanes<double>), VecD);
 }
 KD_FN VecD widen(const double* from, int) { return load_bits<VecD>(from); }
+template <class V>
+KD_FN VecD widen_part(V v, int part) {
+  alignas(kVectorBytes) ScalarOf<V> lanes[sizeof(V) / sizeof(ScalarOf<V>)];
+  store_bits(lanes, v);
+  return widen(lanes, part);
+}
 KD_FN void narrow(float* to, int part, VecD v) {
   store_bits(to + part * kLanes<double>, __builtin_convertvector(v, HalfF));
 }
 KD_FN void narrow(double* to, int, VecD v) { store_bits(to, v); }
-
-template <class S>
-KD_FN double sum_lanes(Vec<S> v) {
-  alignas(kVectorBytes) S lanes[kLanes<S>];
-  store_bits(lanes, v);
-  VecD sum = widen(lanes, 0);
-  for (int part = 1; part < kParts<S>; ++part) sum += widen(lanes, part);
-  double total = sum[0];
-  for (int i = 1; i < kLanes<double>; ++i) total += sum[i];
-  return total;
-}
-
-template <class S>
-KD_FN S max_lanes(Vec<S> v) {
-  alignas(kVectorBytes) S lanes[kLanes<S>];
-  store_bits(lanes, v);
-  for (int width = kLanes<S> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
-  return lanes[0];
-}
-
-// Transposes a square of kLanes x kLanes: log2 rounds that exchange blocks of 1, 2, 4, ... lanes between two vectors.
-template <class V, int kN, int kStep, bool kHigh, int... kI>
-KD_FN V exchange(V a, V b) {
-  constexpr auto pick = [](int i) { return (i & kStep) ? kN + i - (kHigh ? 0 : kStep) : i + (kHigh ? kStep : 0); };
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define KD_SHUFFLEVECTOR
-#endif
-#endif
-#if defined(KD_SHUFFLEVECTOR)
-  return __builtin_shufflevector(a, b, pick(kI)...);
-#else
-  using Index = decltype(a < b);
-  return __builtin_shuffle(a, b, Index{pick(kI)...});
-#endif
-}
 
 template <int... kI>
 struct Indices {};
@@ -308,13 +279,58 @@ struct MakeIndices<0, kI...> {
   using type = Indices<kI...>;
 };
 
+// Lanes kI... of the concatenation of a and b.
+template <int... kI, class V>
+KD_FN V shuffle(V a, V b) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define KD_SHUFFLEVECTOR
+#endif
+#endif
+#if defined(KD_SHUFFLEVECTOR)
+  return __builtin_shufflevector(a, b, kI...);
+#else
+  using Index = decltype(a < b);
+  return __builtin_shuffle(a, b, Index{kI...});
+#endif
+}
+
+template <int kStep, class V, int... kI>
+KD_FN V swap_lanes(V v, Indices<kI...>) {
+  return shuffle<(kI ^ kStep)...>(v, v);
+}
+
+// Every lane gets the result over all lanes, in a fixed order.
+template <int kStep, int kN, class V, class F>
+KD_FN V across_lanes(V v, F combine) {
+  v = combine(v, swap_lanes<kStep>(v, typename MakeIndices<kN>::type{}));
+  if constexpr (2 * kStep < kN)
+    return across_lanes<2 * kStep, kN>(v, combine);
+  else
+    return v;
+}
+
+template <class S>
+KD_FN double sum_lanes(Vec<S> v) {
+  VecD sum = widen_part(v, 0);
+  for (int part = 1; part < kParts<S>; ++part) sum += widen_part(v, part);
+  return across_lanes<1, kLanes<double>>(sum, [](VecD a, VecD b) { return a + b; })[0];
+}
+
+template <class S>
+KD_FN S max_lanes(Vec<S> v) {
+  return across_lanes<1, kLanes<S>>(v, [](Vec<S> a, Vec<S> b) { return max_of(a, b); })[0];
+}
+
+// Transposes a square of kN vectors of kN lanes: log2 rounds that exchange blocks of 1, 2, 4, ... lanes between two
+// vectors.
 template <int kStep, class V, int kN, int... kI>
 KD_FN void transpose_step(V (&m)[kN], Indices<kI...> indices) {
   for (int i = 0; i < kN; ++i) {
     if (i & kStep) continue;
     const V a = m[i], b = m[i + kStep];
-    m[i] = exchange<V, kN, kStep, false, kI...>(a, b);
-    m[i + kStep] = exchange<V, kN, kStep, true, kI...>(a, b);
+    m[i] = shuffle<((kI & kStep) ? kN + kI - kStep : kI)...>(a, b);
+    m[i + kStep] = shuffle<((kI & kStep) ? kN + kI : kI + kStep)...>(a, b);
   }
   if constexpr (2 * kStep < kN) transpose_step<2 * kStep>(m, indices);
 }

@@ -37,7 +37,8 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
     const V zero = lit<V>(0), one = lit<V>(1), bound = Ops<V>::splat(params.log_ratio_max);
     // A target masked in both, probability 0 against 0, counts as equal.
     const auto masked = (q.log_p == -infinity<V>()) & (p.log_p == -infinity<V>());
-    const V log_ratio = select(masked, zero, q.log_p - p.log_p), clamped = min_of(log_ratio, bound), ratio = Ops<V>::exp(clamped);
+    const V log_ratio = select(masked, zero, q.log_p - p.log_p), clamped = min_of(log_ratio, bound),
+            ratio = Ops<V>::exp(clamped);
     const V tckd = binary_kl(q, p), d = difference(p, q);
     switch (params.variant) {
       case kRatioWeightedTckd:

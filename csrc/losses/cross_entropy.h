@@ -17,9 +17,9 @@ struct CrossEntropy : StudentSums {
   template <class V>
   static KD_FN void finish(const Params<ScalarOf<V>>&, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
                            const V* upstream, V* loss, Coef<V>& coef) {
-    const Split<V> p = Split<V>::of(s_y - usable(pivots.s), lit<V>(1), a.v[sum_s]);
+    const Split<V> p = Split<V>::of(s_y - usable(pivots.s), 1, a.v[sum_s]);
     loss[0] = -p.log_p;
-    coef.c[0] = share(upstream[0] * p.rest, a.v[sum_s]);
+    coef.c[0] = upstream[0] * p.rest * inverse(a.v[sum_s]);
     coef.y = -upstream[0] * p.rest;
   }
 };

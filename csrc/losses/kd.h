@@ -1,4 +1,5 @@
-// KD: T^2 KL(q || p), q and p the softmax of teacher and student at temperature T. Hinton et al. 2015, arXiv 1503.02531.
+// KD: T^2 KL(q || p), q and p the softmax of teacher and student at temperature T. Hinton et al. 2015, arXiv
+// 1503.02531.
 #pragma once
 
 #include "pair.h"

@@ -11,14 +11,15 @@
 KD_NAMESPACE_BEGIN
 
 // Writes the coefficients of the gradient above, times the upstream gradient. Where the teacher has no mass on other
-// classes nothing is learned about them: beta does not count.
-template <class V, class Stats, class Coef>
-KD_FN void pair_gradient(ScalarOf<V> temperature, const Stats& a, V h, V beta, V upstream, Coef& coef) {
+// classes (inverse_t is 0) nothing is learned about them: beta does not count.
+template <class V, class Coef>
+KD_FN void pair_gradient(ScalarOf<V> temperature, V inverse_s, V inverse_t, V h, V beta, V upstream, Coef& coef) {
   const V t = upstream * Ops<V>::splat(temperature);
-  beta = select(a.v[1] == lit<V>(0), lit<V>(0), beta);
-  coef.c[0] = share(t * (beta - h), a.v[0]);
-  coef.c[1] = share(-t * beta, a.v[1]);
+  beta = select(inverse_t == lit<V>(0), lit<V>(0), beta);
+  coef.c[0] = t * (beta - h) * inverse_s;
+  coef.c[1] = -t * beta * inverse_t;
   coef.y = t * h;
+  for (int i = 2; i < static_cast<int>(sizeof(coef.c) / sizeof(V)); ++i) coef.c[i] = lit<V>(0);
 }
 
 // weight * CE(student, target) at temperature 1, on top of a loss and its coefficients. relative: the target's logit
@@ -27,9 +28,9 @@ KD_FN void pair_gradient(ScalarOf<V> temperature, const Stats& a, V h, V beta, V
 template <class Sums, class V, class Stats, class Coef>
 KD_FN void add_cross_entropy(V weight, const Stats& a, V relative, V upstream, V& loss, Coef& coef) {
   const V sum = a.v[Sums::two ? 3 : 0];
-  const Split<V> p = Split<V>::of(relative, lit<V>(1), sum);
+  const Split<V> p = Split<V>::of(relative, 1, sum);
   loss += weighted(weight, -p.log_p);
-  coef.c[Sums::two ? 2 : 0] += share(upstream * weight * p.rest, sum);
+  coef.c[Sums::two ? 2 : 0] += upstream * weight * p.rest * inverse(sum);
   coef.y -= upstream * weight * p.rest;
 }
 
@@ -50,15 +51,14 @@ struct SplitLoss : PairSums<kTwo, false> {
   template <class Params, class V>
   static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
                            V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
-    const V t = Ops<V>::splat(params.temperature), relative = s_y - usable(pivots.s);
-    const Split<V> p = Split<V>::of(relative, t, a.v[Sums::sum_s]);
-    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), t, a.v[Sums::sum_t]);
-    const V nckd = non_target<V>(params.temperature, a.v[Sums::sum_s], a.v[Sums::sum_t], a.v[Sums::mean_x],
-                                 Ops<V>::log(a.v[Sums::sum_t]));  // times T^2
+    const V relative = s_y - usable(pivots.s), sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
+    const V inverse_s = inverse(sum_s), inverse_t = inverse(sum_t);
+    const Split<V> p = Split<V>::of(relative, params.temperature, sum_s);
+    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, sum_t);
+    const V nckd = non_target<V>(params.temperature, sum_s, sum_t, a.v[Sums::mean_x] * inverse_t, Ops<V>::log(sum_t));
     V h, beta;
-    Loss::combine(params, q, p, nckd, loss[0], h, beta);
-    pair_gradient<V>(params.temperature, a, h, beta, upstream[0], coef);
-    if constexpr (kTwo) coef.c[2] = lit<V>(0);
+    Loss::combine(params, q, p, nckd, loss[0], h, beta);  // nckd comes times T^2
+    pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0], coef);
     if (params.ce_weight != 0)
       add_cross_entropy<Sums>(Ops<V>::splat(params.ce_weight), a, relative, upstream[0], loss[0], coef);
   }
