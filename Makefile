@@ -1,0 +1,85 @@
+# Every target makes its environment first: .venv, from the versions in constraints.txt.
+# ENV=current uses the Python at hand instead, installs nothing, and builds the extension in place.
+#   make demo | test | bench     run the example, the tests, the benchmark (ARGS=... is passed on)
+#   make lint | format | check   style and types; apply the style; lint and test
+#   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
+#   make build | clean | distclean
+PYTHON ?= python3
+ARGS ?=
+
+ifeq ($(ENV),current)
+PY := $(PYTHON)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+TOOLS :=
+PACKAGE :=
+else ifeq ($(ENV),)
+PY := .venv/bin/python
+TOOLS := .venv/.tools
+PACKAGE := .venv/.package
+else
+$(error ENV=$(ENV): the only value is "current")
+endif
+
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
+# The whole suite has to end within 10 minutes; an interrupt lets pytest still report.
+LIMIT := $(if $(shell command -v timeout),timeout --foreground -s INT -k 20 590)
+
+.PHONY: build demo test bench lint format check asan clean distclean
+.DEFAULT_GOAL := build
+
+.venv/.tools: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	    sys.exit(f"kdkernels needs Python >= 3.10, $(PYTHON) is {v}" if sys.version_info < (3, 10) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check -r constraints.txt
+	@touch $@
+
+.venv/.package: .venv/.tools pyproject.toml setup.py
+	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Always run: it takes a second when nothing changed, and knows what did.
+build: $(PACKAGE)
+	@$(PY) setup.py -q build_ext --inplace
+
+demo: build
+	$(PY) examples/digits.py $(ARGS)
+
+bench: build
+	$(PY) bench/cpu.py $(ARGS)
+
+test: build
+	$(LIMIT) $(PY) -m pytest -q $(ARGS)
+
+lint: $(TOOLS)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
+	$(PY) -m mypy
+
+format: $(TOOLS)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP_FILES)
+
+check: lint test
+
+# Python itself is not instrumented, so the runtimes are preloaded (libstdc++ too, for exceptions), and
+# its own leaks are not looked at. pythonpath puts the instrumented copy of the package before this one;
+# --capture=sys lets the report of a crash through.
+ASAN_TESTS ?= tests/test_fuzz.py
+asan: $(PACKAGE)
+	CXX="$(CXX)" KDKERNELS_BUILD=cpu KDKERNELS_SANITIZE=address,undefined \
+	    $(PY) setup.py -q build --build-lib build/asan
+	PYTHONPATH="$(CURDIR)/build/asan" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    $(PY) -m pytest -q --capture=sys -o pythonpath=build/asan $(ASAN_TESTS) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info kdkernels/_build.json kdkernels/_C.*so kdkernels/_host.*so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f .venv/.package
+
+distclean: clean
+	rm -rf .venv
