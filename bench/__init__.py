@@ -1,0 +1,1 @@
+"""Benchmarks. `eager`: the formulations to beat; `measure`: instruments; `cpu`: the CPU table."""

@@ -1,0 +1,141 @@
+"""The losses as their authors publish them, in eager PyTorch: what the kernels are compared with.
+
+Written anew from the published formulations, operation for operation, so that time and memory are
+those of the code people run today: megvii-research/mdistiller (KD, DKD) and yzd-v/cls_KD (NKD in
+its final form, tf-NKD). AEKT has no public code; `aekt` is what kdkernels' derived default costs
+when it is built on mdistiller's DKD.
+
+These are baselines, not a reference. They keep on purpose what the originals do badly: logarithms
+of probabilities that may be 0, a mask of -1000, one full tensor per step.
+
+Every function takes raw logits (rows, classes) and a target (rows,) and returns the mean over the
+rows. 16-bit logits are upcast to float32 first, which is the correct use of the originals: they
+were written for float32 logits, and softmaxes rounded to 16 bits are too coarse for a loss. Under
+torch.compile the upcast is part of the compiled region and is fused into it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """Ordinary cross-entropy; the teacher is not looked at."""
+    return F.cross_entropy(_upcast(student), target)
+
+
+def kd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+    """mdistiller's KD: T^2 KL(softmax(teacher / T) || softmax(student / T))."""
+    log_p = F.log_softmax(_upcast(student) / temperature, dim=1)
+    q = F.softmax(_upcast(teacher) / temperature, dim=1)
+    return F.kl_div(log_p, q, reduction="none").sum(1).mean() * temperature**2
+
+
+def _mask(logits: Tensor, target: Tensor, at_target: bool) -> Tensor:
+    # Built the original's way: a float tensor, a scatter, then a cast to bool.
+    fill = torch.zeros_like(logits) if at_target else torch.ones_like(logits)
+    return fill.scatter_(1, target[:, None], float(at_target)).bool()
+
+
+def _pool(probability: Tensor, hit: Tensor, rest: Tensor) -> Tensor:
+    """(rows, 2): the probability of the target and that of all other classes together."""
+    pooled = [(probability * part).sum(dim=1, keepdim=True) for part in (hit, rest)]
+    return torch.cat(pooled, dim=1)
+
+
+def _decoupled(
+    student: Tensor, teacher: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mdistiller's halves without T^2: (target, rest) of student and teacher, and NCKD's sum."""
+    student, teacher = _upcast(student), _upcast(teacher)
+    hit, rest = _mask(student, target, True), _mask(student, target, False)
+    pair_p = _pool(F.softmax(student / temperature, dim=1), hit, rest)
+    pair_q = _pool(F.softmax(teacher / temperature, dim=1), hit, rest)
+    rest_q = F.softmax(teacher / temperature - 1000.0 * hit, dim=1)
+    log_rest_p = F.log_softmax(student / temperature - 1000.0 * hit, dim=1)
+    return torch.log(pair_p), pair_q, F.kl_div(log_rest_p, rest_q, reduction="sum")
+
+
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+) -> Tensor:
+    """mdistiller's DKD: T^2 (alpha TCKD + beta NCKD) from two masks, four softmaxes, two kl_div."""
+    log_pair_p, pair_q, nckd = _decoupled(student, teacher, target, temperature)
+    tckd = F.kl_div(log_pair_p, pair_q, reduction="sum")
+    return (alpha * tckd + beta * nckd) * (temperature**2 / target.shape[0])
+
+
+def aekt(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    log_ratio_max: float = math.log(10.0),
+) -> Tensor:
+    """AEKT-style on mdistiller's DKD: each row's TCKD times the detached ratio b / c, at most 10.
+
+    The paper's formula is not public: this is the eager price of kdkernels' default variant.
+    """
+    log_pair_p, pair_q, nckd = _decoupled(student, teacher, target, temperature)
+    tckd = F.kl_div(log_pair_p, pair_q, reduction="none").sum(1)
+    log_ratio = torch.log(pair_q[:, 0]) - log_pair_p[:, 0].detach()
+    ratio = log_ratio.clamp(max=log_ratio_max).exp()
+    return (alpha * (ratio * tckd).sum() + beta * nckd) * (temperature**2 / target.shape[0])
+
+
+def nkd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 1.0,
+    gamma: float = 1.5,
+) -> Tensor:
+    """cls_KD's NKD, final form: -b log c at T = 1, and cross-entropy of the rest at T.
+
+    The non-targets are picked with a boolean mask, which copies both tensors, and which
+    torch.compile cannot trace through: it breaks the graph there.
+    """
+    student, teacher = _upcast(student), _upcast(teacher)
+    rows, label = student.shape[0], target[:, None]
+    log_c = F.log_softmax(student, dim=1).gather(1, label)
+    b = F.softmax(teacher, dim=1).gather(1, label).detach()
+    rest = _mask(student, target, False)
+    log_rest_p = F.log_softmax(student[rest].reshape(rows, -1) / temperature, dim=1)
+    rest_q = F.softmax(teacher[rest].reshape(rows, -1) / temperature, dim=1)
+    non_target = (rest_q * log_rest_p).sum(dim=1).mean()
+    return -(b * log_c).mean() - gamma * temperature**2 * non_target
+
+
+def tf_nkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """cls_KD's tf-NKD: cross-entropy weighted by sg(c + 1 - mean(c)); no teacher."""
+    c = F.softmax(_upcast(student), dim=1).gather(1, target[:, None])
+    weight = (c + 1.0 - c.mean()).detach()
+    return -(weight * torch.log(c)).mean()
+
+
+LOSSES: dict[str, Loss] = {
+    "ce": cross_entropy,
+    "kd": kd,
+    "dkd": dkd,
+    "nkd": nkd,
+    "aekt": aekt,
+    "tf_nkd": tf_nkd,
+}
