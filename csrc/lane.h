@@ -78,8 +78,8 @@ KD_FN V max_of(V running, V x) {
 }
 
 template <class V>
-KD_FN V min_of(V a, V b) {
-  return select(a < b, a, b);
+KD_FN V min_of(V a, V b) {  // NaN in a stays
+  return select(b < a, b, a);
 }
 
 // weight * x where a weight of exactly 0 wins over an infinite x: 0 * log 0 = 0. NaN in the weight stays.

@@ -96,7 +96,8 @@ def choose(backend: str | None, device: torch.device) -> str:
     """The backend that a call on `device` uses.
 
     `None` takes the fastest one available there; when that is not the fastest one there is, the
-    first call of the process that meets this warns. A backend asked for by name is used or refused.
+    first call of the process that meets this warns (not while it is traced, for a warning would
+    break the graph). A backend asked for by name is used or refused.
     """
     if backend is not None:
         return _named(backend, device)
@@ -105,6 +106,8 @@ def choose(backend: str | None, device: torch.device) -> str:
             break
     else:
         name = "reference"
+    if torch.compiler.is_compiling():
+        return name
     if not _warned and name != _PREFERENCE.get(device.type, ("",))[0]:
         _warn_downgrade(name, device.type)
     return name

@@ -562,15 +562,15 @@ def _tf_nkd_rows(
             row_weight=row_weight,
         )
     # The factor of a row is known only after its cross-entropy, so it is applied here.
-    read = target != inputs.ignore_index
     if row_weight is not None:
-        read = read & (row_weight != 0)
         inputs = inputs._replace(row_weight=(row_weight != 0).to(inputs.dtype))
     cross_entropy = _rows("cross_entropy", inputs, ())
     with torch.no_grad():
         confidence = torch.exp(-cross_entropy)
         if mean_confidence is None:
-            counted = read & ~confidence.isnan()
+            counted = (target != inputs.ignore_index) & ~confidence.isnan()
+            if row_weight is not None:
+                counted = counted & (row_weight != 0)
             total = torch.where(counted, confidence, 0.0).sum()
             mean_confidence = total / counted.sum().clamp(min=1)
         factor = confidence + (1.0 + ce_weight) - mean_confidence

@@ -224,8 +224,7 @@ class _Rows(NamedTuple):
         return -weight * _log_target(self.student, self.hot)[0]
 
     def close(self, loss: Tensor) -> Tensor:
-        # A product, not a mask: the gradient of such a row must be NaN too.
-        loss = loss * torch.where(self.valid, 1.0, math.nan).to(loss.dtype)
+        loss = torch.where(self.valid, loss, math.nan)
         loss = torch.where(self.alive, loss, 0.0)
         return loss if self.weight is None else loss * self.weight
 
@@ -257,9 +256,10 @@ def _open(
         return torch.where(alive.unsqueeze(-1), logits.to(dtype), 0.0)
 
     student = read(student)
-    return _Rows(
-        student, student if teacher is None else read(teacher), hot, alive, valid, row_weight
-    )
+    teacher = student if teacher is None else read(teacher)
+    # A row with a target out of range is NaN, and by this product its gradient too.
+    poison = torch.where(valid, 1.0, math.nan).to(dtype).unsqueeze(-1)
+    return _Rows(student * poison, teacher * poison, hot, alive, valid, row_weight)
 
 
 def _times(probability: Tensor, value: Tensor) -> Tensor:
@@ -337,7 +337,8 @@ def _explicit_knowledge(
     log_b, _ = _log_target(rows.teacher / temperature, rows.hot)
     neither = (log_b == _NEG_INF) & (log_c == _NEG_INF)
     log_ratio = torch.where(neither, 0.0, log_b - log_c)
-    clamped = log_ratio.clamp(max=log_ratio_max)
+    # Not clamp(), whose gradient at NaN is 0.
+    clamped = torch.where(log_ratio > log_ratio_max, log_ratio_max, log_ratio)
     ratio = clamped.exp()
 
     def ratio_divergence() -> Tensor:

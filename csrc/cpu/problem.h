@@ -40,7 +40,8 @@ struct Problem {
   double* scaled_rows = nullptr;     // (rows), forward_grad
   double* stats = nullptr;           // (rows, kStatsWidth), written by forward, read by backward
 
-  bool in_double() const { return student.dtype == DType::f64 || (teacher.data && teacher.dtype == DType::f64); }
+  // By the dtypes alone: tensors of no rows have no data.
+  bool in_double() const { return student.dtype == DType::f64 || teacher.dtype == DType::f64; }
   int64_t rows_total() const { return outer * inner; }
 };
 

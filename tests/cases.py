@@ -1,0 +1,366 @@
+"""What the tests share: the losses with their options, inputs, layouts, and when numbers agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels.reference import AEKT_VARIANTS
+
+IGNORED = -100
+INF = math.inf
+CPU = kdkernels.backends()["cpu"]
+needs_cpu = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")
+if CPU.available:
+    from kdkernels import _host
+
+    ISAS = _host.isas()
+else:
+    ISAS = []
+
+# ---- losses ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss with its options; called as `case(student, teacher, target, backend=..., ...)`."""
+
+    loss: str  # the function's name without _loss
+    options: dict[str, Any] = field(default_factory=dict)
+    teacher: bool = True
+    outputs: int = 1
+    divergence: bool = False  # never negative, and 0 at student == teacher
+    weight: float = 1.0  # the sum of the weights of its terms, for tolerances
+
+    def __str__(self) -> str:
+        shown = [str(x) if isinstance(x, str) else f"{k[0]}{x:g}" for k, x in self.options.items()]
+        return "-".join([self.loss, *shown])
+
+    @property
+    def temperature(self) -> float:
+        return self.options.get("temperature", 1.0)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(kdkernels, self.loss if self.outputs > 1 else f"{self.loss}_loss")
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, target: Tensor | None, **common: Any
+    ) -> Tensor:
+        """The loss; several outputs are stacked in front. Losses without teacher leave it."""
+        logits = (student, teacher) if self.teacher else (student,)
+        out = self.function(*logits, target, **self.options, **common)
+        return out if self.outputs == 1 else torch.stack(out)
+
+    def rows(
+        self, student: Tensor, teacher: Tensor | None, target: Tensor | None, **common: Any
+    ) -> Tensor:
+        """The loss of every row, `(outputs, *target.shape)` where there are several outputs."""
+        reduction = {"reduction": "none"} if self.outputs == 1 else {}
+        return self(student, teacher, target, **reduction, **common)
+
+
+def _kd(temperature: float, ce_weight: float = 0.0) -> Case:
+    options = {"temperature": temperature, "ce_weight": ce_weight}
+    return Case("kd", options, divergence=ce_weight == 0, weight=1 + ce_weight)
+
+
+def _dkd(temperature: float, alpha: float, beta: float, ce_weight: float = 0.0) -> Case:
+    options = dict(temperature=temperature, alpha=alpha, beta=beta, ce_weight=ce_weight)
+    return Case("dkd", options, divergence=ce_weight == 0, weight=alpha + beta + ce_weight)
+
+
+def _nkd(temperature: float, gamma: float, ce_weight: float = 0.0) -> Case:
+    options = dict(temperature=temperature, gamma=gamma, ce_weight=ce_weight)
+    return Case("nkd", options, weight=1 + gamma + ce_weight)
+
+
+def _aekt(variant: str, temperature: float = 4.0, beta: float = 8.0, ce_weight: float = 0) -> Case:
+    options = dict(variant=variant, temperature=temperature, beta=beta, ce_weight=ce_weight)
+    divergence = ce_weight == 0 and not variant.endswith("_ce")
+    return Case("aekt", options, divergence=divergence, weight=10 + beta + ce_weight)  # ratio <= 10
+
+
+# Temperature 1 and others, with and without cross-entropy: the kernels sum at one temperature or
+# at two. Each loss begins with its usual options.
+CASES = [
+    _kd(4.0),
+    _kd(1.0),
+    _kd(1.0, ce_weight=0.7),
+    _kd(2.5, ce_weight=0.7),
+    _dkd(4.0, alpha=1.0, beta=8.0),
+    _dkd(1.0, alpha=1.0, beta=0.5, ce_weight=1.0),
+    _dkd(0.5, alpha=2.0, beta=0.0, ce_weight=1.0),
+    _dkd(2.0, alpha=0.0, beta=1.0),
+    _nkd(1.0, gamma=1.5),
+    _nkd(3.0, gamma=3.5, ce_weight=1.0),
+    _nkd(2.0, gamma=0.0),
+    Case("tf_nkd", teacher=False, weight=2.0),
+    Case("tf_nkd", {"ce_weight": 1.0, "mean_confidence": 0.3}, teacher=False, weight=3.0),
+    *(_aekt(variant) for variant in AEKT_VARIANTS),
+    _aekt("ratio_weighted_tckd", temperature=1.0, beta=1.0, ce_weight=1.0),
+    _aekt("ratio_coupled_tckd", temperature=2.0, beta=1.0, ce_weight=0.5),
+    Case("target_split", {"temperature": 1.0}, teacher=False, outputs=3),
+    Case("target_split", {"temperature": 3.0}, teacher=False, outputs=3),
+]
+SCALAR_CASES = [case for case in CASES if case.outputs == 1]
+DIVERGENCES = [case for case in CASES if case.divergence]
+# One of each kind, for tests that need not see every option.
+MAIN_CASES = [next(case for case in CASES if case.loss == name) for name in
+              ("kd", "dkd", "nkd", "tf_nkd", "aekt", "target_split")]  # fmt: skip
+
+# ---- inputs ---------------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _masked(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    logits = _normal(shape, generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.2, -INF, logits)
+
+
+def _one_hot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    hot = torch.randint(shape[-1], shape[:-1], generator=generator)
+    return torch.zeros(shape, dtype=torch.float64).scatter(-1, hot.unsqueeze(-1), 60.0)
+
+
+KINDS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "normal": _normal,
+    "huge": lambda shape, g: 1e4 * (2 * torch.rand(shape, generator=g, dtype=torch.float64) - 1),
+    "offset": lambda shape, g: _normal(shape, g) + 1e4,
+    "constant": lambda shape, g: torch.full(shape, -2.5, dtype=torch.float64),
+    "one_hot": _one_hot,
+    "masked": _masked,  # a fifth of the classes at -inf, at least one is not
+    "masked_lowest": lambda shape, g: _masked(shape, g).clamp(min=torch.finfo().min),
+}
+
+
+def make_logits(
+    kind: str,
+    rows: int | tuple[int, ...],
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Logits `(*rows, classes)` of one of KINDS."""
+    shape = (*(rows if isinstance(rows, tuple) else (rows,)), classes)
+    logits = KINDS[kind](shape, generator or torch.Generator().manual_seed(0))
+    if kind == "masked":  # no row without a finite logit
+        logits[..., 0] = torch.where(logits.isneginf().all(-1), 0.0, logits[..., 0])
+    lowest = torch.finfo(dtype).min
+    return torch.where(logits.isinf(), logits, logits.clamp(lowest, -lowest)).to(dtype)
+
+
+def make_target(
+    rows: int | tuple[int, ...],
+    classes: int,
+    generator: torch.Generator | None = None,
+    ignored: float = 0.0,
+) -> Tensor:
+    """Class ids; a share `ignored` of the rows, the second one first, is IGNORED."""
+    shape = rows if isinstance(rows, tuple) else (rows,)
+    target = torch.randint(classes, shape, generator=generator)
+    if ignored:
+        out = torch.rand(shape, generator=generator) < ignored
+        out.view(-1)[1:2] = True
+        target[out] = IGNORED
+    return target
+
+
+def make_inputs(
+    kind: str,
+    rows: int | tuple[int, ...],
+    classes: int,
+    dtype: torch.dtype | tuple[torch.dtype, torch.dtype] = torch.float32,
+    generator: torch.Generator | None = None,
+    ignored: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher and target. dtype: of both, or of each. Targets have finite logits."""
+    generator = generator or torch.Generator().manual_seed(0)
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype, dtype)
+    student, teacher = (make_logits(kind, rows, classes, x, generator) for x in dtypes)
+    target = make_target(rows, classes, generator, ignored)
+    if kind == "masked":
+        # What the student lacks the teacher has not got either, or the loss is rightly infinite.
+        teacher = torch.where(student.isneginf(), -INF, teacher)
+        hot = torch.arange(classes) == target.unsqueeze(-1)
+        student = torch.where(hot & student.isneginf(), 0.5, student)
+        teacher = torch.where(hot & teacher.isneginf(), -0.5, teacher)
+    return student, teacher, target
+
+
+# ---- layouts --------------------------------------------------------------------------------
+
+
+def _inside(logits: Tensor, *slices: slice) -> Tensor:
+    """The same logits, as this part of a larger tensor of NaN."""
+    shape = [
+        n if s == slice(None) else (n - 1) * (s.step or 1) + 1 + (s.start or 0) - (s.stop or 0)
+        for n, s in zip(logits.shape, slices, strict=True)
+    ]
+    part = logits.new_full(shape, math.nan)[slices]
+    assert part.shape == logits.shape
+    return part.copy_(logits)
+
+
+ALL = slice(None)
+# From dense `(outer, inner, classes)` to a tensor of the same values, and its dimension of classes.
+LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, int]]] = {
+    "contiguous": lambda x: (x, -1),
+    "unaligned": lambda x: (_inside(x, ALL, ALL, slice(1, -2)), -1),
+    "next_token": lambda x: (_inside(x, ALL, slice(0, -1), ALL), -1),  # logits[:, :-1]
+    "every_other_row": lambda x: (_inside(x, ALL, slice(1, None, 2), ALL), -1),
+    "every_other_class": lambda x: (_inside(x, ALL, ALL, slice(0, None, 2)), -1),
+    "rows_swapped": lambda x: (x.transpose(0, 1).contiguous().transpose(0, 1), -1),
+    "classes_second": lambda x: (x.movedim(-1, 1).contiguous(), 1),  # (N, C, pixels)
+    "classes_first": lambda x: (x.movedim(-1, 0).contiguous(), 0),
+}
+
+# ---- values and gradients -------------------------------------------------------------------
+
+
+def evaluate(
+    call: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    upstream: Tensor | None = None,
+    **common: Any,
+) -> tuple[Tensor, Tensor]:
+    """What `call` (a case, or its .rows) gives and the student's gradient under `upstream`.
+
+    A leaf of the very strides of `student` is differentiated; without upstream, ones are used.
+    """
+    student = student.detach().requires_grad_()
+    value = call(student, teacher, target, **common)
+    upstream = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
+    (gradient,) = torch.autograd.grad(value, student, upstream)
+    return value.detach(), gradient
+
+
+# ---- agreement ------------------------------------------------------------------------------
+
+
+def loss_dtype(*logits: Tensor | None) -> torch.dtype:
+    double = any(x is not None and x.dtype == torch.float64 for x in logits)
+    return torch.float64 if double else torch.float32
+
+
+def _extent(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the logits of each row that are not masked: largest minus smallest, largest magnitude."""
+    masked = x <= torch.finfo(x.dtype).min / 2
+    x = x.double()
+    low, high = torch.where(masked, INF, x).amin(-1), torch.where(masked, -INF, x).amax(-1)
+    return high - low, torch.maximum(high.abs(), low.abs())
+
+
+def _rounding(
+    case: Case, student: Tensor, teacher: Tensor | None, dtype: torch.dtype, order: int
+) -> Tensor:
+    """What rounding may change in a row, relative to its log-probabilities at T times T^order.
+
+    Exponentials and sums are off by a few units in the last place, a sum of n terms in the lanes
+    of the narrowest vectors by n / lanes / 2 of them (a tile of 1024 classes at most); logits
+    that are averaged bring their extent. The truth in float64 takes no differences from a pivot
+    first, so there the offset of the logits counts, too.
+    """
+    logits = [x for x in (student, teacher if case.teacher else None) if x is not None]
+    extents, magnitudes = zip(*(_extent(x) for x in logits), strict=True)
+    lanes = 16 // dtype.itemsize
+    units = 4 + min(student.shape[-1], 1024) / lanes / 2
+    exact = torch.finfo(torch.float64).eps
+    temperature = max(case.temperature, 1.0)  # cross-entropy has T = 1
+    relative = torch.finfo(dtype).eps * units * (temperature + sum(extents))
+    order -= 2 * (case.outputs > 1)  # target_split is not multiplied with T^2
+    return case.weight * temperature ** (order - 1) * (relative + 4 * exact * sum(magnitudes))
+
+
+def value_tolerance(
+    case: Case, truth: Tensor, student: Tensor, teacher: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What rounding explains, per row, of a difference to `truth`."""
+    return 4 * torch.finfo(dtype).eps * truth.abs() + _rounding(case, student, teacher, dtype, 2)
+
+
+def gradient_tolerance(
+    case: Case,
+    truth: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    upstream: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What rounding explains, per class, for class-last logits.
+
+    Errors are relative to the probabilities that a gradient is made of, class by class, so that
+    small ones are held to their own size. Those of the truth are relative to the plain softmax:
+    it may take 1 - 1. On top, the rounding of the result to its dtype.
+    """
+    exact = torch.finfo(torch.float64).eps / torch.finfo(dtype).eps
+    logits = [x for x in (student, teacher if case.teacher else None) if x is not None]
+    envelope = torch.zeros(student.shape, dtype=torch.float64)
+    for x in logits:
+        for t in {case.temperature, 1.0}:
+            scaled = x.double() / t
+            envelope += _sensitivity(scaled, target, case.loss == "aekt")
+            envelope += exact * scaled.softmax(-1)
+    upstream = upstream.double().abs().sum(0) if case.outputs > 1 else upstream.double().abs()
+    scale = (upstream * _rounding(case, student, teacher, dtype, 1)).unsqueeze(-1)
+    underflow = torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+    compute = 4 * torch.finfo(dtype).eps * truth.abs() + scale * (envelope + underflow)
+    stored = torch.finfo(student.dtype)
+    return compute + 0.51 * stored.eps * (truth.abs() + stored.smallest_normal)
+
+
+def _sensitivity(scaled: Tensor, target: Tensor | None, ratio: bool) -> Tensor:
+    """How much a gradient moves with the log-probabilities, per class.
+
+    By the probabilities among the classes other than the target. At the target by c (1 - c), what
+    an error of the log-odds moves; by 1 - c where the ratio b / c is a factor.
+    """
+    if target is None:
+        return scaled.softmax(-1)
+    hot = torch.arange(scaled.shape[-1]) == target.unsqueeze(-1)
+    rest = torch.where(hot, -INF, scaled)
+    odds = torch.where(hot, scaled, -INF).logsumexp(-1) - rest.logsumexp(-1)
+    at_target = (-odds).sigmoid() * (1.0 if ratio else odds.sigmoid())
+    return torch.where(hot, at_target.unsqueeze(-1), rest.softmax(-1).nan_to_num(0.0))
+
+
+def assert_within(
+    ours: Tensor, truth: Tensor, eager: Tensor, tolerance: Tensor, what: str = ""
+) -> None:
+    """|ours - truth| <= |eager - truth| + tolerance, elementwise, truth being float64.
+
+    Equal infinities agree. Where eager is not finite the tolerance alone counts.
+    """
+    ours, eager = ours.double(), eager.double()
+    error = torch.where(ours == truth, 0.0, (ours - truth).abs())
+    allowed = (eager - truth).abs().nan_to_num(0.0, posinf=0.0) + tolerance
+    bad = ~(error <= allowed)
+    if bad.any():
+        index = (error / allowed).nan_to_num(INF).argmax()
+        at = tuple(int(i) for i in torch.unravel_index(index, error.shape))
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {bad.numel()} off; worst at {at}: {ours[at]:.9g}, truth"
+            f" {truth[at]:.9g}, error {error[at]:.3g}, allowed {allowed[at]:.3g}"
+        )
+
+
+def assert_same(ours: Tensor, theirs: Tensor, what: str = "") -> None:
+    """The same bits, NaN included."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
+    assert torch.equal(ours.nan_to_num(123.0), theirs.nan_to_num(123.0)), what
+    assert torch.equal(ours.isnan(), theirs.isnan()), what

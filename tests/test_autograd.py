@@ -1,0 +1,442 @@
+"""Differentiation: whatever the upstream gradient, however often, and whichever input asks."""
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DTYPES,
+    LAYOUTS,
+    MAIN_CASES,
+    SCALAR_CASES,
+    Case,
+    assert_same,
+    evaluate,
+    make_inputs,
+    needs_cpu,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import kdkernels
+from kdkernels import ops
+
+pytestmark = needs_cpu
+
+ROWS, CLASSES = 6, 9
+PAIRS = [case for case in SCALAR_CASES if case.teacher]
+MAIN_SCALARS = [case for case in MAIN_CASES if case.outputs == 1]
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def inputs_of(case: Case, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    return make_inputs("normal", ROWS, CLASSES, dtype, ignored=0.2)
+
+
+def upstream_of(value: Tensor) -> Tensor:
+    """Not ones, and of both signs."""
+    return torch.linspace(-2, 3, value.numel(), dtype=value.dtype).view(value.shape)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# ---- the operators --------------------------------------------------------------------------
+
+PARAMS = {
+    "kd": [4.0, 0.5],
+    "dkd": [4.0, 1.0, 1.0, 8.0],
+    "nkd": [2.0, 0.0, 1.5],
+    "aekt": [4.0, 1.0, 1.0, 8.0, 4.0, math.log(10)],
+    "cross_entropy": [],
+    "target_split": [2.0],
+}
+REDUCIBLE = [name for name in PARAMS if ops.LOSSES[name].outputs == 1]
+
+
+def op_inputs(name: str, teacher_gradient: bool = False) -> tuple[Tensor | None, ...]:
+    """Student (strided), teacher, target, row_weight."""
+    student, teacher, target = make_inputs("normal", (2, 4), CLASSES, ignored=0.2)
+    student, teacher = student[:, :-1].requires_grad_(), teacher[:, :-1]
+    with_teacher = teacher.requires_grad_(teacher_gradient) if ops.LOSSES[name].teacher else None
+    return student, with_teacher, target[:, :-1].contiguous(), torch.rand(2, 3)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_opcheck_forward(name):
+    torch.library.opcheck(ops.forward, (name, *op_inputs(name), PARAMS[name], -100))
+
+
+@pytest.mark.parametrize("name", REDUCIBLE)
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_opcheck_reduced(name, with_grad):
+    student, *rest = op_inputs(name)
+    student = student.detach().requires_grad_(with_grad)
+    scale = torch.tensor(0.25)
+    args = (name, student, *rest, scale, PARAMS[name], -100, with_grad)
+    torch.library.opcheck(ops.reduced, args)
+
+
+def test_opcheck_where_the_reference_differentiates():
+    inputs = op_inputs("dkd", teacher_gradient=True)
+    torch.library.opcheck(ops.forward, ("dkd", *inputs, PARAMS["dkd"], -100))
+    scale = torch.tensor(0.25, requires_grad=True)
+    torch.library.opcheck(ops.reduced, ("dkd", *inputs, scale, PARAMS["dkd"], -100, True))
+
+
+@pytest.mark.parametrize("name", ["dkd", "target_split"])
+def test_opcheck_backward(name):
+    inputs = [x if x is None else x.detach() for x in op_inputs(name)]
+    rows, stats = ops.forward(name, *inputs, PARAMS[name], -100)
+    args = (name, torch.randn_like(rows), *inputs, stats, PARAMS[name], -100)
+    torch.library.opcheck(ops.backward, args)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_opcheck_scale(factor):
+    torch.library.opcheck(ops.scale_, (torch.randn(2, 3), torch.tensor(factor)))
+
+
+def test_scale_writes_nothing_at_one():
+    gradient = torch.full((3,), 2.0)
+    ops.scale_(gradient, torch.tensor(1.0))
+    assert gradient.tolist() == [2.0] * 3
+    ops.scale_(gradient, torch.tensor(0.5))
+    assert gradient.tolist() == [1.0] * 3
+
+
+# ---- the student's gradient -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_upstream_gradient(case):
+    inputs = inputs_of(case)
+    upstream = upstream_of(case.rows(*inputs))
+    ours, theirs = (
+        evaluate(case.rows, *inputs, upstream, backend=name) for name in ("cpu", "reference")
+    )
+    close(ours[1], theirs[1])
+    if case.outputs == 1:
+        ones, scaled = (evaluate(case, *inputs, upstream.new_tensor(u))[1] for u in (1, -0.37))
+        close(scaled, -0.37 * ones)
+        # A sum of rows comes with an upstream gradient of stride 0.
+        summed = evaluate(lambda *x: case.rows(*x).sum(), *inputs)[1]
+        close(summed, evaluate(case, *inputs, reduction="sum")[1])
+
+
+def test_one_output_of_several():
+    case = MAIN_CASES[-1]
+    inputs = inputs_of(case)
+    for output in range(3):
+        ours, theirs = (
+            evaluate(lambda *x, k=output, **o: case.rows(*x, **o)[k], *inputs, backend=name)[1]
+            for name in ("cpu", "reference")
+        )
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_dtype_and_layout_of_the_gradient(dtype, layout, reduction):
+    student, teacher, target = make_inputs("normal", (2, 3), CLASSES, dtype)
+    student, dim = LAYOUTS[layout](student)
+    teacher = LAYOUTS[layout](teacher)[0]
+    target = LAYOUTS[layout](target.unsqueeze(-1))[0].squeeze(dim) if dim >= 0 else target
+    value, gradient = evaluate(
+        kdkernels.kd_loss, student, teacher, target, dim=dim, reduction=reduction
+    )
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gradient.dtype == dtype and gradient.shape == student.shape
+    assert gradient.stride() == torch.empty_like(student).stride()
+
+
+def test_a_float16_gradient_is_rounded_after_the_upstream_gradient():
+    # What GradScaler relies on: 1e-8 is 0 in float16, 2^20 times that is not.
+    inputs = make_inputs("normal", 8, 50)
+    case, scale = MAIN_CASES[0], 2.0**20
+    student = inputs[0].half()
+    truth = evaluate(case, student.double(), *inputs[1:], normalizer=1e8)[1] * scale
+    ours = evaluate(case, student, *inputs[1:], torch.tensor(scale), normalizer=1e8)[1]
+    torch.testing.assert_close(ours.double(), truth, rtol=2e-3, atol=1e-7)
+    assert truth.abs().max() / scale < 2e-8, "as it is without the scale"
+
+
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice(case, reduction):
+    student, teacher, target = inputs_of(case)
+    student.requires_grad_()
+    value = case(student, teacher, target, reduction=reduction)
+    upstream = upstream_of(value) if value.dim() else torch.tensor(3.0)
+    (first,) = torch.autograd.grad(value, student, upstream, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(value, student, upstream, retain_graph=True)
+    (third,) = torch.autograd.grad(value, student, 2 * upstream)
+    assert_same(first, kept, "the caller's gradient is left alone")
+    close(second, first)
+    close(third, 2 * first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(value, student, upstream)
+
+
+def test_gradients_accumulate():
+    student, teacher, target = inputs_of(MAIN_CASES[0])
+    student.requires_grad_()
+    parts = [evaluate(case, student, teacher, target)[1] for case in MAIN_SCALARS]
+    for case in MAIN_SCALARS:
+        case(student, teacher, target).backward()
+    close(student.grad, sum(parts))
+    sum(case(student, teacher, target) for case in MAIN_SCALARS).backward()
+    close(student.grad, 2 * sum(parts))
+
+
+def test_through_a_layer():
+    student, teacher, target = inputs_of(MAIN_CASES[0])
+    weights = []
+    for name in ("cpu", "reference"):
+        weight = torch.eye(CLASSES, dtype=torch.float64, requires_grad=True)
+        loss = kdkernels.dkd_loss((student @ weight).relu(), teacher, target, backend=name)
+        (-0.5 * loss).backward()
+        weights.append(weight.grad)
+    close(*weights)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_activation_checkpointing(reduction):
+    inputs = inputs_of(MAIN_CASES[0])
+
+    def loss(*logits_and_target: Tensor) -> Tensor:
+        return kdkernels.nkd_loss(*logits_and_target, reduction=reduction)
+
+    def checkpointed(*logits_and_target: Tensor) -> Tensor:
+        return checkpoint(loss, *logits_and_target, use_reentrant=False)
+
+    assert_same(evaluate(checkpointed, *inputs)[1], evaluate(loss, *inputs)[1])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_of_nothing_still_has_a_gradient(backend, reduction):
+    """As of a schedule that begins with weights of 0: backward() must not fail, as for any loss."""
+    inputs = inputs_of(MAIN_CASES[0])
+    for loss in (kdkernels.dkd_loss, kdkernels.aekt_loss):
+        options = {"alpha": 0.0, "beta": 0.0, "reduction": reduction, "backend": backend}
+        value, gradient = evaluate(loss, *inputs, **options)
+        assert not value.any() and not gradient.any()
+
+
+class GradientsMade(TorchDispatchMode):
+    """Sees the gradients that come out of the operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is ops.reduced:
+            self.sizes.append(out[1].numel())
+        if func is ops.backward:
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_is_computed(context):
+    student, teacher, target = inputs_of(MAIN_CASES[0])
+    student.requires_grad_()
+    for case in MAIN_CASES:
+        with context(), GradientsMade() as made:
+            loss = case(student, teacher, target)
+        assert not loss.requires_grad and not any(made.sizes)
+    with GradientsMade() as made:
+        assert not kdkernels.kd_loss(student.detach(), teacher).requires_grad
+    assert made.sizes == [0]
+    with GradientsMade() as made:
+        kdkernels.kd_loss(student, teacher).backward()
+    assert made.sizes == [student.numel()], "one gradient, with the loss"
+
+
+def test_logits_changed_in_place_are_noticed():
+    student, teacher, _ = inputs_of(MAIN_CASES[0])
+    logits = student.requires_grad_() * 1
+    rows = kdkernels.kd_loss(logits, teacher, reduction="none")
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rows.sum().backward()
+
+
+# ---- other inputs and higher derivatives ----------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_double_backward_is_the_references(case):
+    results = []
+    for name in ("cpu", "reference"):
+        student, teacher, target = inputs_of(case)
+        student.requires_grad_()
+        value = case.rows(student, teacher, target, backend=name)
+        upstream = upstream_of(value).requires_grad_()
+        (gradient,) = torch.autograd.grad(value, student, upstream, create_graph=True)
+        direction = torch.linspace(-1, 1, gradient.numel(), dtype=torch.float64)
+        scalar = (gradient * direction.view_as(gradient)).sum()
+        results.append([gradient, *torch.autograd.grad(scalar, (student, upstream))])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+    fused = evaluate(case.rows, *inputs_of(case), upstream_of(value), backend="cpu")[1]
+    close(results[0][0].detach(), fused)
+
+
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
+def test_double_backward_of_a_mean(case):
+    results = []
+    for name in ("cpu", "reference"):
+        student, teacher, target = inputs_of(case)
+        student.requires_grad_()
+        loss = case(student, teacher, target, backend=name)
+        (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+        (gradient.square().sum() + loss).backward()  # a gradient penalty, and the loss again
+        results.append(student.grad)
+    close(*results)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_teacher_gradient(case, reduction):
+    results = []
+    for name in ("cpu", "reference"):
+        student, teacher, target = inputs_of(case)
+        leaves = (student.requires_grad_(), teacher.requires_grad_())
+        value = case(student, teacher, target, reduction=reduction, backend=name)
+        results.append(torch.autograd.grad(value, leaves, upstream_of(value)))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+    assert results[0][1].abs().max() > 1e-3
+    # The student's gradient is the one that comes without the teacher's.
+    inputs = inputs_of(case)
+    close(results[0][0], evaluate(case, *inputs, upstream_of(value), reduction=reduction)[1])
+
+
+def test_only_the_teacher_is_learned():
+    student, teacher, target = inputs_of(MAIN_CASES[0])
+    kdkernels.kd_loss(student, teacher.requires_grad_(), target).backward()
+    _, both = torch.autograd.grad(
+        kdkernels.kd_loss(student.requires_grad_(), teacher, target), (student, teacher)
+    )
+    close(teacher.grad, both)
+
+
+def test_operators_called_directly_differentiate_every_input():
+    student, teacher, target, row_weight = op_inputs("dkd")
+    inputs = [x.detach().double().requires_grad_() for x in (student, teacher, row_weight)]
+    scale = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+
+    def fused(student, teacher, row_weight, scale):
+        args = ("dkd", student, teacher, target, row_weight, scale, PARAMS["dkd"], -100, True)
+        return ops.reduced(*args)[0]
+
+    def plain(student, teacher, row_weight, scale):
+        args = ("dkd", student, teacher, target, row_weight, PARAMS["dkd"], -100)
+        return (ops.reference_rows(*args) * scale).sum()
+
+    leaves = (*inputs, scale)
+    ours, theirs = (torch.autograd.grad(f(*leaves), leaves) for f in (fused, plain))
+    for x, y in zip(ours, theirs, strict=True):
+        close(x, y)
+
+
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_of_row_weight_and_normalizer(case, backend):
+    if case.loss == "tf_nkd":  # its mean leaves out rows of weight 0
+        case = next(x for x in SCALAR_CASES if "mean_confidence" in x.options)
+    student, teacher, target = inputs_of(case)
+    weight = torch.linspace(0, 2, ROWS, dtype=torch.float64, requires_grad=True)
+    normalizer = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    options = {"row_weight": weight, "normalizer": normalizer, "backend": backend}
+    loss = case(student.requires_grad_(), teacher, target, **options)
+    leaves = (student, weight, normalizer)
+    of_student, of_weight, of_normalizer = torch.autograd.grad(loss, leaves)
+
+    rows = case.rows(student, teacher, target, backend=backend).detach()
+    close(loss, (rows * weight).sum() / 5)
+    close(of_weight, rows / 5)
+    close(of_normalizer, -loss.detach() / 5)
+    options = {"row_weight": weight.detach(), "normalizer": 5, "backend": backend}
+    close(of_student, evaluate(case, student, teacher, target, **options)[1])
+
+
+# ---- memory and bits ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """What dies here dies by its reference count."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("case", [case for case in MAIN_SCALARS if case.teacher], ids=str)
+def test_the_gradient_lives_no_longer_than_needed(case):
+    student, teacher, target = inputs_of(case)
+    student.requires_grad_()
+
+    loss = case(student, teacher, target)
+    unused = weakref.ref(loss.grad_fn.gradient)
+    del loss
+    assert unused() is None, "a loss that is dropped takes its gradient along"
+
+    loss = case(student, teacher, target)
+    buffer = loss.grad_fn.gradient.data_ptr()
+    held = weakref.ref(loss.grad_fn.gradient)
+    loss.backward()
+    assert student.grad.data_ptr() == buffer, "handed over, not copied"
+    student.grad = None
+    assert held() is None, "a loss that is kept, for a log, does not keep it"
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_no_reference_cycle_keeps_the_inputs(create_graph):
+    for case in MAIN_CASES:
+        for reduction in ("mean", "none"):
+            student, teacher, target = inputs_of(case)
+            student.requires_grad_()
+            options = {"reduction": reduction} if case.outputs == 1 else {}
+            value = case(student, teacher, target, **options).sum()
+            (gradient,) = torch.autograd.grad(value, student, create_graph=create_graph)
+            references = [weakref.ref(x) for x in (student, teacher, gradient)]
+            del student, teacher, value, gradient
+            assert [x() for x in references] == [None] * 3, (str(case), reduction)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads", "isa")
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+@pytest.mark.parametrize("shape", [(901, 100), (70, 3000)], ids=str)
+def test_same_bits_with_any_number_of_threads(case, shape):
+    inputs = make_inputs("normal", *shape, ignored=0.1)
+    calls = [case.rows] if case.outputs > 1 else [case, case.rows]
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results.append([x for call in calls for x in evaluate(call, *inputs)])
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert_same(ours, theirs)

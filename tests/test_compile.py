@@ -1,0 +1,193 @@
+"""torch.compile(fullgraph=True): the same values and gradients, and no compilation too many.
+
+Tracing and the split into forward and backward graphs are what can go wrong with an operator, and
+backend "aot_eager" does all of that; the tests with inductor see what its code generation adds.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from cases import CPU, MAIN_CASES, assert_same, evaluate, make_inputs, needs_cpu
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kdkernels
+from kdkernels import backend
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # torch's own
+BACKENDS = ("cpu", "reference") if CPU.available else ("reference",)
+KD, DKD, _, TF_NKD, *_ = MAIN_CASES
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(call: Callable[..., Tensor], compiler: str = "aot_eager", **options):
+    """The function, compiled, and what counts its graphs."""
+    counter = CompileCounterWithBackend(compiler)
+    return torch.compile(call, fullgraph=True, backend=counter, **options), counter
+
+
+def assert_close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        assert x.stride() == y.stride()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_every_loss(case, name):
+    inputs = make_inputs("normal", (2, 6), 7, ignored=0.2)
+    student, teacher = (x[:, :-1] for x in inputs[:2])  # strided, as for language models
+    inputs = (student, teacher, inputs[2][:, 1:])
+    for call in [case.rows] if case.outputs > 1 else [case.rows, case]:
+        upstream = torch.rand(call(*inputs).shape)
+        function, counter = compiled(lambda *x, call=call: call(*x, backend=name))
+        eager = evaluate(call, *inputs, upstream, backend=name)
+        for _ in range(2):
+            assert_close(evaluate(function, *inputs, upstream), eager)
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_row_weight_and_normalizer(name):
+    inputs = make_inputs("normal", 6, 7)
+
+    def call(student, teacher, target, **options):
+        return kdkernels.nkd_loss(
+            student, teacher, target, temperature=2.0, ce_weight=1.0, **options
+        )
+
+    function, _ = compiled(call)
+    options = {"row_weight": torch.rand(6), "normalizer": torch.tensor(3), "backend": name}
+    assert_close(evaluate(function, *inputs, **options), evaluate(call, *inputs, **options))
+
+
+@needs_cpu
+def test_teacher_gradient():
+    inputs = make_inputs("normal", 6, 7)
+    function, _ = compiled(kdkernels.dkd_loss)
+
+    def teachers(loss):
+        return lambda teacher, student, target: loss(student, teacher, target)
+
+    ours, theirs = (
+        evaluate(teachers(loss), inputs[1], inputs[0], inputs[2])
+        for loss in (function, kdkernels.dkd_loss)
+    )
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("case", [DKD, TF_NKD], ids=str)
+def test_dynamic_shapes(case, name):
+    function, counter = compiled(lambda *x: case(*x, backend=name))
+    for rows, classes in ((6, 7), (9, 11), (300, 20), (2, 1200)):
+        inputs = make_inputs("normal", rows, classes)
+        student = inputs[0].requires_grad_()
+        for x in inputs[:2]:
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(inputs[2], 0)
+        value = function(*inputs)
+        (gradient,) = torch.autograd.grad(value, student)
+        assert_close((value.detach(), gradient), evaluate(case, *inputs, backend=name))
+    assert counter.frame_count == 1
+
+
+@needs_cpu
+def test_shapes_that_turn_out_to_be_dynamic():
+    function, counter = compiled(KD)
+    for rows in (6, 9, 30, 300):
+        inputs = make_inputs("normal", rows, 7)
+        assert_close(evaluate(function, *inputs), evaluate(KD, *inputs))
+    assert counter.frame_count <= 2, "one compilation, and one that generalises it"
+
+
+@needs_cpu
+def test_options_changed_between_calls_are_seen():
+    inputs = make_inputs("normal", 6, 7)
+    loss = kdkernels.AEKTLoss()
+    function, _ = compiled(loss)
+    for change in ({}, {"temperature": 2.0}, {"variant": "ratio_divergence"}, {"reduction": "sum"}):
+        for name, value in change.items():
+            setattr(loss, name, value)
+        assert_close(evaluate(function, *inputs), evaluate(loss, *inputs))
+
+
+@needs_cpu
+def test_a_target_out_of_range_is_refused_by_the_kernel():
+    student, teacher, target = make_inputs("normal", 6, 7)
+    function, _ = compiled(kdkernels.dkd_loss)
+    target[2] = 7
+    with pytest.raises(RuntimeError, match="class 7 in row 2 is out of range; allowed: 0 to 6"):
+        function(student, teacher, target)
+
+
+def test_without_the_fast_backend(monkeypatch):
+    # A pure Python installation that asks for no backend: its warning must not break the graph.
+    monkeypatch.setattr(
+        backend, "_available", {**backend._available, "cpu": backend.Availability(False, "gone")}
+    )
+    monkeypatch.setattr(backend, "_warned", False)
+    inputs = make_inputs("normal", 6, 7)
+    function, _ = compiled(KD)
+    value = evaluate(function, *inputs)
+    assert_close(value, evaluate(KD, *inputs, backend="reference"))
+
+
+# ---- inductor -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_cpu
+def test_inductor_in_a_training_step():
+    """Between operations that inductor compiles itself, on strided logits, for two losses."""
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 33)
+    hidden, teacher = torch.randn(2, 6, 8), torch.randn(2, 6, 33)
+    target = torch.randint(33, (2, 6))
+
+    def step(hidden: Tensor) -> Tensor:
+        logits = layer(hidden).relu()[:, :-1]
+        distilled = kdkernels.nkd_loss(logits, teacher[:, :-1], target[:, 1:], temperature=2.0)
+        confident = kdkernels.tf_nkd_loss(2 * logits, target[:, 1:], reduction="none")
+        return 3 * distilled + confident.square().mean()
+
+    function, counter = compiled(step, "inductor")
+    results = []
+    for run in (function, step):
+        layer.zero_grad()
+        loss = run(hidden)
+        loss.backward()
+        results.append((loss.detach(), layer.weight.grad))
+    assert_close(*results)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@needs_cpu
+def test_inductor_keeps_the_layout():
+    """Classes in the middle: the kernel must get the strides it was traced with."""
+    student, teacher, target = make_inputs("normal", (2, 5), 9)
+    inputs = (*(x.transpose(1, 2).contiguous() for x in (student, teacher)), target)
+
+    def call(*inputs: Tensor) -> Tensor:
+        return kdkernels.dkd_loss(*inputs, dim=1)
+
+    function, _ = compiled(call, "inductor")
+    ours, theirs = evaluate(function, *inputs), evaluate(call, *inputs)
+    assert_close(ours, theirs)
+    assert_same(ours[1], theirs[1])
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_reference():
+    inputs = make_inputs("normal", 6, 9)
+    function, _ = compiled(lambda *x: KD(*x, backend="reference"), "inductor")
+    assert_close(evaluate(function, *inputs), evaluate(KD, *inputs, backend="reference"))

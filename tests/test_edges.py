@@ -1,0 +1,480 @@
+"""Inputs at the edges: infinite, huge, equal, saturated, NaN, ignored, none.
+
+Each test states what must come out; most run on the reference as well as on the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    DIVERGENCES,
+    IGNORED,
+    INF,
+    KINDS,
+    SCALAR_CASES,
+    Case,
+    assert_same,
+    assert_within,
+    evaluate,
+    gradient_tolerance,
+    make_inputs,
+    needs_cpu,
+    value_tolerance,
+)
+from torch import Tensor, tensor
+
+from kdkernels import dkd_loss, kd_loss, nkd_loss, target_split, tf_nkd_loss
+
+F32, F64 = torch.float32, torch.float64
+NAN = math.nan
+EPS = torch.finfo(F32).eps
+# Fewer than fill two vectors, batches of rows, larger batches, and two tiles: see test_planner.py.
+CLASSES = (5, 40, 300, 1100)
+
+
+def agree_with_reference(
+    case: Case, student: Tensor, teacher: Tensor, target: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Value and gradient of float32 inputs, held against the reference in float64."""
+    inputs = (student, teacher, target)
+    exact = (student.double(), teacher.double(), target)
+    truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
+    eager, eager_gradient = evaluate(case.rows, *inputs, backend="reference")
+    value, gradient = evaluate(case.rows, *inputs, backend=backend)
+    allowed = value_tolerance(case, truth, student, teacher, F32)
+    assert_within(value, truth, eager, allowed, "value")
+    allowed = gradient_tolerance(
+        case, truth_gradient, student, teacher, target, torch.ones_like(truth), F32
+    )
+    assert_within(gradient, truth_gradient, eager_gradient, allowed, "gradient")
+    return value, gradient
+
+
+# ---- infinite logits ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", ["first", "last", "scattered", "tile"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_class_missing_in_both_is_as_if_not_there(
+    case: Case, hidden: str, backend: str, generator: torch.Generator
+) -> None:
+    """At another place in lanes and tiles the sums round differently, but only that."""
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("normal", 9, classes, F64, generator)
+        more = 1024 if hidden == "tile" else 7
+        order = torch.arange(classes + more)
+        if hidden == "scattered":
+            order = torch.randperm(classes + more, generator=generator)
+        elif hidden == "first":
+            order = order.roll(-more)
+        place = order[:classes]  # of the classes that are there
+
+        def spread_out(x: Tensor, place: Tensor = place, total: int = classes + more) -> Tensor:
+            return x.new_full((len(x), total), -INF).index_copy_(1, place, x)
+
+        value, gradient = evaluate(case.rows, student, teacher, target, backend=backend)
+        wide = (spread_out(student), spread_out(teacher), place[target])
+        wide_value, wide_gradient = evaluate(case.rows, *wide, backend=backend)
+        torch.testing.assert_close(wide_value, value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(wide_gradient[:, place], gradient, rtol=1e-11, atol=1e-12)
+        assert wide_gradient.count_nonzero() <= gradient.numel()
+
+
+# Edits of (student, teacher) in row 3, whose target is class 2.
+PATTERNS: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "student lacks a class": lambda s, t: s[3, 1:2].fill_(-INF),
+    "student lacks the target": lambda s, t: s[3, 2:3].fill_(-INF),
+    "teacher lacks a class": lambda s, t: t[3, 1:2].fill_(-INF),
+    "teacher lacks the target": lambda s, t: t[3, 2:3].fill_(-INF),
+    "neither has the target": lambda s, t: (s[3, 2:3].fill_(-INF), t[3, 2:3].fill_(-INF)),
+    "student has one other class": lambda s, t: (s[3, :4].fill_(-INF), s[3, 5:].fill_(-INF)),
+    "student has the target only": lambda s, t: (s[3, :2].fill_(-INF), s[3, 3:].fill_(-INF)),
+    "teacher has one other class": lambda s, t: (t[3, :4].fill_(-INF), t[3, 5:].fill_(-INF)),
+    "teacher has the target only": lambda s, t: (t[3, :2].fill_(-INF), t[3, 3:].fill_(-INF)),
+    "both have the target only": lambda s, t: (
+        s[3, :2].fill_(-INF), s[3, 3:].fill_(-INF), t[3, :2].fill_(-INF), t[3, 3:].fill_(-INF),
+    ),
+    "they have no class in common": lambda s, t: (s[3, ::2].fill_(-INF), t[3, 1::2].fill_(-INF)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_infinite_logits(
+    case: Case, pattern: str, backend: str, generator: torch.Generator
+) -> None:
+    """Values may be infinite; gradients are finite, and other rows are what they were."""
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("normal", 7, classes, F32, generator)
+        target[3] = 2
+        _, before = evaluate(case.rows, student, teacher, target, backend=backend)
+        PATTERNS[pattern](student, teacher)
+        value, gradient = agree_with_reference(case, student, teacher, target, backend)
+        assert not value.isnan().any() and gradient.isfinite().all()
+        if case.outputs == 1:
+            loss, from_mean = evaluate(case, student, teacher, target, backend=backend)
+            assert loss == INF if value.isinf().any() else loss.isfinite()
+            assert from_mean.isfinite().all()
+        if case.loss != "tf_nkd":  # whose rows share a mean
+            others = torch.arange(7) != 3
+            assert value[..., others].isfinite().all()
+            assert_same(gradient[others], before[others])
+
+
+def test_infinite_losses_by_hand(backend: str) -> None:
+    """Which losses a missing class makes infinite, and what gradient they still have."""
+    teacher = tensor([[1 / 2, 3 / 8, 1 / 8]]).log()
+    common = dict(temperature=1.0, backend=backend)
+    student = tensor([[0.0, 0.0, -INF]], requires_grad=True)
+    loss = kd_loss(student, teacher, **common)
+    loss.backward()
+    assert loss == INF
+    torch.testing.assert_close(student.grad, tensor([[0.0, 1 / 8, -1 / 8]]))  # p - q
+
+    y = tensor([0])
+    assert dkd_loss(student, teacher, y, alpha=1, beta=1, **common) == INF  # NCKD
+    assert dkd_loss(student, teacher, y, alpha=1, beta=0, **common) < EPS  # TCKD: b = c = 1/2
+    assert nkd_loss(student, teacher, y, **common) == INF
+    torch.testing.assert_close(
+        nkd_loss(student, teacher, y, gamma=0, **common), tensor(math.log(2) / 2)
+    )
+    y = tensor([2])
+    assert dkd_loss(student, teacher, y, alpha=1, beta=0, **common) == INF  # c = 0
+    assert nkd_loss(student, teacher, y, gamma=0, **common) == INF
+    assert tf_nkd_loss(student, y, backend=backend) == INF
+    split = target_split(student, y, backend=backend)
+    assert split.log_target == -INF and split.log_rest == 0
+    torch.testing.assert_close(split.logsumexp_rest, tensor([math.log(2)]))
+
+
+@pytest.mark.parametrize("at_target", [True, False])
+def test_one_hot_teacher(at_target: bool, backend: str, generator: torch.Generator) -> None:
+    """KD is then T^2 cross-entropy at T; without other teacher mass NKD is its target term."""
+    for classes in CLASSES:
+        student, _, target = make_inputs("normal", 6, classes, F32, generator)
+        hot = target if at_target else (target + 1) % classes
+        teacher = torch.full_like(student, -INF).scatter_(1, hot.unsqueeze(1), 3.0)
+        common = dict(reduction="none", backend=backend)
+        expected = 16 * torch.nn.functional.cross_entropy(student / 4, hot, reduction="none")
+        torch.testing.assert_close(kd_loss(student, teacher, **common), expected)
+        nkd = nkd_loss(student, teacher, target, gamma=1.0, **common)
+        rest = student.scatter(1, target.unsqueeze(1), -INF)
+        logits = student if at_target else rest  # b = 1, or qh is one-hot
+        torch.testing.assert_close(
+            nkd, torch.nn.functional.cross_entropy(logits, hot, reduction="none")
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_class(case: Case, backend: str) -> None:
+    """Nothing to learn: no loss, no gradient; but log(1 - c) = -inf keeps its own, -c / T."""
+    student, teacher = tensor([[3.0], [-2.0]]), tensor([[1.0], [5.0]])
+    value, gradient = evaluate(case.rows, student, teacher, tensor([0, 0]), backend=backend)
+    expected = tensor([0.0]) if case.outputs == 1 else tensor([[0.0], [-INF], [-INF]])
+    assert torch.equal(value, expected.expand_as(value))
+    expected = 0.0 if case.outputs == 1 else -1 / case.temperature
+    torch.testing.assert_close(gradient, torch.full((2, 1), expected))
+
+
+# ---- huge logits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lowest_number_masks_like_infinity(
+    case: Case, dtype: torch.dtype, backend: str, generator: torch.Generator
+) -> None:
+    """As in logits.masked_fill(mask, torch.finfo(dtype).min)."""
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("masked", 8, classes, dtype, generator)
+        mask = student.isneginf()
+        teacher = teacher.masked_fill(mask, -INF)
+        inputs = [x.clamp(min=torch.finfo(dtype).min) for x in (student, teacher)]
+        value, gradient = evaluate(case.rows, *inputs, target, backend=backend)
+        truth, truth_gradient = evaluate(case.rows, student, teacher, target, backend=backend)
+        assert gradient[mask].count_nonzero() == 0
+        torch.testing.assert_close(value, truth, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, truth_gradient)
+
+
+@needs_cpu
+@pytest.mark.parametrize("case", SCALAR_CASES, ids=str)
+def test_common_offset_changes_no_bit(case: Case, isa: str, generator: torch.Generator) -> None:
+    """Of logits that hold it exactly; student and teacher have different ones."""
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("normal", 9, classes, F32, generator)
+        student, teacher = ((64 * x).round() / 64 for x in (student, teacher))
+        value, gradient = evaluate(case.rows, student, teacher, target, backend="cpu")
+        moved = evaluate(case.rows, student + 1e4, teacher - 3e3, target, backend="cpu")
+        assert_same(moved[0], value)
+        assert_same(moved[1], gradient)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"masked"}))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_finite_logits_give_finite_results(
+    case: Case, kind: str, backend: str, generator: torch.Generator
+) -> None:
+    for classes in CLASSES:
+        student, teacher, target = make_inputs(kind, 9, classes, F32, generator)
+        if kind == "masked_lowest":  # in both: what one alone masks costs 3e38 T
+            teacher = torch.where(student < -1e30, student, teacher.clamp(min=-10.0))
+            target = student.argmax(-1)
+        value, gradient = evaluate(case.rows, student, teacher, target, backend=backend)
+        assert value.isfinite().all() and gradient.isfinite().all()
+
+
+# ---- temperature ----------------------------------------------------------------------------
+
+
+def at_temperature(case: Case, temperature: float) -> Case:
+    return Case(**{**vars(case), "options": {**case.options, "temperature": temperature}})
+
+
+WITH_TEMPERATURE = [case for case in CASES if "temperature" in case.options]
+
+
+@needs_cpu
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 7.0, 100.0])
+@pytest.mark.parametrize("case", WITH_TEMPERATURE, ids=str)
+def test_temperatures(case: Case, temperature: float, isa: str, generator: torch.Generator) -> None:
+    case = at_temperature(case, temperature)
+    for classes in CLASSES:
+        agree_with_reference(case, *make_inputs("normal", 9, classes, F32, generator), "cpu")
+
+
+@needs_cpu
+@pytest.mark.parametrize("temperature", [1e-30, 1e-10, 1e6, 1e12])
+@pytest.mark.parametrize("case", WITH_TEMPERATURE, ids=str)
+def test_extreme_temperatures_are_finite(
+    case: Case, temperature: float, isa: str, generator: torch.Generator
+) -> None:
+    """Where log-probabilities themselves overflow float32, as logits over 1e-30 do not."""
+    case = at_temperature(case, temperature)
+    for classes in CLASSES:
+        inputs = make_inputs("normal", 9, classes, F32, generator)
+        value, gradient = evaluate(case.rows, *inputs, backend="cpu")
+        assert value.isfinite().all()
+        # That of target_split has the size of 1 / T.
+        assert gradient.isfinite().all()
+
+
+# ---- divergences ----------------------------------------------------------------------------
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "masked", "huge", "constant", "one_hot"])
+@pytest.mark.parametrize("case", DIVERGENCES, ids=str)
+def test_student_equal_to_teacher(
+    case: Case, kind: str, dtype: torch.dtype, isa: str, generator: torch.Generator
+) -> None:
+    """Exactly 0, because the same sums are made of both; also of a copy in another dtype.
+
+    The gradient T beta (ph - qh) may keep the rounding of one product.
+    """
+    for classes in CLASSES:
+        student, _, target = make_inputs(kind, 9, classes, dtype, generator)
+        for teacher in (student, student.float()):
+            value, gradient = evaluate(case.rows, student, teacher, target, backend="cpu")
+            assert value.count_nonzero() == 0
+            assert gradient.abs().max() <= EPS * case.temperature * case.weight
+
+
+@pytest.mark.parametrize("distance", [1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("case", DIVERGENCES, ids=str)
+def test_divergence_is_not_negative(
+    case: Case, distance: float, backend: str, generator: torch.Generator
+) -> None:
+    """Beyond the rounding of T^2 log-probabilities, which a divergence of neighbours drowns in."""
+    for classes in CLASSES:
+        student, _, target = make_inputs("normal", 30, classes, F32, generator)
+        teacher = student + distance * torch.randn(student.shape, generator=generator)
+        value = case.rows(student, teacher, target, backend=backend)
+        bound = value_tolerance(case, torch.zeros(30), student, teacher, F32)
+        assert (value >= -bound).all()
+        assert (bound < 1e-3 * case.weight * case.temperature**2).all()
+
+
+# ---- saturated target -----------------------------------------------------------------------
+
+
+def expected_dkd(
+    student: Tensor, teacher: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient at T = 1 of float64 rows with target 0, b and c near 1."""
+    odds = [x[:, 0] - x[:, 1:].logsumexp(1) for x in (teacher, student)]
+    b_rest, c_rest = ((-g).sigmoid() for g in odds)
+    log_b_rest, log_c_rest = (torch.nn.functional.logsigmoid(-g) for g in odds)
+    # log(b / c) from what is missing to 1.
+    tckd = (1 - b_rest) * torch.log1p((c_rest - b_rest) / (1 - c_rest))
+    tckd = tckd + b_rest * (log_b_rest - log_c_rest)
+    log_ph, log_qh = (x[:, 1:].log_softmax(1) for x in (student, teacher))
+    nckd = (log_qh.exp() * (log_qh - log_ph)).sum(1)
+    h = alpha * (b_rest - c_rest).unsqueeze(1)
+    others = (beta - h) * log_ph.exp() - beta * log_qh.exp()
+    return alpha * tckd + beta * nckd, torch.cat((h, others), 1)
+
+
+@pytest.mark.parametrize("gap", [20.0, 60.0, 120.0, 200.0])
+@pytest.mark.parametrize("classes", CLASSES)
+def test_saturated_target_of_dkd(
+    gap: float, classes: int, backend: str, generator: torch.Generator
+) -> None:
+    """The published code gives TCKD < 0 and target gradient 0 at 20 and 60, NaN at 120."""
+    student, teacher, target = make_inputs("normal", 4, classes, F32, generator)
+    target.zero_()
+    student[:, 0] = student.amax(1) + gap
+    teacher[:, 0] = teacher.amax(1) + 30.0
+    for alpha, beta in ((1.0, 0.0), (1.0, 8.0)):
+        truth, truth_gradient = expected_dkd(student.double(), teacher.double(), alpha, beta)
+        options = dict(temperature=1.0, alpha=alpha, beta=beta)
+        value, gradient = evaluate(
+            Case("dkd", options).rows, student, teacher, target, backend=backend
+        )
+        close = dict(rtol=3e-5, atol=3e-6 * beta, check_dtype=False)
+        torch.testing.assert_close(value, truth, **close)
+        torch.testing.assert_close(gradient, truth_gradient, **close)
+        # The target's own gradient is 1e-13 here, and right to 5 digits.
+        at_target = gradient[:, 0], truth_gradient[:, 0]
+        torch.testing.assert_close(*at_target, rtol=3e-5, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("gap", [20.0, 200.0])
+@pytest.mark.parametrize("classes", CLASSES)
+def test_saturated_target_of_nkd(
+    gap: float, classes: int, temperature: float, backend: str, generator: torch.Generator
+) -> None:
+    """Non-target distributions stay exact although all of their mass is e^-200 of the row."""
+    student, teacher, target = make_inputs("normal", 4, classes, F32, generator)
+    student.scatter_add_(1, target.unsqueeze(1), torch.full((4, 1), gap))
+    teacher.scatter_add_(1, target.unsqueeze(1), torch.full((4, 1), 200.0))
+    options = dict(temperature=temperature, gamma=1.0)
+    value, gradient = evaluate(Case("nkd", options).rows, student, teacher, target, backend=backend)
+    hot = torch.arange(classes) == target.unsqueeze(1)
+    rest_1, rest_s, rest_t = (
+        torch.where(hot, -INF, x.double() / t)
+        for x, t in ((student, 1), (student, temperature), (teacher, temperature))
+    )
+    # b = 1, and the target's term is -log c.
+    odds = student[hot].double() - rest_1.logsumexp(1)
+    target_term = torch.nn.functional.softplus(-odds)
+    log_ph = torch.where(hot, 0.0, rest_s.log_softmax(1))
+    expected = target_term - temperature**2 * (rest_t.softmax(1) * log_ph).sum(1)
+    torch.testing.assert_close(value, expected, rtol=3e-6, atol=0, check_dtype=False)
+
+    c_rest = (-odds).sigmoid().unsqueeze(1)
+    non_target = temperature * (rest_s.softmax(1) - rest_t.softmax(1))
+    expected = torch.where(hot, -c_rest, c_rest * rest_1.softmax(1) + non_target)
+    close = dict(rtol=3e-5, check_dtype=False)
+    torch.testing.assert_close(gradient, expected, atol=3e-7 * temperature, **close)
+    # The target's own is -2e-9 or so at the gap of 20, and right to 5 digits.
+    torch.testing.assert_close(gradient[hot], expected[hot], atol=1e-30, **close)
+
+
+# ---- NaN, ignored rows and weights ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["target", "other", "last", "all"])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, name) for case in CASES for name in ("student", "teacher")[: 1 + case.teacher]],
+    ids=str,
+)
+def test_nan_stays_in_its_row(
+    case: Case, name: str, where: str, backend: str, generator: torch.Generator
+) -> None:
+    """The other rows are, bit by bit, what they are when that row is ignored."""
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("normal", 7, classes, F32, generator)
+        target[3] = 1
+        columns = {"target": 1, "other": 2, "last": -1, "all": slice(None)}[where]
+        (student if name == "student" else teacher)[3, columns] = NAN
+        value, gradient = evaluate(case.rows, student, teacher, target, backend=backend)
+        ignored = torch.where(torch.arange(7) == 3, IGNORED, target)
+        expected, expected_gradient = evaluate(
+            case.rows, student, teacher, ignored, backend=backend
+        )
+        others = torch.arange(7) != 3
+        assert_same(value[..., others], expected[..., others])
+        assert_same(gradient[others], expected_gradient[others])
+        if case.options.get("alpha") == 0 and where == "target":
+            assert value[3].isfinite()  # NCKD does not look at the target
+        elif case.outputs == 1:
+            assert value[3].isnan() and gradient[3].isnan().any()
+            assert case(student, teacher, target, backend=backend).isnan()
+        else:  # the logsumexp over the other classes does not know of the target
+            assert value[0, 3].isnan() and value[1, 3].isnan() and gradient[3].isnan().any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
+@pytest.mark.parametrize("case", SCALAR_CASES, ids=str)
+def test_ignored_rows(case: Case, reduction: str, backend: str, generator: torch.Generator) -> None:
+    """Full of NaN, they are as if not there, except in the batch size."""
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("normal", 12, classes, F32, generator, ignored=0.3)
+        there = target != IGNORED
+        student[~there] = NAN
+        teacher[~there] = NAN
+        inputs = (student, teacher, target)
+        value, gradient = evaluate(case, *inputs, backend=backend, reduction=reduction)
+        normalizer = 12 if reduction == "batchmean" else None
+        expected, expected_gradient = evaluate(
+            case, *(x[there] for x in inputs), backend=backend, reduction=reduction,
+            normalizer=normalizer,
+        )  # fmt: skip
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient[there], expected_gradient)
+        assert gradient[~there].count_nonzero() == 0
+        rows, gradient = evaluate(case.rows, *inputs, backend=backend)
+        assert rows[~there].count_nonzero() == 0 and gradient[~there].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ignore_index_may_be_a_class(case: Case, backend: str, generator: torch.Generator) -> None:
+    student, teacher, target = make_inputs("normal", 12, 4, F32, generator)
+    assert (target == 2).any()
+    out = target == 2
+    student[out] = NAN
+    common = {"backend": backend, "ignore_index": 2}
+    value, gradient = evaluate(case.rows, student, teacher, target, **common)
+    assert value[..., out].count_nonzero() == 0 and gradient[out].count_nonzero() == 0
+    assert (value[..., ~out] != 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_rows_ignored(case: Case, reduction: str, backend: str) -> None:
+    for classes in CLASSES:
+        student = torch.full((5, classes), NAN)
+        target = torch.full((5,), IGNORED)
+        common = {"reduction": reduction} if case.outputs == 1 else {}
+        value, gradient = evaluate(case, student, student, target, backend=backend, **common)
+        assert value.count_nonzero() == 0 and gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("case", SCALAR_CASES, ids=str)
+def test_rows_of_weight_zero(case: Case, backend: str, generator: torch.Generator) -> None:
+    """Not read either, but counted in the mean."""
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("normal", 8, classes, F32, generator)
+        weight = tensor([1.0, 0.0, 2.0, 0.5, 0.0, 1.0, 3.0, 1.5])
+        there = weight != 0
+        student[~there] = NAN
+        teacher[~there] = NAN
+        inputs = (student, teacher, target)
+        common = {"backend": backend, "row_weight": weight}
+        rows, gradient = evaluate(case.rows, *inputs, **common)
+        assert rows[~there].count_nonzero() == 0 and gradient[~there].count_nonzero() == 0
+        plain, plain_gradient = evaluate(case.rows, *(x[there] for x in inputs), backend=backend)
+        torch.testing.assert_close(rows[there], plain * weight[there])
+        torch.testing.assert_close(gradient[there], plain_gradient * weight[there].unsqueeze(1))
+        value, gradient = evaluate(case, *inputs, **common)
+        torch.testing.assert_close(value, rows.sum() / 8)
+        assert gradient[~there].count_nonzero() == 0
