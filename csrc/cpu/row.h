@@ -5,11 +5,11 @@
 // finished the gradient is a linear combination of the kept exponentials, with coefficients rebased to each tile's
 // pivots. Student and teacher are read from memory once, the gradient is written once.
 //
-// batches: as many rows as there are lanes at a time, short enough for their exponentials to stay in cache. Still swept
-// row by row, but what is done once per row (maxima, sums, finish) is done for all of them, one per lane.
+// batches: several short rows at a time, as many as there are lanes or as keep their exponentials in the first-level
+// cache. Still swept row by row, but finished together, one per lane.
 //
-// lanes_are_rows: the same, and the sweep too has a row in every lane; the logits are transposed on the way, or already
-// lie that way (class dimension in the middle).
+// lanes_are_rows: a row per lane, and the sweep too has a row in every lane; the logits are transposed on the way, or
+// already lie that way (class dimension in the middle).
 //
 // The target and the padding are loaded as -inf: their exponentials are 0 and nothing below needs to ask for them. The
 // target's gradient is written afterwards.
