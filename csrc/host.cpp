@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <algorithm>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -31,10 +31,10 @@ const kd::Kernels& build_of(const std::string& isa) {
 template <class T>
 py::array_t<T> map(py::array_t<T, py::array::c_style> x, void (*function)(const T*, T*, int64_t)) {
   std::vector<T> in((x.size() + 15) / 16 * 16, T(0)), out(in.size());
-  std::memcpy(in.data(), x.data(), sizeof(T) * x.size());
+  std::copy(x.data(), x.data() + x.size(), in.begin());
   function(in.data(), out.data(), static_cast<int64_t>(in.size()));
   py::array_t<T> y(x.size());
-  std::memcpy(y.mutable_data(), out.data(), sizeof(T) * x.size());
+  std::copy(out.begin(), out.begin() + x.size(), y.mutable_data());
   return y;
 }
 
