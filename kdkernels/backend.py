@@ -101,14 +101,13 @@ def choose(backend: str | None, device: torch.device) -> str:
     """
     if backend is not None:
         return _named(backend, device)
-    for name in _PREFERENCE.get(device.type, ()):
+    preferred = _PREFERENCE.get(device.type, ())
+    for name in preferred:
         if _available[name].available:
             break
     else:
         name = "reference"
-    if torch.compiler.is_compiling():
-        return name
-    if not _warned and name != _PREFERENCE.get(device.type, ("",))[0]:
+    if preferred[:1] != (name,) and not _warned and not torch.compiler.is_compiling():
         _warn_downgrade(name, device.type)
     return name
 

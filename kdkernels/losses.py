@@ -202,8 +202,9 @@ def tf_nkd_loss(
     """
     weight = check_option("ce_weight", ce_weight)
     inputs = _check("cross_entropy", student, None, target, ignore_index, row_weight, dim, backend)
-    scale = _scale(inputs, normalizer, reduction)
-    return _reduce(_tf_nkd_rows(inputs, weight, _confidence(mean_confidence, inputs)), scale)
+    divisor = _divisor(inputs, normalizer, reduction)
+    rows = _tf_nkd_rows(inputs, weight, _confidence(mean_confidence, inputs))
+    return _reduce(rows, inputs, divisor)
 
 
 def aekt_loss(
@@ -302,7 +303,9 @@ def target_split(
 
 
 def _number(name: str, value: Any, low: float, high: float, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (int, numbers.Real))
+    ):
         raise TypeError(f"{name}: got {type(value).__name__}; must be {allowed}")
     number: Any = value  # Real declares no comparison
     if not low <= number <= high:
@@ -392,22 +395,6 @@ def _check_scalar(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}; a tensor must be 0-d")
 
 
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> bool:
-    """Refuses a target out of range. Returns True when it is sure that no row is ignored."""
-    # The extremes settle the usual case in one sweep; only then is it worth finding the culprit.
-    if target.numel() == 0:
-        return True
-    low, high = (extreme.item() for extreme in torch.aminmax(target))
-    if low < 0 or high >= classes:
-        bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
-        if bad.numel():
-            raise ValueError(
-                f"target: got class {bad[0].item()}; must be from 0 to {classes - 1}"
-                f" or ignore_index {ignore_index}"
-            )
-    return not low <= ignore_index <= high
-
-
 class _Inputs(NamedTuple):
     """Checked arguments, the classes last; target is int64 and row_weight in the loss dtype."""
 
@@ -418,7 +405,6 @@ class _Inputs(NamedTuple):
     ignore_index: int
     dtype: torch.dtype  # of the loss
     backend: str
-    all_counted: bool  # known on the host: no row is ignored
 
 
 def _check(
@@ -449,19 +435,38 @@ def _check(
         raise ValueError(f"{student_name}: got 0 classes; must be at least 1")
     dtype = ops.loss_dtype(student, teacher)
     ignore_index = check_option("ignore_index", ignore_index)
-    all_counted = target is None
     if target is not None or entry.target:
-        target = _tensor("target", target, _TARGET_DTYPES).long()
+        target = _tensor("target", target, _TARGET_DTYPES)
         _check_like("target", target, shape, student)
-        if ops.is_eager(target) and checks_targets(target.device):
-            all_counted = _check_range(target, classes, ignore_index)
+        if target.dtype != torch.int64:
+            target = target.long()
     if row_weight is not None:
         row_weight = _tensor("row_weight", row_weight, _LOGIT_DTYPES).to(dtype)
         _check_like("row_weight", row_weight, shape, student)
     chosen = choose(backend, student.device)
     if _wants_gradient(teacher):
         chosen = "reference"
-    return _Inputs(student, teacher, target, row_weight, ignore_index, dtype, chosen, all_counted)
+    inputs = _Inputs(student, teacher, target, row_weight, ignore_index, dtype, chosen)
+    # The CPU kernels check the range themselves; see _run.
+    if chosen != "cpu" and target is not None and ops.is_eager(target):
+        error = _range_error(inputs) if checks_targets(target.device) else None
+        if error is not None:
+            raise error
+    return inputs
+
+
+def _range_error(inputs: _Inputs) -> ValueError | None:
+    """What is wrong with the range of the target, if anything."""
+    target, classes, ignore_index = inputs.target, inputs.student.shape[-1], inputs.ignore_index
+    if target is None:
+        return None
+    bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if not bad.numel():
+        return None
+    return ValueError(
+        f"target: got class {bad[0].item()}; must be from 0 to {classes - 1}"
+        f" or ignore_index {ignore_index}"
+    )
 
 
 def _wants_gradient(value: Tensor | None) -> bool:
@@ -478,53 +483,67 @@ def _loss(
     normalizer: float | Tensor | None,
     reduction: str,
 ) -> Tensor:
-    scale = _scale(inputs, normalizer, reduction)
-    if scale is not None and _fits_one_sweep(inputs, scale):
-        with_grad = _wants_gradient(inputs.student)
-        return ops.reduced(
-            name, *_as_matrices(inputs), scale, params, inputs.ignore_index, with_grad
-        )[0]
-    return _reduce(_rows(name, inputs, params), scale)
+    divisor = _divisor(inputs, normalizer, reduction)
+    if divisor is None or not _fits_one_sweep(inputs, divisor):
+        return _reduce(_rows(name, inputs, params), inputs, divisor)
+    return _run(ops.reduced, name, inputs, *divisor, params, inputs.ignore_index)
 
 
-def _fits_one_sweep(inputs: _Inputs, scale: Tensor) -> bool:
-    """Whether loss and gradient can come from one sweep, before the upstream gradient is known."""
-    if inputs.backend == "reference":
-        return False
-    if _wants_gradient(scale) or _wants_gradient(inputs.row_weight):
-        return False
-    # A float16 gradient must be rounded after the upstream gradient has multiplied it: rounded
-    # before, it underflows, and the scale of a GradScaler comes too late.
-    return not (inputs.student.dtype == torch.float16 and _wants_gradient(inputs.student))
+class _Divisor(NamedTuple):
+    """What a sum of rows is divided by, as the operator `reduced` takes it."""
+
+    scale: float
+    normalizer: Tensor | None
+    mean: bool
 
 
-def _scale(inputs: _Inputs, normalizer: float | Tensor | None, reduction: str) -> Tensor | None:
-    """One over the divisor of a reduction, 0-d; None for "none"."""
+def _divisor(inputs: _Inputs, normalizer: float | Tensor | None, reduction: str) -> _Divisor | None:
+    """None for reduction "none"."""
     check_option("reduction", reduction)
-    shape, device = inputs.student.shape[:-1], inputs.student.device
     if reduction == "none":
         if normalizer is not None:
             raise ValueError("normalizer: got one with reduction 'none', which divides by nothing")
         return None
     if isinstance(normalizer, Tensor):
         _check_scalar("normalizer", normalizer)
-        return normalizer.to(device, inputs.dtype).reciprocal()
+        return _Divisor(1.0, normalizer.to(inputs.student.device, inputs.dtype), False)
     if normalizer is not None:
-        divisor = _positive("normalizer", normalizer)
-    elif reduction == "sum":
-        divisor = 1.0
-    elif reduction == "batchmean":
-        divisor = max(shape[0], 1) if shape else 1
-    elif inputs.target is None or inputs.all_counted:
-        divisor = max(math.prod(shape), 1)
-    else:
-        counted = (inputs.target != inputs.ignore_index).sum()
-        return counted.clamp_(min=1).to(inputs.dtype).reciprocal_()
-    return torch.full((), 1.0 / divisor, dtype=inputs.dtype, device=device)
+        return _Divisor(1.0 / _positive("normalizer", normalizer), None, False)
+    if reduction == "batchmean":
+        shape = inputs.student.shape[:-1]
+        return _Divisor(1.0 / max(shape[0], 1) if shape else 1.0, None, False)
+    return _Divisor(1.0, None, reduction == "mean")
 
 
-def _reduce(rows: Tensor, scale: Tensor | None) -> Tensor:
-    return rows if scale is None else rows.sum() * scale
+def _fits_one_sweep(inputs: _Inputs, divisor: _Divisor) -> bool:
+    """Whether loss and gradient can come from one sweep, before the upstream gradient is known."""
+    if inputs.backend == "reference":
+        return False
+    if _wants_gradient(divisor.normalizer) or _wants_gradient(inputs.row_weight):
+        return False
+    # A float16 gradient must be rounded after the upstream gradient has multiplied it: rounded
+    # before, it underflows, and the scale of a GradScaler comes too late.
+    return not (inputs.student.dtype == torch.float16 and _wants_gradient(inputs.student))
+
+
+def _run(op: Any, name: str, inputs: _Inputs, *options: Any) -> Tensor:
+    with_grad = _wants_gradient(inputs.student)
+    if op is ops.reduced:
+        options = (*options, with_grad)
+    try:
+        return ops.apply(op, with_grad, name, *_as_rows(inputs), *options)
+    except RuntimeError:
+        # The CPU kernels check the targets before they start, so it is not done here as well.
+        error = _range_error(inputs) if inputs.backend == "cpu" else None
+        if error is None:
+            raise
+    raise error
+
+
+def _reduce(rows: Tensor, inputs: _Inputs, divisor: _Divisor | None) -> Tensor:
+    if divisor is None:
+        return rows
+    return ops.scaled(rows.sum(), rows.shape, inputs.target, inputs.ignore_index, *divisor)
 
 
 def _rows(name: str, inputs: _Inputs, params: tuple[float, ...]) -> Tensor:
@@ -534,8 +553,9 @@ def _rows(name: str, inputs: _Inputs, params: tuple[float, ...]) -> Tensor:
         return _weigh(_rows(name, inputs._replace(row_weight=None), params), row_weight)
     if inputs.backend == "reference":
         return ops.reference_rows(name, *inputs[:4], params, inputs.ignore_index)
-    rows, _ = ops.forward(name, *_as_matrices(inputs), params, inputs.ignore_index)
-    return rows.view(rows.shape[:-2] + inputs.student.shape[:-1])
+    rows = _run(ops.forward, name, inputs, params, inputs.ignore_index)
+    shape = inputs.student.shape[:-1]
+    return rows if len(shape) <= 2 else rows.view(rows.shape[:-2] + shape)
 
 
 def _weigh(rows: Tensor, row_weight: Tensor) -> Tensor:
@@ -579,20 +599,22 @@ def _tf_nkd_rows(
     return cross_entropy * factor
 
 
-# Views of the logits as the (outer, inner, classes) of the operators.
+# Views of the logits with the one or two dimensions of rows, or none, that the operators take.
 
 
-def _as_matrices(inputs: _Inputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _as_rows(inputs: _Inputs) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     student, teacher, target, row_weight = inputs[:4]
-    if teacher is None:
-        (student,) = _merge_rows(student)
-    else:
-        student, teacher = _merge_rows(student, teacher)
-    shape = student.shape[:2]
+    if student.dim() > 3:
+        if teacher is None:
+            (student,) = _merge_rows(student)
+        else:
+            student, teacher = _merge_rows(student, teacher)
+        target = target.reshape(student.shape[:-1]) if target is not None else None
+        row_weight = row_weight.reshape(student.shape[:-1]) if row_weight is not None else None
     if target is not None:
-        target = target.contiguous().view(shape)
+        target = target.contiguous()
     if row_weight is not None:
-        row_weight = row_weight.contiguous().view(shape)
+        row_weight = row_weight.contiguous()
     return student, teacher, target, row_weight
 
 
@@ -602,13 +624,6 @@ def _merge_rows(*logits: Tensor) -> tuple[Tensor, ...]:
     Views, unless the strides allow no common place; then as few tensors as possible are copied.
     """
     *shape, classes = logits[0].shape
-    if len(shape) == 1:
-        return tuple(x.unsqueeze(0) for x in logits)
-    if len(shape) == 2:
-        return logits
-    if not shape:
-        return tuple(x.view(1, 1, classes) for x in logits)
-
     copies = [
         sum(not (_merges(x, 0, place) and _merges(x, place, len(shape))) for x in logits)
         for place in range(len(shape))

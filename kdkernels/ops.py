@@ -1,18 +1,24 @@
 """The operators `torch.ops.kdkernels.*`: schemas, shapes for tracing, and differentiation.
 
-Logits are 3-D views `(outer, inner, classes)` of any strides, target and row_weight are contiguous
-`(outer, inner)`. Kernels are registered for a device by the extension modules; everything here is
-independent of which of them exist.
+Logits are `(*rows, classes)` with any strides and at most two dimensions of rows; target and
+row_weight are contiguous and have the shape of the rows. Kernels are registered for a device by the
+extension modules; everything here is independent of which of them exist.
 
-forward    rows `(outer, inner)`, or `(outputs, outer, inner)` for a loss of several outputs,
+forward    losses in the shape of the rows, or `(outputs, *rows)` for a loss of several outputs,
            already multiplied by row_weight; and the row statistics that `backward` needs
 backward   the gradient of the student from those statistics and one upstream value per row
-reduced    sum over rows of row_weight * scale * loss and, on request, its gradient, in one sweep
+reduced    the sum over rows of row_weight * loss, times scale, over normalizer (0-d, in the dtype
+           of the loss) and, with mean, over the number of rows that are not ignored (at least 1);
+           and, on request, its gradient, in one sweep
 scale_     multiplies a gradient in place by a 0-d tensor; writes nothing when that is 1
+
+On a CPU, `forward` and `reduced` refuse targets out of range before they compute anything.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +61,8 @@ for _schema in (
     " -> (Tensor rows, Tensor stats)",
     f"backward(str loss, Tensor grad_rows, {_INPUTS}, Tensor stats, float[] params,"
     " int ignore_index) -> Tensor grad_student",
-    f"reduced(str loss, {_INPUTS}, Tensor scale, float[] params, int ignore_index,"
-    " bool with_grad) -> (Tensor loss, Tensor grad)",
+    f"reduced(str loss, {_INPUTS}, float scale, Tensor? normalizer, bool mean, float[] params,"
+    " int ignore_index, bool with_grad) -> (Tensor loss, Tensor grad)",
     "scale_(Tensor(a!) grad, Tensor factor) -> ()",
 ):
     _library.define(_schema, tags=_TAGS)
@@ -97,6 +103,26 @@ def reference_rows(
     )
 
 
+def scaled(
+    value: Tensor,
+    rows: Sequence[int],
+    target: Tensor | None,
+    ignore_index: int,
+    scale: float,
+    normalizer: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    """What `reduced` does to the sum of the rows, and its derivative to an upstream gradient."""
+    value = value * scale
+    if normalizer is not None:
+        value = value / normalizer
+    if mean and target is None:
+        value = value / max(math.prod(rows), 1)
+    elif mean and target is not None:
+        value = value / target.ne(ignore_index).sum().clamp_(min=1)
+    return value
+
+
 # Shapes, for tracing.
 
 
@@ -110,14 +136,13 @@ def _(
     params: Sequence[float],
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    outer, inner, _ = student.shape
-    outputs = LOSSES[loss].outputs
-    shape = (outer, inner) if outputs == 1 else (outputs, outer, inner)
+    rows, outputs = student.shape[:-1], LOSSES[loss].outputs
+    shape = rows if outputs == 1 else (outputs, *rows)
     # Statistics are kept in double where that costs nothing.
     stats_dtype = torch.float64 if student.device.type == "cpu" else loss_dtype(student, teacher)
     return (
         student.new_empty(shape, dtype=loss_dtype(student, teacher)),
-        student.new_empty((outer * inner, STATS_WIDTH), dtype=stats_dtype),
+        student.new_empty((math.prod(rows), STATS_WIDTH), dtype=stats_dtype),
     )
 
 
@@ -143,7 +168,9 @@ def _(
     teacher: Tensor | None,
     target: Tensor | None,
     row_weight: Tensor | None,
-    scale: Tensor,
+    scale: float,
+    normalizer: Tensor | None,
+    mean: bool,
     params: Sequence[float],
     ignore_index: int,
     with_grad: bool,
@@ -159,119 +186,165 @@ def _(grad: Tensor, factor: Tensor) -> None:
 
 # Differentiation. The kernels give the student's gradient; whatever else is asked for (another
 # input's gradient, or a gradient that is itself differentiable) comes from the reference.
+#
+# Each operator is differentiated by one pair of functions, which serves two callers: the operator
+# itself, registered with torch.library for graphs and for direct users, and an autograd.Function
+# for eager calls of the losses. The registered way walks over the schema at every call, which takes
+# longer than a loss of a hundred thousand logits.
 
 
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        rows, stats = _below_autograd(forward, keys, inputs)
-        ctx.loss, student, teacher, target, row_weight, ctx.params, ctx.ignore_index = inputs
-        ctx.save_for_backward(student, teacher, target, row_weight, stats)
-        ctx.mark_non_differentiable(stats)
-        # Otherwise autograd makes zeros for the gradient of the statistics.
-        ctx.set_materialize_grads(False)
-        return rows, stats
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_rows is None:
-            return (None,) * 8
-        student, teacher, target, row_weight, stats = ctx.saved_tensors
-        if _needs_reference(ctx):
-            inputs = (student, teacher, target, row_weight, None)
-            return *_reference_gradients(ctx, grad_rows, inputs)[:-1], None, None
-        gradient = backward(
-            ctx.loss,
-            grad_rows.contiguous(),
-            student,
-            teacher,
-            target,
-            row_weight,
-            stats,
-            ctx.params,
-            ctx.ignore_index,
-        )
-        return None, None, gradient, None, None, None, None, None
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.loss, student, teacher, target, row_weight, ctx.params, ctx.ignore_index = inputs
+    ctx.save_for_backward(student, teacher, target, row_weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    # Otherwise autograd makes zeros for the gradient of the statistics.
+    ctx.set_materialize_grads(False)
 
 
-class _Reduced(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        loss, gradient = _below_autograd(reduced, keys, inputs)
-        ctx.loss, *tensors, ctx.params, ctx.ignore_index, with_grad = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)
-        # Not among the saved tensors, because backward gives this very buffer away.
-        ctx.gradient = gradient if with_grad else None
-        return loss, gradient
+def _differentiate_rows(
+    ctx: Any, grad_rows: Tensor | None, _: None = None
+) -> tuple[Tensor | None, ...]:
+    if grad_rows is None:
+        return (None,) * 7
+    student, teacher, target, row_weight, stats = ctx.saved_tensors
+    if _needs_reference(ctx):
+        inputs = (student, teacher, target, row_weight)
+        return None, *_reference_gradients(ctx, grad_rows, inputs), None, None
+    gradient = backward(
+        ctx.loss,
+        grad_rows.contiguous(),
+        student,
+        teacher,
+        target,
+        row_weight,
+        stats,
+        ctx.params,
+        ctx.ignore_index,
+    )
+    return None, gradient, None, None, None, None, None
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 10
-        if _needs_reference(ctx):
-            return *_reference_gradients(ctx, grad_loss, ctx.saved_tensors), None, None, None
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            # A second backward through the same graph: the first one took the gradient.
-            *inputs, scale = ctx.saved_tensors
-            rows, stats = forward(ctx.loss, *inputs, ctx.params, ctx.ignore_index)
-            grad_rows = (grad_loss * scale).expand(rows.shape).contiguous()
-            gradient = backward(ctx.loss, grad_rows, *inputs, stats, ctx.params, ctx.ignore_index)
-        elif is_eager(gradient):
-            scale_(gradient, grad_loss)
-        else:
-            # A traced graph must not change what its forward half returned.
-            gradient = gradient * grad_loss
-        return None, None, gradient, None, None, None, None, None, None, None
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    (
+        ctx.loss,
+        student,
+        teacher,
+        target,
+        row_weight,
+        ctx.scale,
+        normalizer,
+        ctx.mean,
+        ctx.params,
+        ctx.ignore_index,
+        with_grad,
+    ) = inputs
+    ctx.save_for_backward(student, teacher, target, row_weight, normalizer)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    # Not among the saved tensors, because backward gives this very buffer away.
+    ctx.gradient = output[1] if with_grad else None
+
+
+def _differentiate_loss(
+    ctx: Any, grad_loss: Tensor | None, _: None = None
+) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 11
+    if _needs_reference(ctx):
+        *inputs, normalizer = ctx.saved_tensors
+        *of_inputs, of_normalizer = _reference_gradients(ctx, grad_loss, inputs, normalizer)
+        return None, *of_inputs, None, of_normalizer, None, None, None, None
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        # A second backward through the same graph: the first one took the gradient.
+        *inputs, normalizer = ctx.saved_tensors
+        rows, stats = forward(ctx.loss, *inputs, ctx.params, ctx.ignore_index)
+        grad_rows = _scaled(ctx, grad_loss, inputs, normalizer).expand(rows.shape).contiguous()
+        gradient = backward(ctx.loss, grad_rows, *inputs, stats, ctx.params, ctx.ignore_index)
+    elif is_eager(gradient):
+        scale_(gradient, grad_loss)
+    else:
+        # A traced graph must not change what its forward half returned.
+        gradient = gradient * grad_loss
+    return None, gradient, None, None, None, None, None, None, None, None, None
 
 
 def _needs_reference(ctx: Any) -> bool:
-    # The inputs begin with the dispatch keys, the loss's name and the student.
-    return torch.is_grad_enabled() or any(ctx.needs_input_grad[3:])
+    # The inputs begin with the loss's name and the student.
+    return torch.is_grad_enabled() or True in ctx.needs_input_grad[2:]
+
+
+def _scaled(ctx: Any, value: Tensor, inputs: Sequence[Any], normalizer: Tensor | None) -> Tensor:
+    student, _, target, _ = inputs
+    rows = student.shape[:-1]
+    return scaled(value, rows, target, ctx.ignore_index, ctx.scale, normalizer, ctx.mean)
 
 
 def _reference_gradients(
-    ctx: Any, grad: Tensor, tensors: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs up to the last of (student, teacher, target, row_weight, scale).
-
-    None where none is needed.
+    ctx: Any, grad: Tensor, inputs: Sequence[Any], *normalizer: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of (student, teacher, target, row_weight), of the rows or, with a normalizer or
+    None for it, of the reduced loss and then also of that. None where none is needed.
     """
     create_graph = torch.is_grad_enabled()
-    student, teacher, target, row_weight, scale = tensors
-    assert student is not None
+    tensors = (*inputs, *normalizer)
     with torch.enable_grad():
+        student, teacher, target, row_weight = inputs
         value = reference_rows(
             ctx.loss, student, teacher, target, row_weight, ctx.params, ctx.ignore_index
         )
-        if scale is not None:
-            value = (value * scale).sum()
+        if normalizer:
+            value = _scaled(ctx, value.sum(), inputs, *normalizer)
         needed = [x for x in tensors if x is not None and x.requires_grad]
         gradients = iter(
             torch.autograd.grad(value, needed, grad, create_graph=create_graph, allow_unused=True)
         )
-    of_tensors = [next(gradients) if x is not None and x.requires_grad else None for x in tensors]
-    return None, None, *of_tensors
+    return [next(gradients) if x is not None and x.requires_grad else None for x in tensors]
 
 
-def _below_autograd(op: torch._ops.OpOverload, keys: Any, inputs: tuple[Any, ...]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+for _op, _differentiate, _save in (
+    (forward, _differentiate_rows, _save_rows),
+    (reduced, _differentiate_loss, _save_loss),
+):
+    torch.library.register_autograd(_op, _differentiate, setup_context=_save, lib=_library)
 
 
-def _register_autograd(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
-    # What torch.library.register_autograd does, without its walk over the schema at every call:
-    # that takes longer than a loss of a few hundred thousand logits.
-    def autograd(keys: Any, *inputs: Any) -> Any:
-        tensors = (x for x in inputs if isinstance(x, Tensor))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return function.apply(keys, *inputs)
-        return _below_autograd(op, keys, inputs)
-
-    _library.impl(op._opname, autograd, "Autograd", with_keyset=True)
+# An autograd.Function runs its forward without gradients, so the registered autograd only passes on
+# what it gets, but that takes as long as the rest of the call. This guard skips it. It is private
+# to torch; without it the results are the same.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
-_register_autograd(forward, _Forward)
-_register_autograd(reduced, _Reduced)
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with _below_autograd():
+            output = forward(*inputs)
+        _save_rows(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate_rows)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with _below_autograd():
+            output = reduced(*inputs)
+        _save_loss(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate_loss)
+
+
+def apply(op: torch._ops.OpOverload, with_grad: bool, *inputs: Any) -> Tensor:
+    """The first output of `forward` or `reduced`, in the cheapest way.
+
+    with_grad: whether a gradient of the student is wanted, and of nothing else.
+    """
+    if torch.compiler.is_compiling():
+        return op(*inputs)[0]
+    if with_grad:
+        return (_Rows if op is forward else _Loss).apply(*inputs)[0]
+    with _below_autograd():
+        return op(*inputs)[0]

@@ -78,16 +78,28 @@ def test_opcheck_forward(name):
 def test_opcheck_reduced(name, with_grad):
     student, *rest = op_inputs(name)
     student = student.detach().requires_grad_(with_grad)
-    scale = torch.tensor(0.25)
-    args = (name, student, *rest, scale, PARAMS[name], -100, with_grad)
+    for normalizer, mean in ((None, True), (torch.tensor(4.0), False)):
+        args = (name, student, *rest, 0.25, normalizer, mean, PARAMS[name], -100, with_grad)
+        torch.library.opcheck(ops.reduced, args)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_opcheck_number_of_dimensions(dims):
+    student, teacher, target, row_weight = op_inputs("dkd")
+    for _ in range(3 - dims):
+        student, teacher, target, row_weight = student[1], teacher[1], target[1], row_weight[1]
+    inputs = (student.detach().requires_grad_(), teacher, target, row_weight)
+    torch.library.opcheck(ops.forward, ("dkd", *inputs, PARAMS["dkd"], -100))
+    args = ("dkd", *inputs, 1.0, None, True, PARAMS["dkd"], -100, True)
     torch.library.opcheck(ops.reduced, args)
 
 
 def test_opcheck_where_the_reference_differentiates():
     inputs = op_inputs("dkd", teacher_gradient=True)
     torch.library.opcheck(ops.forward, ("dkd", *inputs, PARAMS["dkd"], -100))
-    scale = torch.tensor(0.25, requires_grad=True)
-    torch.library.opcheck(ops.reduced, ("dkd", *inputs, scale, PARAMS["dkd"], -100, True))
+    normalizer = torch.tensor(4.0, requires_grad=True)
+    args = ("dkd", *inputs, 0.25, normalizer, True, PARAMS["dkd"], -100, True)
+    torch.library.opcheck(ops.reduced, args)
 
 
 @pytest.mark.parametrize("name", ["dkd", "target_split"])
@@ -336,17 +348,19 @@ def test_only_the_teacher_is_learned():
 def test_operators_called_directly_differentiate_every_input():
     student, teacher, target, row_weight = op_inputs("dkd")
     inputs = [x.detach().double().requires_grad_() for x in (student, teacher, row_weight)]
-    scale = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    normalizer = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    counted = (target != -100).sum()
 
-    def fused(student, teacher, row_weight, scale):
-        args = ("dkd", student, teacher, target, row_weight, scale, PARAMS["dkd"], -100, True)
+    def fused(student, teacher, row_weight, normalizer):
+        inputs = (student, teacher, target, row_weight)
+        args = ("dkd", *inputs, 0.5, normalizer, True, PARAMS["dkd"], -100, True)
         return ops.reduced(*args)[0]
 
-    def plain(student, teacher, row_weight, scale):
+    def plain(student, teacher, row_weight, normalizer):
         args = ("dkd", student, teacher, target, row_weight, PARAMS["dkd"], -100)
-        return (ops.reference_rows(*args) * scale).sum()
+        return 0.5 * ops.reference_rows(*args).sum() / normalizer / counted
 
-    leaves = (*inputs, scale)
+    leaves = (*inputs, normalizer)
     ours, theirs = (torch.autograd.grad(f(*leaves), leaves) for f in (fused, plain))
     for x, y in zip(ours, theirs, strict=True):
         close(x, y)
