@@ -22,8 +22,8 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Params = std::vector<double>;
 
@@ -154,9 +154,10 @@ void run(const kd::Kernels& build, const kd::Problem& p) {
 // more than the kernels on a small input.
 Tensor fresh_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
