@@ -203,8 +203,14 @@ def tf_nkd_loss(
     weight = check_option("ce_weight", ce_weight)
     inputs = _check("cross_entropy", student, None, target, ignore_index, row_weight, dim, backend)
     divisor = _divisor(inputs, normalizer, reduction)
-    rows = _tf_nkd_rows(inputs, weight, _confidence(mean_confidence, inputs))
-    return _reduce(rows, inputs, divisor)
+    confidence = _confidence(mean_confidence, inputs)
+    if divisor is None or not _fits_one_sweep(inputs, divisor):
+        return _reduce(_tf_nkd_rows(inputs, weight, confidence), inputs, divisor)
+    # One sweep for the factors, one with them as weights for the loss and its gradient.
+    with torch.no_grad():
+        factor = _tf_nkd_factor(_read_cross_entropy(inputs), inputs, weight, confidence)
+    inputs = inputs._replace(row_weight=factor)
+    return _run(ops.reduced, "cross_entropy", inputs, *divisor, (), inputs.ignore_index)
 
 
 def aekt_loss(
@@ -567,36 +573,48 @@ def _weigh(rows: Tensor, row_weight: Tensor) -> Tensor:
 def _tf_nkd_rows(
     inputs: _Inputs, ce_weight: float, mean_confidence: float | Tensor | None
 ) -> Tensor:
-    row_weight, target = inputs.row_weight, inputs.target
-    assert target is not None
+    row_weight = inputs.row_weight
     if row_weight is not None and _wants_gradient(row_weight):
         rows = _tf_nkd_rows(inputs._replace(row_weight=None), ce_weight, mean_confidence)
         return _weigh(rows, row_weight)
     if inputs.backend == "reference":
+        assert inputs.target is not None
         return reference.tf_nkd(
             inputs.student,
-            target,
+            inputs.target,
             ce_weight,
             mean_confidence,
             ignore_index=inputs.ignore_index,
             row_weight=row_weight,
         )
-    # The factor of a row is known only after its cross-entropy, so it is applied here.
-    if row_weight is not None:
-        inputs = inputs._replace(row_weight=(row_weight != 0).to(inputs.dtype))
-    cross_entropy = _rows("cross_entropy", inputs, ())
-    with torch.no_grad():
-        confidence = torch.exp(-cross_entropy)
-        if mean_confidence is None:
-            counted = (target != inputs.ignore_index) & ~confidence.isnan()
-            if row_weight is not None:
-                counted = counted & (row_weight != 0)
-            total = torch.where(counted, confidence, 0.0).sum()
-            mean_confidence = total / counted.sum().clamp(min=1)
-        factor = confidence + (1.0 + ce_weight) - mean_confidence
-        if row_weight is not None:
-            factor = factor * row_weight
+    cross_entropy = _read_cross_entropy(inputs)
+    factor = _tf_nkd_factor(cross_entropy.detach(), inputs, ce_weight, mean_confidence)
     return cross_entropy * factor
+
+
+def _read_cross_entropy(inputs: _Inputs) -> Tensor:
+    """Cross-entropy of each row without its weight; 0 where that is 0."""
+    if inputs.row_weight is not None:
+        inputs = inputs._replace(row_weight=(inputs.row_weight != 0).to(inputs.dtype))
+    return _rows("cross_entropy", inputs, ())
+
+
+def _tf_nkd_factor(
+    cross_entropy: Tensor,
+    inputs: _Inputs,
+    ce_weight: float,
+    mean_confidence: float | Tensor | None,
+) -> Tensor:
+    """What multiplies the cross-entropy of each row, its weight included."""
+    confidence = cross_entropy.neg().exp_()
+    if mean_confidence is None:
+        counted = (confidence >= 0) & (inputs.target != inputs.ignore_index)  # NaN is not >= 0
+        if inputs.row_weight is not None:
+            counted &= inputs.row_weight != 0
+        total = torch.where(counted, confidence, 0.0).sum()
+        mean_confidence = total / counted.sum().clamp_(min=1)
+    factor = confidence.add_(1.0 + ce_weight).sub_(mean_confidence)
+    return factor if inputs.row_weight is None else factor.mul_(inputs.row_weight)
 
 
 # Views of the logits with the one or two dimensions of rows, or none, that the operators take.
