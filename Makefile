@@ -77,7 +77,8 @@ asan: $(PACKAGE)
 	    $(PY) -m pytest -q --capture=sys -o pythonpath=build/asan $(ASAN_TESTS) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info kdkernels/_build.json kdkernels/_C.*so kdkernels/_host.*so
+	rm -rf build dist *.egg-info kdkernels/_build.json kdkernels/_C.*so kdkernels/_host.*so \
+	    kdkernels/triton_kernels
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f .venv/.package
 

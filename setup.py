@@ -28,7 +28,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
 
 # A subpackage that lives outside kdkernels/ gets a line here: "kdkernels.name": "folder".
-PACKAGES = {"kdkernels": "kdkernels"}
+PACKAGES = {"kdkernels": "kdkernels", "kdkernels.triton_kernels": "triton_kernels"}
 MODES = ("auto", "cuda", "cpu", "none")
 
 # No -ffast-math: the kernels rely on infinities and NaN.
@@ -137,6 +137,14 @@ def record(package):
             stale.unlink()
 
 
+def link_packages():
+    """Lets a checkout be imported as it lies, for packages whose folder is elsewhere."""
+    for name, folder in PACKAGES.items():
+        link = Path(*name.split("."))
+        if link != Path(folder) and not link.exists():
+            link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
+
+
 def compile_modules(folder):
     """Compiles every object once, links both modules. Paths are relative, so __FILE__ is too."""
     torch = TORCH[0]
@@ -200,6 +208,7 @@ class BuildExt(build_ext):
         super().run()
         if self.inplace:
             record(Path("kdkernels"))
+            link_packages()
 
     def build_extensions(self):
         tag = f"{sys.implementation.cache_tag}-{platform.machine()}"

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdkernels import ops  # defines the operators, before any extension registers kernels for them
+# Defines the operators, before any extension registers kernels for them.
+from kdkernels import ops
+
+_NO_DEVICE = "PyTorch finds no CUDA device"
 
 
 class Availability(NamedTuple):
@@ -25,9 +28,12 @@ class Availability(NamedTuple):
     build: Mapping[str, Any] = MappingProxyType({})
 
 
+_NO_DEVICE = "PyTorch finds no CUDA device"
 # Per device type, fastest first; the reference runs everywhere and closes every list.
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-_DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+# In Triton's interpreter, a debugging aid that its tests run in, kernels work on CPU tensors.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _INTERPRETED else "cuda"}
 
 
 def _import_error(module: str, absent: str) -> str | None:
@@ -51,7 +57,8 @@ def _build_record() -> dict[str, Any]:
 
 
 def _has_kernels(key: str) -> bool:
-    names = (ops.forward, ops.backward, ops.reduced, ops.scale_)
+    fused = ops.FUSED
+    names = (fused.forward, fused.backward, fused.reduced, fused.scale_)
     return all(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for op in names)
 
 
@@ -68,16 +75,20 @@ def _probe() -> dict[str, Availability]:
 
     def with_device(entry: Availability) -> Availability:
         if entry.available and not torch.cuda.is_available():
-            return entry._replace(available=False, reason="PyTorch finds no CUDA device")
+            return entry._replace(available=False, reason=_NO_DEVICE)
         return entry
 
-    triton_error = _import_error(
-        "kdkernels.triton_kernels", "not part of this build: there is no kdkernels.triton_kernels"
-    )
-    triton = Availability(triton_error is None, triton_error or "Triton kernels are loaded")
+    def triton() -> Availability:
+        if not (_INTERPRETED or torch.cuda.is_available()):
+            return Availability(False, _NO_DEVICE)  # and importing Triton takes its time
+        absent = "not part of this build: there is no kdkernels.triton_kernels"
+        error = _import_error("kdkernels.triton_kernels", absent)
+        how = "in Triton's interpreter, on CPU tensors" if _INTERPRETED else "Triton is loaded"
+        return Availability(error is None, error or how)
+
     return {
         "cuda": with_device(compiled("cuda", "CUDA")),
-        "triton": with_device(triton),
+        "triton": triton(),
         "cpu": compiled("cpu", "CPU"),
         "reference": Availability(True, "plain PyTorch, always there"),
     }
@@ -103,7 +114,7 @@ def choose(backend: str | None, device: torch.device) -> str:
         return _named(backend, device)
     preferred = _PREFERENCE.get(device.type, ())
     for name in preferred:
-        if _available[name].available:
+        if _available[name].available and _DEVICE[name] == device.type:
             break
     else:
         name = "reference"

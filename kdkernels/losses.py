@@ -210,7 +210,7 @@ def tf_nkd_loss(
     with torch.no_grad():
         factor = _tf_nkd_factor(_read_cross_entropy(inputs), inputs, weight, confidence)
     inputs = inputs._replace(row_weight=factor)
-    return _run(ops.reduced, "cross_entropy", inputs, *divisor, (), inputs.ignore_index)
+    return _run("reduced", "cross_entropy", inputs, *divisor, (), inputs.ignore_index)
 
 
 def aekt_loss(
@@ -492,7 +492,7 @@ def _loss(
     divisor = _divisor(inputs, normalizer, reduction)
     if divisor is None or not _fits_one_sweep(inputs, divisor):
         return _reduce(_rows(name, inputs, params), inputs, divisor)
-    return _run(ops.reduced, name, inputs, *divisor, params, inputs.ignore_index)
+    return _run("reduced", name, inputs, *divisor, params, inputs.ignore_index)
 
 
 class _Divisor(NamedTuple):
@@ -532,12 +532,14 @@ def _fits_one_sweep(inputs: _Inputs, divisor: _Divisor) -> bool:
     return not (inputs.student.dtype == torch.float16 and _wants_gradient(inputs.student))
 
 
-def _run(op: Any, name: str, inputs: _Inputs, *options: Any) -> Tensor:
+def _run(op_name: str, loss: str, inputs: _Inputs, *options: Any) -> Tensor:
+    operators = ops.TRITON if inputs.backend == "triton" else ops.FUSED
     with_grad = _wants_gradient(inputs.student)
-    if op is ops.reduced:
+    if op_name == "reduced":
         options = (*options, with_grad)
+    op = getattr(operators, op_name)
     try:
-        return ops.apply(op, with_grad, name, *_as_rows(inputs), *options)
+        return operators.apply(op, with_grad, loss, *_as_rows(inputs), *options)
     except RuntimeError:
         # The CPU kernels check the targets before they start, so it is not done here as well.
         error = _range_error(inputs) if inputs.backend == "cpu" else None
@@ -559,7 +561,7 @@ def _rows(name: str, inputs: _Inputs, params: tuple[float, ...]) -> Tensor:
         return _weigh(_rows(name, inputs._replace(row_weight=None), params), row_weight)
     if inputs.backend == "reference":
         return ops.reference_rows(name, *inputs[:4], params, inputs.ignore_index)
-    rows = _run(ops.forward, name, inputs, params, inputs.ignore_index)
+    rows = _run("forward", name, inputs, params, inputs.ignore_index)
     shape = inputs.student.shape[:-1]
     return rows if len(shape) <= 2 else rows.view(rows.shape[:-2] + shape)
 

@@ -1,5 +1,8 @@
 """The operators `torch.ops.kdkernels.*`: schemas, shapes for tracing, and differentiation.
 
+There are two sets of the same operators: FUSED, implemented by the compiled extension on each
+device it is built for, and TRITON, whose names begin with `triton_`.
+
 Logits are `(*rows, classes)` with any strides and at most two dimensions of rows; target and
 row_weight are contiguous and have the shape of the rows. Kernels are registered for a device by the
 extension modules; everything here is independent of which of them exist.
@@ -18,6 +21,7 @@ On a CPU, `forward` and `reduced` refuse targets out of range before they comput
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,25 +56,19 @@ LOSSES = {
     "target_split": Loss(reference.target_split, teacher=False, outputs=3),
 }
 
-_library = torch.library.Library("kdkernels", "DEF")
+_LIBRARY = torch.library.Library("kdkernels", "DEF")
 _INPUTS = "Tensor student, Tensor? teacher, Tensor? target, Tensor? row_weight"
+_SCHEMAS = {
+    "forward": f"(str loss, {_INPUTS}, float[] params, int ignore_index)"
+    " -> (Tensor rows, Tensor stats)",
+    "backward": f"(str loss, Tensor grad_rows, {_INPUTS}, Tensor stats, float[] params,"
+    " int ignore_index) -> Tensor grad_student",
+    "reduced": f"(str loss, {_INPUTS}, float scale, Tensor? normalizer, bool mean, float[] params,"
+    " int ignore_index, bool with_grad) -> (Tensor loss, Tensor grad)",
+    "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
+}
 # Exact strides: the layout of a gradient follows that of the student, also when compiled.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-for _schema in (
-    f"forward(str loss, {_INPUTS}, float[] params, int ignore_index)"
-    " -> (Tensor rows, Tensor stats)",
-    f"backward(str loss, Tensor grad_rows, {_INPUTS}, Tensor stats, float[] params,"
-    " int ignore_index) -> Tensor grad_student",
-    f"reduced(str loss, {_INPUTS}, float scale, Tensor? normalizer, bool mean, float[] params,"
-    " int ignore_index, bool with_grad) -> (Tensor loss, Tensor grad)",
-    "scale_(Tensor(a!) grad, Tensor factor) -> ()",
-):
-    _library.define(_schema, tags=_TAGS)
-
-forward = torch.ops.kdkernels.forward.default
-backward = torch.ops.kdkernels.backward.default
-reduced = torch.ops.kdkernels.reduced.default
-scale_ = torch.ops.kdkernels.scale_.default
 
 
 def loss_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
@@ -126,61 +124,35 @@ def scaled(
 # Shapes, for tracing.
 
 
-@torch.library.register_fake("kdkernels::forward", lib=_library)
-def _(
+def _fake_forward(
+    stats_dtype: Callable[[Tensor, torch.dtype], torch.dtype],
     loss: str,
     student: Tensor,
     teacher: Tensor | None,
-    target: Tensor | None,
-    row_weight: Tensor | None,
-    params: Sequence[float],
-    ignore_index: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     rows, outputs = student.shape[:-1], LOSSES[loss].outputs
     shape = rows if outputs == 1 else (outputs, *rows)
-    # Statistics are kept in double where that costs nothing.
-    stats_dtype = torch.float64 if student.device.type == "cpu" else loss_dtype(student, teacher)
+    dtype = loss_dtype(student, teacher)
     return (
-        student.new_empty(shape, dtype=loss_dtype(student, teacher)),
-        student.new_empty((math.prod(rows), STATS_WIDTH), dtype=stats_dtype),
+        student.new_empty(shape, dtype=dtype),
+        student.new_empty((math.prod(rows), STATS_WIDTH), dtype=stats_dtype(student, dtype)),
     )
 
 
-@torch.library.register_fake("kdkernels::backward", lib=_library)
-def _(
-    loss: str,
-    grad_rows: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    row_weight: Tensor | None,
-    stats: Tensor,
-    params: Sequence[float],
-    ignore_index: int,
-) -> Tensor:
+def _fake_backward(loss: str, grad_rows: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student)
 
 
-@torch.library.register_fake("kdkernels::reduced", lib=_library)
-def _(
-    loss: str,
-    student: Tensor,
-    teacher: Tensor | None,
-    target: Tensor | None,
-    row_weight: Tensor | None,
-    scale: float,
-    normalizer: Tensor | None,
-    mean: bool,
-    params: Sequence[float],
-    ignore_index: int,
-    with_grad: bool,
+def _fake_reduced(
+    loss: str, student: Tensor, teacher: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    with_grad = rest[-1]
     grad = torch.empty_like(student) if with_grad else student.new_empty((0,))
     return student.new_empty((), dtype=loss_dtype(student, teacher)), grad
 
 
-@torch.library.register_fake("kdkernels::scale_", lib=_library)
-def _(grad: Tensor, factor: Tensor) -> None:
+def _fake_scale(grad: Tensor, factor: Tensor) -> None:
     return None
 
 
@@ -202,7 +174,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _differentiate_rows(
-    ctx: Any, grad_rows: Tensor | None, _: None = None
+    ctx: Any, grad_rows: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_rows is None:
         return (None,) * 7
@@ -210,7 +182,7 @@ def _differentiate_rows(
     if _needs_reference(ctx):
         inputs = (student, teacher, target, row_weight)
         return None, *_reference_gradients(ctx, grad_rows, inputs), None, None
-    gradient = backward(
+    gradient = ctx.operators.backward(
         ctx.loss,
         grad_rows.contiguous(),
         student,
@@ -246,7 +218,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 
 def _differentiate_loss(
-    ctx: Any, grad_loss: Tensor | None, _: None = None
+    ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 11
@@ -258,11 +230,13 @@ def _differentiate_loss(
     if gradient is None:
         # A second backward through the same graph: the first one took the gradient.
         *inputs, normalizer = ctx.saved_tensors
-        rows, stats = forward(ctx.loss, *inputs, ctx.params, ctx.ignore_index)
+        rows, stats = ctx.operators.forward(ctx.loss, *inputs, ctx.params, ctx.ignore_index)
         grad_rows = _scaled(ctx, grad_loss, inputs, normalizer).expand(rows.shape).contiguous()
-        gradient = backward(ctx.loss, grad_rows, *inputs, stats, ctx.params, ctx.ignore_index)
+        gradient = ctx.operators.backward(
+            ctx.loss, grad_rows, *inputs, stats, ctx.params, ctx.ignore_index
+        )
     elif is_eager(gradient):
-        scale_(gradient, grad_loss)
+        ctx.operators.scale_(gradient, grad_loss)
     else:
         # A traced graph must not change what its forward half returned.
         gradient = gradient * grad_loss
@@ -270,8 +244,7 @@ def _differentiate_loss(
 
 
 def _needs_reference(ctx: Any) -> bool:
-    # The inputs begin with the loss's name and the student.
-    return torch.is_grad_enabled() or True in ctx.needs_input_grad[2:]
+    return torch.is_grad_enabled() or True in ctx.needs_input_grad[ctx.after_student :]
 
 
 def _scaled(ctx: Any, value: Tensor, inputs: Sequence[Any], normalizer: Tensor | None) -> Tensor:
@@ -302,13 +275,6 @@ def _reference_gradients(
     return [next(gradients) if x is not None and x.requires_grad else None for x in tensors]
 
 
-for _op, _differentiate, _save in (
-    (forward, _differentiate_rows, _save_rows),
-    (reduced, _differentiate_loss, _save_loss),
-):
-    torch.library.register_autograd(_op, _differentiate, setup_context=_save, lib=_library)
-
-
 # An autograd.Function runs its forward without gradients, so the registered autograd only passes on
 # what it gets, but that takes as long as the rest of the call. This guard skips it. It is private
 # to torch; without it the results are the same.
@@ -317,34 +283,88 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nul
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, operators: Operators, *inputs: Any) -> tuple[Tensor, Tensor]:
         with _below_autograd():
-            output = forward(*inputs)
+            output = operators.forward(*inputs)
+        ctx.operators, ctx.after_student = operators, 3
         _save_rows(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_differentiate_rows)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_differentiate_rows(ctx, *grads)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, operators: Operators, *inputs: Any) -> tuple[Tensor, Tensor]:
         with _below_autograd():
-            output = reduced(*inputs)
+            output = operators.reduced(*inputs)
+        ctx.operators, ctx.after_student = operators, 3
         _save_loss(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_differentiate_loss)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_differentiate_loss(ctx, *grads)
 
 
-def apply(op: torch._ops.OpOverload, with_grad: bool, *inputs: Any) -> Tensor:
-    """The first output of `forward` or `reduced`, in the cheapest way.
+class Operators:
+    """One set of the operators: what they are called, traced and differentiated as."""
 
-    with_grad: whether a gradient of the student is wanted, and of nothing else.
-    """
-    if torch.compiler.is_compiling():
-        return op(*inputs)[0]
-    if with_grad:
-        return (_Rows if op is forward else _Loss).apply(*inputs)[0]
-    with _below_autograd():
-        return op(*inputs)[0]
+    def __init__(
+        self, prefix: str, stats_dtype: Callable[[Tensor, torch.dtype], torch.dtype]
+    ) -> None:
+        """stats_dtype: of the row statistics, from the student and the dtype of the loss."""
+        self._prefix = prefix
+        for name, schema in _SCHEMAS.items():
+            _LIBRARY.define(prefix + name + schema, tags=_TAGS)
+        namespace = torch.ops.kdkernels
+        self.forward = getattr(namespace, prefix + "forward").default
+        self.backward = getattr(namespace, prefix + "backward").default
+        self.reduced = getattr(namespace, prefix + "reduced").default
+        self.scale_ = getattr(namespace, prefix + "scale_").default
+        for op, fake in (
+            (self.forward, functools.partial(_fake_forward, stats_dtype)),
+            (self.backward, _fake_backward),
+            (self.reduced, _fake_reduced),
+            (self.scale_, _fake_scale),
+        ):
+            torch.library.register_fake(op, fake, lib=_LIBRARY)
+        for op, differentiate, save in (
+            (self.forward, _differentiate_rows, _save_rows),
+            (self.reduced, _differentiate_loss, _save_loss),
+        ):
+            save = functools.partial(self._set_up, save)
+            torch.library.register_autograd(op, differentiate, setup_context=save, lib=_LIBRARY)
+
+    def _set_up(self, save: Callable[..., None], ctx: Any, inputs: Any, output: Any) -> None:
+        # The inputs begin with the loss's name and the student.
+        ctx.operators, ctx.after_student = self, 2
+        save(ctx, inputs, output)
+
+    def implement(self, device_type: str, **functions: Callable[..., Any]) -> None:
+        """Registers Python implementations for tensors of a device type."""
+        for name, function in functions.items():
+            _LIBRARY.impl(self._prefix + name, function, device_type.upper())
+
+    def apply(self, op: torch._ops.OpOverload, with_grad: bool, *inputs: Any) -> Tensor:
+        """The first output of this set's `forward` or `reduced`, in the cheapest way.
+
+        with_grad: whether a gradient of the student is wanted, and of nothing else.
+        """
+        if torch.compiler.is_compiling():
+            return op(*inputs)[0]
+        if with_grad:
+            return (_Rows if op is self.forward else _Loss).apply(self, *inputs)[0]
+        with _below_autograd():
+            return op(*inputs)[0]
+
+
+def _compiled_stats(student: Tensor, dtype: torch.dtype) -> torch.dtype:
+    # Kept in double where that costs nothing.
+    return torch.float64 if student.device.type == "cpu" else dtype
+
+
+FUSED = Operators("", _compiled_stats)
+TRITON = Operators("triton_", lambda _, dtype: dtype)

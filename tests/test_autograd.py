@@ -70,7 +70,7 @@ def op_inputs(name: str, teacher_gradient: bool = False) -> tuple[Tensor | None,
 
 @pytest.mark.parametrize("name", PARAMS)
 def test_opcheck_forward(name):
-    torch.library.opcheck(ops.forward, (name, *op_inputs(name), PARAMS[name], -100))
+    torch.library.opcheck(ops.FUSED.forward, (name, *op_inputs(name), PARAMS[name], -100))
 
 
 @pytest.mark.parametrize("name", REDUCIBLE)
@@ -80,7 +80,7 @@ def test_opcheck_reduced(name, with_grad):
     student = student.detach().requires_grad_(with_grad)
     for normalizer, mean in ((None, True), (torch.tensor(4.0), False)):
         args = (name, student, *rest, 0.25, normalizer, mean, PARAMS[name], -100, with_grad)
-        torch.library.opcheck(ops.reduced, args)
+        torch.library.opcheck(ops.FUSED.reduced, args)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -89,37 +89,37 @@ def test_opcheck_number_of_dimensions(dims):
     for _ in range(3 - dims):
         student, teacher, target, row_weight = student[1], teacher[1], target[1], row_weight[1]
     inputs = (student.detach().requires_grad_(), teacher, target, row_weight)
-    torch.library.opcheck(ops.forward, ("dkd", *inputs, PARAMS["dkd"], -100))
+    torch.library.opcheck(ops.FUSED.forward, ("dkd", *inputs, PARAMS["dkd"], -100))
     args = ("dkd", *inputs, 1.0, None, True, PARAMS["dkd"], -100, True)
-    torch.library.opcheck(ops.reduced, args)
+    torch.library.opcheck(ops.FUSED.reduced, args)
 
 
 def test_opcheck_where_the_reference_differentiates():
     inputs = op_inputs("dkd", teacher_gradient=True)
-    torch.library.opcheck(ops.forward, ("dkd", *inputs, PARAMS["dkd"], -100))
+    torch.library.opcheck(ops.FUSED.forward, ("dkd", *inputs, PARAMS["dkd"], -100))
     normalizer = torch.tensor(4.0, requires_grad=True)
     args = ("dkd", *inputs, 0.25, normalizer, True, PARAMS["dkd"], -100, True)
-    torch.library.opcheck(ops.reduced, args)
+    torch.library.opcheck(ops.FUSED.reduced, args)
 
 
 @pytest.mark.parametrize("name", ["dkd", "target_split"])
 def test_opcheck_backward(name):
     inputs = [x if x is None else x.detach() for x in op_inputs(name)]
-    rows, stats = ops.forward(name, *inputs, PARAMS[name], -100)
+    rows, stats = ops.FUSED.forward(name, *inputs, PARAMS[name], -100)
     args = (name, torch.randn_like(rows), *inputs, stats, PARAMS[name], -100)
-    torch.library.opcheck(ops.backward, args)
+    torch.library.opcheck(ops.FUSED.backward, args)
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_opcheck_scale(factor):
-    torch.library.opcheck(ops.scale_, (torch.randn(2, 3), torch.tensor(factor)))
+    torch.library.opcheck(ops.FUSED.scale_, (torch.randn(2, 3), torch.tensor(factor)))
 
 
 def test_scale_writes_nothing_at_one():
     gradient = torch.full((3,), 2.0)
-    ops.scale_(gradient, torch.tensor(1.0))
+    ops.FUSED.scale_(gradient, torch.tensor(1.0))
     assert gradient.tolist() == [2.0] * 3
-    ops.scale_(gradient, torch.tensor(0.5))
+    ops.FUSED.scale_(gradient, torch.tensor(0.5))
     assert gradient.tolist() == [1.0] * 3
 
 
@@ -253,9 +253,9 @@ class GradientsMade(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is ops.reduced:
+        if func is ops.FUSED.reduced:
             self.sizes.append(out[1].numel())
-        if func is ops.backward:
+        if func is ops.FUSED.backward:
             self.sizes.append(out.numel())
         return out
 
@@ -354,7 +354,7 @@ def test_operators_called_directly_differentiate_every_input():
     def fused(student, teacher, row_weight, normalizer):
         inputs = (student, teacher, target, row_weight)
         args = ("dkd", *inputs, 0.5, normalizer, True, PARAMS["dkd"], -100, True)
-        return ops.reduced(*args)[0]
+        return ops.FUSED.reduced(*args)[0]
 
     def plain(student, teacher, row_weight, normalizer):
         args = ("dkd", student, teacher, target, row_weight, PARAMS["dkd"], -100)

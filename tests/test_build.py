@@ -140,9 +140,11 @@ def checkout(tmp_path) -> Path:
     pytest.importorskip("setuptools")
     if not (ROOT / "setup.py").is_file():
         pytest.skip("an installed copy has no setup.py")
-    for name in ("kdkernels", "csrc"):
+    for name in ("kdkernels", "csrc", "triton_kernels"):
         shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+            ROOT / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("__pycache__", "*.so", "triton_kernels"),
         )
     for name in ("setup.py", "pyproject.toml", "README.md"):
         if (ROOT / name).is_file():

@@ -336,34 +336,34 @@ GOOD = {
 REDUCTION = {"scale": 1.0, "normalizer": torch.tensor(2.0), "mean": True, "with_grad": True}
 STATS = {"grad_rows": torch.ones(2, 4), "stats": torch.ones(8, ops.STATS_WIDTH).double()}
 MALFORMED = [
-    (ops.forward, "loss", "kld"),
-    (ops.forward, "loss", "cross_entropy"),  # takes no teacher
-    (ops.forward, "student", STUDENT[0]),
-    (ops.forward, "student", STUDENT[None]),
-    (ops.forward, "student", STUDENT[0, 0, 0]),
-    (ops.forward, "student", STUDENT.long()),
-    (ops.forward, "student", STUDENT[..., :0]),
-    (ops.forward, "teacher", None),
-    (ops.forward, "teacher", TEACHER[:, :3]),
-    (ops.forward, "teacher", TEACHER[..., :4]),
-    (ops.forward, "teacher", TEACHER[:1].expand(2, 4, 5)[..., None]),
-    (ops.forward, "target", None),
-    (ops.forward, "target", TARGET[:, :3].contiguous()),
-    (ops.forward, "target", TARGET.int()),
-    (ops.forward, "target", TARGET.t().contiguous().t()),
-    (ops.forward, "target", TARGET[:1].expand(2, 4)),
-    (ops.forward, "row_weight", torch.ones(7)),
-    (ops.forward, "row_weight", torch.ones(2, 4).double()),
-    (ops.forward, "row_weight", torch.ones(1).expand(2, 4)),
-    (ops.forward, "params", [1.0] * 9),
-    (ops.backward, "grad_rows", torch.ones(2, 3)),
-    (ops.backward, "grad_rows", torch.ones(2, 4).double()),
-    (ops.backward, "stats", torch.ones(8, ops.STATS_WIDTH - 1).double()),
-    (ops.backward, "stats", torch.ones(8, ops.STATS_WIDTH)),
-    (ops.backward, "stats", torch.ones(1, 1).double().expand(8, ops.STATS_WIDTH)),
-    (ops.reduced, "normalizer", torch.ones(2)),
-    (ops.reduced, "normalizer", torch.tensor(1)),
-    (ops.reduced, "student", STUDENT.double()),  # row_weight is still float32
+    (ops.FUSED.forward, "loss", "kld"),
+    (ops.FUSED.forward, "loss", "cross_entropy"),  # takes no teacher
+    (ops.FUSED.forward, "student", STUDENT[0]),
+    (ops.FUSED.forward, "student", STUDENT[None]),
+    (ops.FUSED.forward, "student", STUDENT[0, 0, 0]),
+    (ops.FUSED.forward, "student", STUDENT.long()),
+    (ops.FUSED.forward, "student", STUDENT[..., :0]),
+    (ops.FUSED.forward, "teacher", None),
+    (ops.FUSED.forward, "teacher", TEACHER[:, :3]),
+    (ops.FUSED.forward, "teacher", TEACHER[..., :4]),
+    (ops.FUSED.forward, "teacher", TEACHER[:1].expand(2, 4, 5)[..., None]),
+    (ops.FUSED.forward, "target", None),
+    (ops.FUSED.forward, "target", TARGET[:, :3].contiguous()),
+    (ops.FUSED.forward, "target", TARGET.int()),
+    (ops.FUSED.forward, "target", TARGET.t().contiguous().t()),
+    (ops.FUSED.forward, "target", TARGET[:1].expand(2, 4)),
+    (ops.FUSED.forward, "row_weight", torch.ones(7)),
+    (ops.FUSED.forward, "row_weight", torch.ones(2, 4).double()),
+    (ops.FUSED.forward, "row_weight", torch.ones(1).expand(2, 4)),
+    (ops.FUSED.forward, "params", [1.0] * 9),
+    (ops.FUSED.backward, "grad_rows", torch.ones(2, 3)),
+    (ops.FUSED.backward, "grad_rows", torch.ones(2, 4).double()),
+    (ops.FUSED.backward, "stats", torch.ones(8, ops.STATS_WIDTH - 1).double()),
+    (ops.FUSED.backward, "stats", torch.ones(8, ops.STATS_WIDTH)),
+    (ops.FUSED.backward, "stats", torch.ones(1, 1).double().expand(8, ops.STATS_WIDTH)),
+    (ops.FUSED.reduced, "normalizer", torch.ones(2)),
+    (ops.FUSED.reduced, "normalizer", torch.tensor(1)),
+    (ops.FUSED.reduced, "student", STUDENT.double()),  # row_weight is still float32
 ]
 
 
@@ -373,7 +373,7 @@ MALFORMED = [
     ids=[f"{op._opname}-{name}-{i}" for i, (op, name, _) in enumerate(MALFORMED)],
 )
 def test_operators_check_what_memory_safety_needs(op, argument, value) -> None:
-    arguments = {**GOOD, **{ops.reduced: REDUCTION, ops.backward: STATS}.get(op, {})}
+    arguments = {**GOOD, **{ops.FUSED.reduced: REDUCTION, ops.FUSED.backward: STATS}.get(op, {})}
     op(**arguments)
     shown = {"loss": "(loss|teacher)", "student": "(student|teacher|row_weight)"}
     with pytest.raises(RuntimeError, match=rf"{shown.get(argument, argument)}: "):
@@ -383,14 +383,14 @@ def test_operators_check_what_memory_safety_needs(op, argument, value) -> None:
 def test_operators_check_the_rest() -> None:
     split = {**GOOD, "loss": "target_split", "teacher": None, "params": [1.0]}
     with pytest.raises(RuntimeError, match="'target_split' has several outputs"):
-        ops.reduced(**split, **REDUCTION)
+        ops.FUSED.reduced(**split, **REDUCTION)
     bad = TARGET.clone()
     bad[1, 2] = 5
     with pytest.raises(RuntimeError, match="class 5 in row 6 is out of range; allowed: 0 to 4"):
-        ops.forward(**{**GOOD, "target": bad})
+        ops.FUSED.forward(**{**GOOD, "target": bad})
     for factor in (torch.ones(2), torch.tensor(2), torch.ones(()).half()):
         with pytest.raises(RuntimeError, match="factor: must be"):
-            ops.scale_(torch.ones(3), factor)
+            ops.FUSED.scale_(torch.ones(3), factor)
 
 
 @pytest.mark.parametrize("variant", AEKT_VARIANTS)

@@ -1,0 +1,57 @@
+"""AEKT: T^2 (alpha phi + beta NCKD), phi a ratio-weighted term on the target's probability. Park
+and Lee 2024, arXiv 2409.01679, whose formula is not public: a family that fits what is known.
+
+The twin of csrc/losses/aekt.h. Parameters: temperature, ce_weight, alpha, beta, variant (its
+position in kdkernels.reference.AEKT_VARIANTS), log_ratio_max.
+"""
+
+import triton
+import triton.language as tl
+
+from .kd import two_temperatures
+from .split import add_cross_entropy, binary_kl, both_splits, difference, pair_coef
+from .stats import INF, exp, weighted
+from .stats import divergence_merge as merge
+from .stats import divergence_stats as stats
+from .stats import pair_grad as grad
+
+__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+
+
+@triton.jit
+def target_term(p, q, variant, bound):
+    """phi and H = (1 - c) d phi / d log c. The variant is no constant: all are computed, on one
+    number per row, and one is taken."""
+    # A target masked in both, probability 0 against 0, counts as equal.
+    masked = (q[0] == -INF) & (p[0] == -INF)
+    log_ratio = tl.where(masked, 0.0, q[0] - p[0])
+    clamped = tl.where(log_ratio > bound, bound, log_ratio)
+    ratio = exp(clamped)
+    tckd = binary_kl(q, p)
+    weighted_tckd = weighted(ratio, tckd)
+    h_tckd = ratio * difference(p, q)
+    ce_ratio = tl.where(masked, 0.0, ratio)
+    # Beyond the bound the ratio stands still and phi goes on linearly in log r.
+    beyond = tl.where(log_ratio > bound, (ratio - 1.0) * (log_ratio - bound), 0.0)
+    coupled = tl.where(log_ratio < bound, ratio * weighted(p[3], tckd), 0.0)
+
+    phi = weighted_tckd
+    h = h_tckd
+    phi = tl.where(variant == 1.0, weighted(ce_ratio, -p[0]), phi)
+    h = tl.where(variant == 1.0, -ce_ratio * p[3], h)
+    phi = tl.where(variant == 2.0, weighted(q[2], -p[0]), phi)
+    h = tl.where(variant == 2.0, -q[2] * p[3], h)
+    phi = tl.where(variant == 3.0, ratio - clamped - 1.0 + beyond, phi)
+    h = tl.where(variant == 3.0, (1.0 - ratio) * p[3], h)
+    h = tl.where(variant == 4.0, h_tckd - coupled, h)
+    return phi, h
+
+
+@triton.jit
+def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
+    temperature, alpha, beta = params[0], params[2], params[3]
+    p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
+    phi, h = target_term(p, q, params[4], params[5])
+    loss = weighted(alpha, temperature * temperature * phi) + weighted(beta, nckd)
+    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, alpha * h, beta, g[0])
+    return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)

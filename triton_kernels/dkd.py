@@ -1,0 +1,26 @@
+"""DKD: T^2 (alpha TCKD + beta NCKD). Zhao et al. 2022, arXiv 2203.08679, eq. 7.
+
+The twin of csrc/losses/dkd.h. Parameters: temperature, ce_weight, alpha, beta.
+"""
+
+import triton
+import triton.language as tl
+
+from .kd import two_temperatures
+from .split import add_cross_entropy, binary_kl, both_splits, difference, pair_coef
+from .stats import divergence_merge as merge
+from .stats import divergence_stats as stats
+from .stats import pair_grad as grad
+from .stats import weighted
+
+__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+
+
+@triton.jit
+def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
+    temperature, alpha, beta = params[0], params[2], params[3]
+    p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
+    tckd = temperature * temperature * binary_kl(q, p)
+    loss = weighted(alpha, tckd) + weighted(beta, nckd)
+    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, alpha * difference(p, q), beta, g[0])
+    return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)

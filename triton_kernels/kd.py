@@ -1,0 +1,29 @@
+"""KD: T^2 KL(teacher || student) at temperature T. Hinton et al. 2015, arXiv 1503.02531.
+
+The twin of csrc/losses/kd.h. Parameters: temperature, ce_weight.
+"""
+
+import triton
+import triton.language as tl
+
+from .split import add_cross_entropy, binary_kl, both_splits, difference, pair_coef
+from .stats import divergence_merge as merge
+from .stats import divergence_stats as stats
+from .stats import pair_grad as grad
+from .stats import weighted
+
+__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+
+
+def two_temperatures(temperature: float, ce_weight: float, *_: float) -> bool:
+    return temperature != 1.0 and ce_weight != 0.0
+
+
+@triton.jit
+def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
+    temperature = params[0]
+    p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
+    # The chain rule of KL over (target, not target): binary KL + (1 - b) * non-target KL.
+    loss = temperature * temperature * binary_kl(q, p) + weighted(q[3], nckd)
+    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, difference(p, q), q[3], g[0])
+    return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)

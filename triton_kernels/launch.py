@@ -1,0 +1,384 @@
+"""From tensors to launches: the plan of a call, the arguments of the kernels, the operators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels import ops
+
+from . import aekt, cross_entropy, dkd, kd, nkd, row, target_split
+
+# The list of losses: one line each.
+LOSSES: dict[str, ModuleType] = {
+    "kd": kd,
+    "dkd": dkd,
+    "nkd": nkd,
+    "aekt": aekt,
+    "cross_entropy": cross_entropy,
+    "target_split": target_split,
+}
+
+INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
+"""Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
+
+
+# ---- the planner ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the planner asks of a device."""
+
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is run; see row.py for the regimes."""
+
+    regime: str  # "resident", "sweeps" or "split"
+    block: int  # tile indices of one row that a program holds at a time
+    rows: int  # rows of a tile
+    warps: int
+    programs: int  # of the launch that reads everything, or per slice when split
+    parts: int = 1  # slices of a row
+    part_chunks: int = 1  # blocks of a slice
+
+
+# (block, rows, warps): the first block that holds a row. A tile has 8 logits of each tensor per
+# thread where it can. Registers bound the largest: 32 exponentials of each tensor per thread.
+RESIDENT = (
+    (16, 64, 4),
+    (32, 32, 4),
+    (64, 16, 4),
+    (128, 8, 4),
+    (256, 4, 4),
+    (512, 2, 4),
+    (1024, 1, 4),
+    (2048, 1, 4),
+    (4096, 1, 8),
+    (8192, 1, 16),
+    (16384, 1, 16),
+)
+# The largest of RESIDENT: at one temperature with 16-bit logits, otherwise, in float64.
+LARGEST, LARGEST_ELSE, LARGEST_WIDE = 16384, 8192, 2048
+# (block, warps) of rows that are walked in chunks. A whole row: fills a multiprocessor. A slice of
+# a row: several programs share one.
+CHUNK, CHUNK_WIDE = (8192, 16), (1024, 8)
+SLICE, SLICE_WIDE = (4096, 8), (1024, 8)
+MOST_PARTS = 64  # of a split row: their statistics are merged by every program
+
+
+def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> Plan:
+    """The plan for rows of `window` tile indices. A pure function.
+
+    small: 16-bit logits at one temperature; wide: computed in float64.
+    """
+    if window <= (LARGEST_WIDE if wide else LARGEST if small else LARGEST_ELSE):
+        block, tile, warps = next(x for x in RESIDENT if x[0] >= window)
+        return Plan("resident", block, tile, warps, triton.cdiv(rows, tile))
+    if rows >= device.multiprocessors:
+        # One row in flight per multiprocessor, which the reversed sweep finds in the L2 cache as
+        # far as they fit; fewer would leave bandwidth unused.
+        block, warps = CHUNK_WIDE if wide else CHUNK
+        return Plan("sweeps", block, 1, warps, device.multiprocessors)
+    block, warps = SLICE_WIDE if wide else SLICE
+    chunks = triton.cdiv(window, block)
+    parts = min(chunks, MOST_PARTS, triton.cdiv(4 * device.multiprocessors, max(rows, 1)))
+    part_chunks = triton.cdiv(chunks, parts)
+    return Plan("split", block, 1, warps, rows, triton.cdiv(chunks, part_chunks), part_chunks)
+
+
+def backward_plan(rows: int, window: int, *, wide: bool) -> Plan:
+    """The plan of the gradient from known statistics: every slice of every row at once."""
+    largest, _ = SLICE_WIDE if wide else SLICE
+    block, tile, warps = next(x for x in RESIDENT if x[0] >= min(window, largest))
+    return Plan("gradient", block, tile, warps, triton.cdiv(rows, tile), triton.cdiv(window, block))
+
+
+@lru_cache
+def _device(device: torch.device) -> Device:
+    if device.type == "cpu":  # interpreted
+        return Device(multiprocessors=4)
+    return Device(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+# ---- arguments ------------------------------------------------------------------------------
+
+
+def _place(x: Tensor | None) -> tuple[Any, ...]:
+    """An aligned pointer, the elements from it to the first logit, outer, inner and class stride.
+
+    None, for a tensor that is not there, goes with strides that nothing uses.
+    """
+    if x is None:
+        return None, 0, 0, 0, 1
+    strides = (0,) * (3 - x.dim()) + x.stride()
+    base = x.data_ptr() % 16 // x.itemsize
+    if base and x.storage_offset() >= base and x.data_ptr() % x.itemsize == 0:
+        x = x.as_strided((1,), (1,), x.storage_offset() - base)
+    else:
+        base = 0
+    return x, base, *strides
+
+
+def _lie_alike(a: tuple[Any, ...], b: tuple[Any, ...], shape: Sequence[int], vec: int) -> bool:
+    """Whether every row of two places has the same shift. A missing one lies as any other."""
+    if b[0] is None:
+        return True
+    moves = [a[1] - b[1], *(a[i + 2] - b[i + 2] for i in range(2) if shape[i] > 1)]
+    return b[4] == 1 and not any(move % vec for move in moves)
+
+
+def _is_aligned(*tensors: Tensor | None) -> bool:
+    return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a loss: everything about it that is the same for every kernel."""
+
+    loss: ModuleType
+    logits: tuple[Any, ...]  # student and teacher as _place
+    grad: Tensor | None
+    shape: tuple[int, int, int]  # outer, inner, classes
+    target: Tensor | None
+    row_weight: Tensor | None
+    ignore_index: int
+    params: tuple[float, ...]
+    outputs: int
+    dtype: torch.dtype
+    itemsize: int  # the larger of the logits' two
+    vec: int
+    aligned: int
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        loss: str,
+        student: Tensor,
+        teacher: Tensor | None,
+        target: Tensor | None,
+        row_weight: Tensor | None,
+        params: Sequence[float],
+        ignore_index: int,
+        grad: Tensor | None,
+    ) -> Call:
+        shape = (1,) * (3 - student.dim()) + tuple(student.shape)
+        s, t, g = _place(student), _place(teacher), _place(grad)
+        vec = max(16 // x.itemsize for x in (student, teacher, grad) if x is not None)
+        loads = s[4] == 1 and _lie_alike(s, t, shape, vec) and _is_aligned(s[0], t[0])
+        stores = loads and _lie_alike(s, g, shape, vec) and _is_aligned(g[0])
+        return cls(
+            LOSSES[loss],
+            s + t,
+            grad,
+            shape,
+            target,
+            row_weight,
+            ignore_index,
+            tuple(params),
+            ops.LOSSES[loss].outputs,
+            ops.loss_dtype(student, teacher),
+            max(x.itemsize for x in (student, teacher) if x is not None),
+            vec,
+            loads + stores,
+            student.device,
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def two(self) -> bool:
+        return bool(self.loss.two_temperatures(*self.params))
+
+    @property
+    def small(self) -> bool:
+        return self.itemsize == 2 and not self.two
+
+    @property
+    def wide(self) -> bool:
+        return self.dtype == torch.float64
+
+    @property
+    def window(self) -> int:
+        """Tile indices of a row, its shift included."""
+        return self.shape[2] + (self.vec - 1 if self.aligned and self._shifted else 0)
+
+    @property
+    def _shifted(self) -> bool:
+        _, base, outer, inner, _ = self.logits[:5]
+        outer = outer if self.shape[0] > 1 else 0
+        inner = inner if self.shape[1] > 1 else 0
+        return bool(base % self.vec or outer % self.vec or inner % self.vec)
+
+    def arguments(self, plan: Plan, **more: Any) -> dict[str, Any]:
+        """The kernels' arguments by name; each kernel takes those it has."""
+        outer, inner, classes = self.shape
+        names = [f"{x}_{y}" for x in "stg" for y in ("base", "outer", "inner", "class")]
+        student, teacher, grad = self.logits[:5], self.logits[5:], _place(self.grad)
+        places = (*student[1:], *teacher[1:], *grad[1:])
+        params = (*self.params, *(1.0,) * (6 - len(self.params)))
+        return {
+            "student": student[0],
+            "teacher": teacher[0],
+            "grad": grad[0],
+            **dict(zip(names, places, strict=True)),
+            "target": self.target,
+            "row_weight": self.row_weight,
+            "rows": outer * inner,
+            "inner": inner,
+            "classes": classes,
+            "ignore_index": self.ignore_index,
+            **{f"p{i}": x for i, x in enumerate(params)},
+            "STATS": self.loss.stats,
+            "MERGE": self.loss.merge,
+            "FINISH": self.loss.finish,
+            "GRAD": self.loss.grad,
+            "TWO": self.two,
+            "OUTPUTS": self.outputs,
+            "DTYPE": tl.float64 if self.wide else tl.float32,
+            "VEC": self.vec,
+            "ALIGNED": self.aligned,
+            "ROWS": plan.rows,
+            "BLOCK": plan.block,
+            "parts": plan.parts,
+            "part_chunks": plan.part_chunks,
+            **dict.fromkeys(("upstream", "losses", "stats", "normalizer", "counted")),
+            "scale": 1.0,
+            **more,
+        }
+
+
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any]) -> None:
+    """Runs a kernel with those of the arguments that it has."""
+    own = {name: arguments[name] for name in kernel.arg_names}
+    if INTERPRETED:
+        kernel[grid](**own)
+    else:
+        # Explicit, because Triton 3.10 changes what is fused by default.
+        kernel[grid](**own, num_warps=warps, enable_fp_fusion=True)
+
+
+def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> None:
+    """Losses, and the gradient if the call has one, in the plan's regime."""
+    if call.rows == 0:
+        return
+    device = _device(call.device)
+    chosen = plan(call.rows, call.window, device, small=call.small, wide=call.wide)
+    arguments = call.arguments(chosen, losses=losses, stats=stats, **reduction)
+    if chosen.regime == "resident":
+        launch(row.resident, (chosen.programs,), chosen.warps, arguments)
+    elif chosen.regime == "sweeps":
+        launch(row.sweeps, (chosen.programs,), chosen.warps, arguments)
+    else:
+        scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH))
+        grid = (chosen.parts, call.rows)
+        launch(row.partial, grid, chosen.warps, {**arguments, "stats": scratch})
+        arguments["part_stats"] = scratch
+        grid = grid if call.grad is not None else (1, call.rows)
+        launch(row.gradient, grid, chosen.warps, arguments)
+
+
+# ---- the operators --------------------------------------------------------------------------
+
+
+def forward(
+    loss: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    params: Sequence[float],
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, None)
+    leading = () if call.outputs == 1 else (call.outputs,)
+    rows = student.new_empty(leading + student.shape[:-1], dtype=call.dtype)
+    stats = student.new_empty((call.rows, ops.STATS_WIDTH), dtype=call.dtype)
+    with _on(student.device):
+        _run(call, rows, stats)
+    return rows, stats
+
+
+def backward(
+    loss: str,
+    grad_rows: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    stats: Tensor,
+    params: Sequence[float],
+    ignore_index: int,
+) -> Tensor:
+    grad = torch.empty_like(student)
+    call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, grad)
+    if call.rows == 0:
+        return grad
+    chosen = backward_plan(call.rows, call.window, wide=call.wide)
+    arguments = call.arguments(
+        replace(chosen, parts=1), upstream=grad_rows.contiguous(), part_stats=stats
+    )
+    with _on(student.device):
+        launch(row.gradient, (chosen.parts, chosen.programs), chosen.warps, arguments)
+    return grad
+
+
+def reduced(
+    loss: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    scale: float,
+    normalizer: Tensor | None,
+    mean: bool,
+    params: Sequence[float],
+    ignore_index: int,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    grad = torch.empty_like(student) if with_grad else None
+    call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, grad)
+    counted = None
+    if mean and target is not None:
+        counted = (target != ignore_index).sum()
+    elif mean:
+        scale /= max(call.rows, 1)
+    rows = student.new_empty((call.rows,), dtype=call.dtype)
+    with _on(student.device):
+        _run(call, rows, None, scale=scale, normalizer=normalizer, counted=counted)
+    # A sum of few numbers, in float64 because that costs nothing.
+    total = rows.sum(dtype=torch.float64).to(call.dtype)
+    return total, student.new_empty((0,)) if grad is None else grad
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    if grad.numel():
+        block = 4096
+        arguments = {"grad": grad, "factor": factor, "size": grad.numel(), "BLOCK": block}
+        with _on(grad.device):
+            launch(row.scale_in_place, (triton.cdiv(grad.numel(), block),), 8, arguments)
+
+
+for _device_type in ("cuda", *(("cpu",) if INTERPRETED else ())):
+    ops.TRITON.implement(
+        _device_type, forward=forward, backward=backward, reduced=reduced, scale_=scale_
+    )

@@ -1,0 +1,548 @@
+"""The generic kernels, the same for every loss, and the only loads and stores of the package.
+
+A program has a tile of rows: `(ROWS, BLOCK)` logits, and one number per row as `(ROWS, 1)`.
+
+resident   all classes of its rows in one tile: read once, gradient written from the exponentials
+           that are still in registers. Several rows per program when classes are few.
+sweeps     one row at a time in chunks: a sweep for the statistics, a second one in reverse order
+           for the gradient, which finds in the L2 cache what the first one read last. Programs are
+           persistent, so that the launch bounds the rows in flight.
+partial    the statistics of one slice of a row, for rows that are fewer than multiprocessors.
+gradient   merges the statistics of its rows' slices in index order, finishes, and writes the
+           gradient of one slice. With the statistics of a forward pass it is the backward pass.
+
+Alignment. A row of 50,257 bfloat16 logits begins at any 2-byte address, where a vector load is not
+allowed. With ALIGNED, the tile's index 0 is the last multiple of VEC elements before the row's
+first logit, `shift` elements away: whole 16-byte granules are loaded, and what lies beyond the row
+is masked afterwards. ALIGNED == 2 stores the granules inside the row as vectors, too, and the
+elements before and after them one by one (`_store_edges`); it needs a gradient whose rows lie as
+those of the student. ALIGNED == 0 (another class stride, a teacher that lies otherwise) gives every
+access its own mask, and `shift` is 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .stats import INF, moved, usable
+
+
+def _kernel(function):
+    """A kernel whose numbers never cause a recompilation: those with a type of their own."""
+    types = function.__annotations__
+    return triton.jit(
+        function, do_not_specialize=[x for x in types if types[x] in ("i32", "i64", "fp64")]
+    )
+
+
+# ---- tuples of sums -------------------------------------------------------------------------
+
+
+@triton.jit
+def _add(a, b):
+    if len(a) == 1:
+        return (a[0] + b[0],)
+    elif len(a) == 3:
+        return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+    elif len(a) == 4:
+        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+    else:
+        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4]
+
+
+@triton.jit
+def _total(x):
+    return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def _totals(a):
+    if len(a) == 1:
+        return (_total(a[0]),)
+    elif len(a) == 3:
+        return _total(a[0]), _total(a[1]), _total(a[2])
+    elif len(a) == 4:
+        return _total(a[0]), _total(a[1]), _total(a[2]), _total(a[3])
+    else:
+        return _total(a[0]), _total(a[1]), _total(a[2]), _total(a[3]), _total(a[4])
+
+
+# ---- rows -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _start(row, inner, base, outer_stride, inner_stride):
+    """Where a row's first logit lies, in elements."""
+    return base + (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def _open(row, rows, classes, target, row_weight, ignore_index, DTYPE: tl.constexpr):
+    """Whether rows exist and are read, their target (-1: none) and weight (NaN: bad target)."""
+    exists = row < rows
+    weight = tl.where(exists, 1.0, 0.0).to(DTYPE)
+    if row_weight is not None:
+        weight = tl.load(row_weight + row, mask=exists, other=0.0)
+    read = exists & (weight != 0.0)
+    y = tl.full(row.shape, -1, tl.int32)
+    if target is not None:
+        given = tl.load(target + row, mask=exists, other=0)
+        read = read & (given != ignore_index)
+        good = (given >= 0) & (given < classes)
+        y = tl.where(read & good, given, -1).to(tl.int32)
+        weight = tl.where(good, weight, float("nan"))
+    return exists, read, y, tl.where(read, weight, 0.0)
+
+
+@triton.jit
+def _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS: tl.constexpr):
+    """What the losses of a row and their gradients are multiplied with."""
+    if upstream is not None:
+        g = weight * tl.load(upstream + row, mask=read, other=0.0)
+        if OUTPUTS == 3:
+            g1 = weight * tl.load(upstream + rows + row, mask=read, other=0.0)
+            g2 = weight * tl.load(upstream + 2 * rows + row, mask=read, other=0.0)
+            return g, g1, g2
+        else:
+            return (g,)
+    else:
+        factor = tl.full((), scale, weight.dtype)
+        if normalizer is not None:
+            factor = factor / tl.load(normalizer)
+        if counted is not None:
+            factor = factor / tl.maximum(tl.load(counted), 1).to(weight.dtype)
+        g = weight * factor
+        if OUTPUTS == 3:
+            return g, g, g
+        else:
+            return (g,)
+
+
+@triton.jit
+def _params(p0, p1, p2, p3, p4, p5, DTYPE: tl.constexpr):
+    return (
+        tl.full((), p0, DTYPE),
+        tl.full((), p1, DTYPE),
+        tl.full((), p2, DTYPE),
+        tl.full((), p3, DTYPE),
+        tl.full((), p4, DTYPE),
+        tl.full((), p5, DTYPE),
+    )
+
+
+@triton.jit
+def _scale_of(p0, DTYPE: tl.constexpr):
+    """log2(e) / T, kept finite so that 0 * k = 0 at any temperature."""
+    k = tl.full((), 1.4426950408889634 / p0, tl.float64)
+    return tl.where(k < 3e38, k, 3e38).to(DTYPE)
+
+
+@triton.jit
+def _logit(x, start, step, y, read, DTYPE: tl.constexpr):
+    """The logit of the target; -inf without one."""
+    return tl.load(x + start + y * step, mask=read & (y >= 0), other=-INF).to(DTYPE)
+
+
+@triton.jit
+def _only(read, coef):
+    """Rows that are not read have no gradient, whatever their statistics say."""
+    if len(coef) == 1:
+        return (tl.where(read, coef[0], 0.0),)
+    elif len(coef) == 2:
+        return tl.where(read, coef[0], 0.0), tl.where(read, coef[1], 0.0)
+    else:
+        return (
+            tl.where(read, coef[0], 0.0),
+            tl.where(read, coef[1], 0.0),
+            tl.where(read, coef[2], 0.0),
+        )
+
+
+@triton.jit
+def _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS: tl.constexpr):
+    if losses is not None:
+        tl.store(losses + row, tl.where(read, values[0] * g[0], 0.0), mask=exists)
+        if OUTPUTS == 3:
+            tl.store(losses + rows + row, tl.where(read, values[1] * g[1], 0.0), mask=exists)
+            tl.store(losses + 2 * rows + row, tl.where(read, values[2] * g[2], 0.0), mask=exists)
+
+
+@triton.jit
+def _store_stats(stats, row, exists, ps, pt, sums):
+    """Two pivots and the sums; the width is kdkernels.ops.STATS_WIDTH."""
+    if stats is not None:
+        to = stats + row * 8
+        tl.store(to, ps, mask=exists)
+        tl.store(to + 1, pt, mask=exists)
+        tl.store(to + 2, sums[0], mask=exists)
+        if len(sums) > 1:
+            tl.store(to + 3, sums[1], mask=exists)
+            tl.store(to + 4, sums[2], mask=exists)
+        if len(sums) > 3:
+            tl.store(to + 5, sums[3], mask=exists)
+        if len(sums) > 4:
+            tl.store(to + 6, sums[4], mask=exists)
+
+
+@triton.jit
+def _load_stats(stats, row, exists, like):
+    """`like`: sums of this loss, for their number."""
+    at = stats + row * 8
+    ps = tl.load(at, mask=exists, other=-INF)
+    pt = tl.load(at + 1, mask=exists, other=-INF)
+    a = tl.load(at + 2, mask=exists, other=0.0)
+    if len(like) == 1:
+        return ps, pt, (a,)
+    else:
+        b = tl.load(at + 3, mask=exists, other=0.0)
+        c = tl.load(at + 4, mask=exists, other=0.0)
+        if len(like) == 3:
+            return ps, pt, (a, b, c)
+        else:
+            d = tl.load(at + 5, mask=exists, other=0.0)
+            if len(like) == 4:
+                return ps, pt, (a, b, c, d)
+            else:
+                return ps, pt, (a, b, c, d, tl.load(at + 6, mask=exists, other=0.0))
+
+
+@triton.jit
+def _no_sums(k, STATS: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr):
+    """The sums of a class without mass: zeros."""
+    nothing = tl.full((1, 1), -INF, DTYPE)
+    return STATS(nothing, nothing, k, TWO)[0]
+
+
+# ---- tiles ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shift(start, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """How many elements of a row's first granule lie before the row."""
+    if ALIGNED:
+        return (start % VEC).to(tl.int32)
+    else:
+        return (start * 0).to(tl.int32)
+
+
+@triton.jit
+def _load_tile(
+    x, start, step, index, shift, classes, y, read,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile; -inf at the target and outside the row, which is how both drop out."""
+    column = index - shift
+    inside = (column >= 0) & (column < classes)
+    if ALIGNED:
+        end = (shift + (classes + (VEC - 1))) // VEC * VEC
+        x = tl.load(x + start // VEC * VEC + index, mask=(index < end) & read, other=0.0)
+    else:
+        x = tl.load(x + start + column.to(tl.int64) * step, mask=inside & read, other=0.0)
+    return tl.where(inside & (column != y), x.to(DTYPE), -INF)
+
+
+@triton.jit
+def _store_tile(
+    grad, start, step, index, shift, classes, y, exists, at_target, value,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile; where the stores are aligned, of the granules inside the row."""
+    column = index - shift
+    value = tl.where(column == y, at_target, value).to(grad.dtype.element_ty)
+    if ALIGNED == 2:
+        first = (shift + (VEC - 1)) // VEC * VEC
+        end = (shift + classes) // VEC * VEC
+        mask = (index >= first) & (index < end) & exists
+        tl.store(grad + start // VEC * VEC + index, value, mask=mask)
+    else:
+        mask = (column >= 0) & (column < classes) & exists
+        tl.store(grad + start + column.to(tl.int64) * step, value, mask=mask)
+
+
+@triton.jit
+def _store_edges(
+    student, s_start, teacher, t_start, grad, g_start, shift, classes, y, read, exists,
+    ps, pt, k, coef, at_target,
+    STATS: tl.constexpr, GRAD: tl.constexpr, TWO: tl.constexpr, VEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the elements before the first and after the last granule inside a row."""
+    lane = tl.arange(0, 2 * VEC)[None, :]
+    first = (shift + (VEC - 1)) // VEC * VEC
+    end = (shift + classes) // VEC * VEC
+    index = tl.where(lane < VEC, lane, end + lane - VEC)
+    column = index - shift
+    # Without a granule inside the row, its first granule is its last: it is written once.
+    mine = (column >= 0) & (column < classes) & ((lane < VEC) == (index < VEC))
+    mine = mine & ((index < first) | (index >= end))
+    loaded = mine & read & (column != y)
+    s = tl.load(student + s_start + column, mask=loaded, other=-INF).to(DTYPE)
+    t = s
+    if teacher is not None:
+        t = tl.load(teacher + t_start + column, mask=loaded, other=-INF).to(DTYPE)
+    exps = STATS(s - usable(ps), t - usable(pt), k, TWO)[1]
+    value = tl.where(column == y, at_target, GRAD(exps, coef, TWO)).to(grad.dtype.element_ty)
+    tl.store(grad + g_start + column, value, mask=mine & exists)
+
+
+@triton.jit
+def _has_edges(shift, classes, VEC: tl.constexpr):
+    return tl.max(((shift % VEC) | ((shift + classes) % VEC)), 0).sum(0) != 0
+
+
+@triton.jit
+def _sweep(
+    student, s_start, s_class, teacher, t_start, t_class, first, chunks, shift, classes, y, read, k,
+    STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pivots and sums of a row's tile indices from `first` on, `chunks` blocks of them."""
+    ps = tl.full((1, 1), -INF, DTYPE)
+    pt = tl.full((1, 1), -INF, DTYPE)
+    sums = _no_sums(k, STATS, TWO, DTYPE)
+    for chunk in range(0, chunks):
+        index = first + chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
+        s = _load_tile(student, s_start, s_class, index, shift, classes, y, read,
+                       VEC, ALIGNED, DTYPE)  # fmt: skip
+        part_s = tl.max(s, 1, keep_dims=True)
+        t = s
+        part_t = part_s
+        if teacher is not None:
+            t = _load_tile(teacher, t_start, t_class, index, shift, classes, y, read,
+                           VEC, ALIGNED, DTYPE)  # fmt: skip
+            part_t = tl.max(t, 1, keep_dims=True)
+        part = _totals(STATS(s - usable(part_s), t - usable(part_t), k, TWO)[0])
+        new_s = tl.maximum(ps, part_s)
+        new_t = tl.maximum(pt, part_t)
+        sums = _add(
+            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, TWO),
+            MERGE(part, moved(part_s, new_s), moved(part_t, new_t), k, TWO),
+        )
+        ps = new_s
+        pt = new_t
+    return ps, pt, sums
+
+
+# ---- kernels --------------------------------------------------------------------------------
+
+
+@_kernel
+def resident(
+    student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
+    teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
+    grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
+    target, row_weight, upstream, losses, stats, normalizer, counted,
+    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
+    STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
+    TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    exists, read, y, weight = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+    k = _scale_of(p0, DTYPE)
+    s_start = _start(row, inner, s_base, s_outer, s_inner)
+    t_start = _start(row, inner, t_base, t_outer, t_inner)
+    shift = _shift(s_start, VEC, ALIGNED)
+    index = tl.arange(0, BLOCK)[None, :]
+
+    s = _load_tile(student, s_start, s_class, index, shift, classes, y, read, VEC, ALIGNED, DTYPE)
+    s_y = _logit(student, s_start, s_class, y, read, DTYPE)
+    ps = tl.max(s, 1, keep_dims=True)
+    t = s
+    t_y = s_y
+    pt = ps
+    if teacher is not None:
+        t = _load_tile(teacher, t_start, t_class, index, shift, classes, y, read,
+                       VEC, ALIGNED, DTYPE)  # fmt: skip
+        t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
+        pt = tl.max(t, 1, keep_dims=True)
+    added, exps = STATS(s - usable(ps), t - usable(pt), k, TWO)
+    sums = _totals(added)
+    g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
+    values, coef, at_target = FINISH(
+        sums, ps, pt, s_y, t_y, g, _params(p0, p1, p2, p3, p4, p5, DTYPE), TWO
+    )
+    _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS)
+    _store_stats(stats, row, exists, ps, pt, sums)
+    if grad is not None:
+        g_start = _start(row, inner, g_base, g_outer, g_inner)
+        coef = _only(read, coef)
+        value = GRAD(exps, coef, TWO)
+        _store_tile(grad, g_start, g_class, index, shift, classes, y, exists, at_target, value,
+                    VEC, ALIGNED)  # fmt: skip
+        if ALIGNED == 2:
+            if _has_edges(shift, classes, VEC):
+                _store_edges(student, s_start, teacher, t_start, grad, g_start, shift, classes, y,
+                             read, exists, ps, pt, k, coef, at_target,
+                             STATS, GRAD, TWO, VEC, DTYPE)  # fmt: skip
+
+
+@triton.jit
+def _write_gradient(
+    student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
+    first, chunks, shift, classes, y, read, exists, ps, pt, k, coef, at_target,
+    STATS: tl.constexpr, GRAD: tl.constexpr, TWO: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the granules among `chunks` blocks from `first` on, last block first."""
+    ms = usable(ps)
+    mt = usable(pt)
+    for back in range(0, chunks):
+        index = first + (chunks - 1 - back) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        s = _load_tile(student, s_start, s_class, index, shift, classes, y, read,
+                       VEC, ALIGNED, DTYPE)  # fmt: skip
+        t = s
+        if teacher is not None:
+            t = _load_tile(teacher, t_start, t_class, index, shift, classes, y, read,
+                           VEC, ALIGNED, DTYPE)  # fmt: skip
+        value = GRAD(STATS(s - ms, t - mt, k, TWO)[1], coef, TWO)
+        _store_tile(grad, g_start, g_class, index, shift, classes, y, exists, at_target, value,
+                    VEC, ALIGNED)  # fmt: skip
+
+
+@_kernel
+def sweeps(
+    student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
+    teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
+    grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
+    target, row_weight, upstream, losses, stats, normalizer, counted,
+    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
+    STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
+    TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tl.static_assert(ROWS == 1)
+    k = _scale_of(p0, DTYPE)
+    one = tl.zeros((1, 1), tl.int64)
+    for at in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = one + at
+        exists, read, y, weight = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+        s_start = _start(row, inner, s_base, s_outer, s_inner)
+        t_start = _start(row, inner, t_base, t_outer, t_inner)
+        shift = _shift(s_start, VEC, ALIGNED)
+        chunks = tl.cdiv(tl.max(shift) + classes, BLOCK)
+        reading = tl.where(tl.max(read.to(tl.int32)) != 0, chunks, 0)
+        ps, pt, sums = _sweep(
+            student, s_start, s_class, teacher, t_start, t_class, 0, reading,
+            shift, classes, y, read, k, STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+        )  # fmt: skip
+        s_y = _logit(student, s_start, s_class, y, read, DTYPE)
+        t_y = s_y
+        if teacher is not None:
+            t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
+        g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
+        values, coef, at_target = FINISH(
+            sums, ps, pt, s_y, t_y, g, _params(p0, p1, p2, p3, p4, p5, DTYPE), TWO
+        )
+        _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS)
+        _store_stats(stats, row, exists, ps, pt, sums)
+        if grad is not None:
+            g_start = _start(row, inner, g_base, g_outer, g_inner)
+            coef = _only(read, coef)
+            _write_gradient(
+                student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
+                0, chunks, shift, classes, y, read, exists, ps, pt, k, coef, at_target,
+                STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+            )  # fmt: skip
+            if ALIGNED == 2:
+                if _has_edges(shift, classes, VEC):
+                    _store_edges(student, s_start, teacher, t_start, grad, g_start, shift, classes,
+                                 y, read, exists, ps, pt, k, coef, at_target,
+                                 STATS, GRAD, TWO, VEC, DTYPE)  # fmt: skip
+
+
+@_kernel
+def partial(
+    student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
+    teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
+    target, row_weight, stats,
+    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", p0: "fp64",
+    parts: "i32", part_chunks: "i32",
+    STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (part, row): statistics of one slice of a row, to stats (rows, parts, width)."""
+    part = tl.program_id(0)
+    row = tl.zeros((1, 1), tl.int64) + tl.program_id(1)
+    exists, read, y, _ = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+    s_start = _start(row, inner, s_base, s_outer, s_inner)
+    t_start = _start(row, inner, t_base, t_outer, t_inner)
+    reading = tl.where(tl.max(read.to(tl.int32)) != 0, part_chunks, 0)
+    ps, pt, sums = _sweep(
+        student, s_start, s_class, teacher, t_start, t_class, part * part_chunks * BLOCK, reading,
+        _shift(s_start, VEC, ALIGNED), classes, y, read, _scale_of(p0, DTYPE),
+        STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+    )  # fmt: skip
+    _store_stats(stats, row * parts + part, exists, ps, pt, sums)
+
+
+@_kernel
+def gradient(
+    student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
+    teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
+    grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
+    target, row_weight, upstream, losses, stats, normalizer, counted,
+    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
+    part_stats, parts: "i32", part_chunks: "i32",
+    STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
+    TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (slice, rows): `parts` statistics of each row become the gradient of a slice."""
+    place = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    exists, read, y, weight = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+    k = _scale_of(p0, DTYPE)
+    s_start = _start(row, inner, s_base, s_outer, s_inner)
+    t_start = _start(row, inner, t_base, t_outer, t_inner)
+    shift = _shift(s_start, VEC, ALIGNED)
+    like = _no_sums(k, STATS, TWO, DTYPE)
+    ps, pt, sums = _load_stats(part_stats, row * parts, exists, like)
+    for part in range(1, parts):
+        qs, qt, more = _load_stats(part_stats, row * parts + part, exists, like)
+        new_s = tl.maximum(ps, qs)
+        new_t = tl.maximum(pt, qt)
+        sums = _add(
+            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, TWO),
+            MERGE(more, moved(qs, new_s), moved(qt, new_t), k, TWO),
+        )
+        ps = new_s
+        pt = new_t
+    s_y = _logit(student, s_start, s_class, y, read, DTYPE)
+    t_y = s_y
+    if teacher is not None:
+        t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
+    g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
+    values, coef, at_target = FINISH(
+        sums, ps, pt, s_y, t_y, g, _params(p0, p1, p2, p3, p4, p5, DTYPE), TWO
+    )
+    if place == 0:
+        _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS)
+        _store_stats(stats, row, exists, ps, pt, sums)
+    if grad is not None:
+        g_start = _start(row, inner, g_base, g_outer, g_inner)
+        coef = _only(read, coef)
+        _write_gradient(
+            student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
+            place * part_chunks * BLOCK, part_chunks,
+            shift, classes, y, read, exists, ps, pt, k, coef, at_target,
+            STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+        )  # fmt: skip
+        if ALIGNED == 2:
+            if place == 0:
+                if _has_edges(shift, classes, VEC):
+                    _store_edges(student, s_start, teacher, t_start, grad, g_start, shift, classes,
+                                 y, read, exists, ps, pt, k, coef, at_target,
+                                 STATS, GRAD, TWO, VEC, DTYPE)  # fmt: skip
+
+
+@_kernel
+def scale_in_place(grad, factor, size: "i64", BLOCK: tl.constexpr):
+    """Multiplies dense memory by one number; touches nothing when that is 1."""
+    by = tl.load(factor)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(grad + at, mask=at < size)
+        tl.store(grad + at, (value * by).to(grad.dtype.element_ty), mask=at < size)

@@ -1,0 +1,82 @@
+"""The target against all other classes, and the gradient that the pair losses share: the twins of
+Split in csrc/stats.h and of csrc/losses/pair.h. On one number per row.
+"""
+
+import triton
+import triton.language as tl
+
+from .stats import INF, exp, inverse, log1p, usable, weighted
+
+# A split is the tuple (log p, log(1 - p), p, 1 - p) of a target's probability p.
+
+
+@triton.jit
+def split(relative, temperature, total):
+    """relative: the target's logit minus the pivot; total: the others' sum of exp(. / T)."""
+    odds = relative / temperature - tl.log(total)
+    e = exp(tl.where(odds < 0.0, odds, -odds))
+    log = log1p(e)
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return (
+        tl.where(odds < 0.0, odds, 0.0) - log,
+        tl.where(odds < 0.0, 0.0, -odds) - log,
+        tl.where(odds < 0.0, small, large),
+        tl.where(odds < 0.0, large, small),
+    )
+
+
+@triton.jit
+def difference(p, q):
+    """p - q without cancellation when both are near 1."""
+    return tl.where(p[2] > 0.5, q[3] - p[3], p[2] - q[2])
+
+
+@triton.jit
+def binary_kl(q, p):
+    """KL between (target, not target) of teacher q and student p."""
+    return weighted(q[2], q[0] - p[0]) + weighted(q[3], q[1] - p[1])
+
+
+@triton.jit
+def non_target(temperature, sum_s, sum_t, mean, log_t):
+    """T^2 (mean / T + log sum_s - log_t), the mean being of logits: the non-target KL for
+    log_t = log sum_t and mean of t - s, the cross-entropy for log_t = 0 and mean of -s. 0 without
+    teacher mass, infinite where the teacher has mass and the student none."""
+    value = temperature * (mean + temperature * (tl.log(sum_s) - log_t))
+    return tl.where(sum_t == 0.0, 0.0, tl.where(sum_s == 0.0, INF, value))
+
+
+@triton.jit
+def pair_coef(temperature, inverse_s, inverse_t, h, beta, g):
+    """Target: T H. Others: T [(beta - H) ph - beta qh]. Times the upstream gradient g."""
+    t = g * temperature
+    beta = tl.where(inverse_t == 0.0, 0.0, beta)
+    return t * (beta - h) * inverse_s, -t * beta * inverse_t, t * h
+
+
+@triton.jit
+def add_cross_entropy(weight, sums, relative, g, loss, c0, c1, y, TWO: tl.constexpr):
+    """weight * CE(student, target) at temperature 1 on top; returns what FINISH returns."""
+    if TWO:
+        total = sums[3]
+    else:
+        total = sums[0]
+    p = split(relative, 1.0, total)
+    loss = loss + weighted(weight, -p[0])
+    extra = g * weight * p[3]
+    if TWO:
+        return (loss,), (c0, c1, extra * inverse(total)), y - extra
+    else:
+        return (loss,), (c0 + extra * inverse(total), c1), y - extra
+
+
+@triton.jit
+def both_splits(sums, ps, pt, s_y, t_y, temperature):
+    """(student's split, teacher's split, T^2 NCKD, 1 / sum_s, 1 / sum_t, s_y - pivot)"""
+    relative = s_y - usable(ps)
+    inverse_t = inverse(sums[1])
+    p = split(relative, temperature, sums[0])
+    q = split(t_y - usable(pt), temperature, sums[1])
+    nckd = non_target(temperature, sums[0], sums[1], sums[2] * inverse_t, tl.log(sums[1]))
+    return p, q, nckd, inverse(sums[0]), inverse_t, relative
