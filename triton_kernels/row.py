@@ -27,10 +27,15 @@ from .stats import INF, moved, usable
 
 
 def _kernel(function):
-    """A kernel whose numbers never cause a recompilation: those with a type of their own."""
+    """A kernel that no number and no per-row tensor compiles again: only logits are vectors."""
     types = function.__annotations__
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(
-        function, do_not_specialize=[x for x in types if types[x] in ("i32", "i64", "fp64")]
+        function,
+        do_not_specialize=[x for x in types if types[x] in ("i32", "i64", "fp64")],
+        do_not_specialize_on_alignment=[
+            x for x in names if x not in types and x not in ("student", "teacher", "grad")
+        ],
     )
 
 
@@ -168,19 +173,16 @@ def _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS: tl.constexp
 
 @triton.jit
 def _store_stats(stats, row, exists, ps, pt, sums):
-    """Two pivots and the sums; the width is kdkernels.ops.STATS_WIDTH."""
+    """Two pivots, the sums, and zeros up to the width: kdkernels.ops.STATS_WIDTH."""
     if stats is not None:
         to = stats + row * 8
         tl.store(to, ps, mask=exists)
         tl.store(to + 1, pt, mask=exists)
-        tl.store(to + 2, sums[0], mask=exists)
-        if len(sums) > 1:
-            tl.store(to + 3, sums[1], mask=exists)
-            tl.store(to + 4, sums[2], mask=exists)
-        if len(sums) > 3:
-            tl.store(to + 5, sums[3], mask=exists)
-        if len(sums) > 4:
-            tl.store(to + 6, sums[4], mask=exists)
+        for i in tl.static_range(6):
+            value = ps * 0.0
+            if i < len(sums):
+                value = sums[i]
+            tl.store(to + 2 + i, value, mask=exists)
 
 
 @triton.jit
@@ -543,6 +545,11 @@ def scale_in_place(grad, factor, size: "i64", BLOCK: tl.constexpr):
     """Multiplies dense memory by one number; touches nothing when that is 1."""
     by = tl.load(factor)
     if by != 1.0:
+        whole = size // 16 * 16  # a mask that does not change within a vector
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(grad + at, mask=at < size)
-        tl.store(grad + at, (value * by).to(grad.dtype.element_ty), mask=at < size)
+        value = tl.load(grad + at, mask=at < whole)
+        tl.store(grad + at, (value * by).to(grad.dtype.element_ty), mask=at < whole)
+        if tl.program_id(0) == 0:
+            end = whole + tl.arange(0, 16)
+            last = tl.load(grad + end, mask=end < size)
+            tl.store(grad + end, (last * by).to(grad.dtype.element_ty), mask=end < size)

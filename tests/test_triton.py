@@ -1,0 +1,326 @@
+"""The Triton kernels in Triton's interpreter against the reference in float64.
+
+The grid of test_equivalence.py on small and odd shapes, every regime forced in turn: the planner
+would take only the first for rows this short. Blocks are smaller than any that a GPU gets, so that
+a row of 100 classes has several. Kernels run in NumPy, on CPU tensors; nothing here says how they
+are compiled, see test_triton_compiled.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    IGNORED,
+    LAYOUTS,
+    MAIN_CASES,
+    Case,
+    assert_same,
+    evaluate,
+    make_inputs,
+)
+from test_equivalence import (
+    DTYPE_PAIRS,
+    KINDS,
+    REDUCTIONS,
+    Variants,
+    check_reductions,
+    check_rows,
+)
+
+import kdkernels
+
+TRITON = kdkernels.backends()["triton"]
+pytestmark = [
+    pytest.mark.skipif(not TRITON.available, reason=f"no Triton: {TRITON.reason}"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs them on the GPU"),
+    # NumPy's, about what the kernels do on purpose: log 0, -inf - -inf under a mask.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+if TRITON.available:
+    from kdkernels.triton_kernels import launch
+    from kdkernels.triton_kernels.launch import Device, Plan, plan
+
+
+def forced(regime: str, block: int) -> object:
+    """A planner that knows one regime."""
+
+    def planned(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> Plan:
+        chunks = math.ceil(window / block)
+        if regime == "resident":
+            one = 1 << max(0, window - 1).bit_length()
+            return Plan("resident", max(one, 16), 2, 4, math.ceil(rows / 2))
+        if regime == "sweeps":  # more rows than programs
+            return Plan("sweeps", block, 1, 4, max(1, rows // 2))
+        part_chunks = math.ceil(chunks / 3)
+        return Plan("split", block, 1, 4, rows, math.ceil(chunks / part_chunks), part_chunks)
+
+    return planned
+
+
+def each_plan(regimes: Sequence[str] = ("resident", "sweeps", "split")) -> Iterator[str]:
+    """As planned, and regimes with blocks of 32; the backward pass in one and in many slices."""
+    yield "as planned"
+    for regime in regimes:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "plan", forced(regime, 32))
+            patch.setattr(launch, "SLICE", (32, 4))
+            patch.setattr(launch, "SLICE_WIDE", (32, 4))
+            yield regime
+
+
+def in_turn(step: int) -> Variants:
+    """As planned, and one of the others: each call of a test takes another one."""
+    return partial(each_plan, [("resident", "sweeps", "split")[step % 3]])
+
+
+def check(case: Case, *inputs: torch.Tensor, generator: torch.Generator, step: int) -> None:
+    check_rows(case, *inputs, generator, backend="triton", variants=in_turn(step))
+
+
+# ---- the grid -------------------------------------------------------------------------------
+
+
+CLASSES = (1, 3, 8, 33, 100)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shapes(case: Case, classes: int, generator: torch.Generator) -> None:
+    step = 3 * CASES.index(case) + CLASSES.index(classes)
+    dtypes, kind = DTYPE_PAIRS[step % len(DTYPE_PAIRS)], KINDS[step % len(KINDS)]
+    rows = (1, 4, 3)[step % 3]
+    inputs = make_inputs(kind, rows, classes, dtypes, generator, ignored=0.1 * (step % 2))
+    check(case, *inputs, generator=generator, step=step)
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_types(case: Case, dtypes: tuple, generator: torch.Generator) -> None:
+    inputs = make_inputs("masked", 2, 103, dtypes, generator)
+    check(case, *inputs, generator=generator, step=DTYPE_PAIRS.index(dtypes))
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_large_vocabulary(case: Case, generator: torch.Generator) -> None:
+    """As planned: two sweeps for 5 rows on 4 multiprocessors, a split row for one."""
+    for rows in (1, 5):
+        inputs = make_inputs("normal", rows, 16411, torch.bfloat16, generator)
+        check_rows(case, *inputs, generator, backend="triton", variants=lambda: iter(["planned"]))
+
+
+@pytest.mark.parametrize("teacher_layout", LAYOUTS)
+@pytest.mark.parametrize("student_layout", LAYOUTS)
+def test_layouts(student_layout: str, teacher_layout: str, generator: torch.Generator) -> None:
+    """Strides, and bases that are not aligned, of student and teacher alike or otherwise."""
+    names = list(LAYOUTS)
+    step = names.index(student_layout) + 3 * names.index(teacher_layout)
+    dtypes = DTYPE_PAIRS[step % len(DTYPE_PAIRS)]
+    dense = make_inputs("normal", (2, 3), 37, dtypes, generator, ignored=0.1)
+    views = []
+    for layout, x in zip((student_layout, teacher_layout), dense[:2], strict=True):
+        view, dim = LAYOUTS[layout](x)
+        views.append(view.movedim(dim, -1))
+    check(CASES[step % len(CASES)], *views, dense[2], generator=generator, step=step)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
+    student, teacher, target = make_inputs("normal", (2, 5, 3), 4, torch.float32, generator)
+    student, teacher = (x.movedim(-1, dim).contiguous() for x in (student, teacher))
+    inputs = (student, teacher, target)
+    variants = in_turn(dim + MAIN_CASES.index(case))
+    check_rows(case, *inputs, generator, dim, backend="triton", variants=variants)
+
+
+@pytest.mark.parametrize(("reduction", "normalizer"), REDUCTIONS)
+@pytest.mark.parametrize("case", MAIN_CASES[:-1], ids=str)
+def test_reductions(
+    case: Case, reduction: str, normalizer: float | None, generator: torch.Generator
+) -> None:
+    variants = in_turn(MAIN_CASES.index(case) + REDUCTIONS.index((reduction, normalizer)))
+    check_reductions(
+        case, reduction, normalizer, generator, (10, 37), "triton", variants, shape=(2, 2)
+    )
+
+
+@pytest.mark.parametrize("classes", [5, 300])
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_no_rows(case: Case, classes: int, generator: torch.Generator) -> None:
+    inputs = make_inputs("normal", 0, classes, torch.float32, generator)
+    value, gradient = evaluate(case.rows, *inputs, backend="triton")
+    assert value.numel() == 0 and gradient.shape == (0, classes)
+
+
+# ---- the contracts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_rows_that_do_not_count_are_not_read(case: Case, generator: torch.Generator) -> None:
+    """Ignored rows, and rows of weight 0, full of NaN."""
+    student, teacher, target = make_inputs("normal", 4, 70, torch.float32, generator)
+    dead = torch.tensor([0, 1, 0, 1]).bool()
+    target[3] = IGNORED
+    student[dead] = teacher[dead] = math.nan
+    common = {}
+    if case.outputs == 1:
+        common["row_weight"] = torch.tensor([1.0, 0.0, 2.0, 1.0])
+    else:
+        target[1] = IGNORED
+    for _ in each_plan():
+        value, gradient = evaluate(case.rows, student, teacher, target, backend="triton", **common)
+        assert not value[..., dead].any() and not gradient[dead].any()
+        assert gradient.isfinite().all() and gradient[~dead].any(-1).all()
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_nan_stays_in_its_row(case: Case, generator: torch.Generator) -> None:
+    if case.loss == "tf_nkd":  # with its own mean
+        case = CASES[CASES.index(case) + 1]
+    clean = make_inputs("normal", 3, 70, torch.float32, generator)
+    dirty = [x.clone() for x in clean]
+    dirty[0][2, 50] = math.nan
+    others = torch.arange(3) != 2
+    for _ in each_plan():
+        value, gradient = evaluate(case.rows, *dirty, backend="triton")
+        good = evaluate(case.rows, *clean, backend="triton")
+        assert value[..., 2].isnan().any() and gradient[2].isnan().any()
+        assert_same(value[..., others], good[0][..., others])
+        assert_same(gradient[others], good[1][others])
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_a_bad_target_makes_its_row_nan(
+    case: Case, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens on a GPU, where nobody looks at targets before the kernel does."""
+    if case.loss == "tf_nkd":
+        case = CASES[CASES.index(case) + 1]
+    monkeypatch.setattr("kdkernels.losses.checks_targets", lambda _: False)
+    student, teacher, target = make_inputs("normal", 3, 70, torch.float32, generator)
+    others = torch.arange(3) != 2
+    for bad, regime in ((-1, "split"), (70, "sweeps"), (2**32 + 1, "resident")):
+        wrong = torch.where(others, target, bad)
+        for _ in each_plan([regime]):
+            value, gradient = evaluate(case.rows, student, teacher, wrong, backend="triton")
+            good = evaluate(case.rows, student, teacher, target, backend="triton")
+            assert value[..., 2].isnan().all() and gradient[2].isnan().all()
+            assert_same(value[..., others], good[0][..., others])
+            assert_same(gradient[others], good[1][others])
+
+
+@pytest.mark.parametrize("case", MAIN_CASES[:-1], ids=str)
+def test_same_bits_again_and_without_gradient(case: Case, generator: torch.Generator) -> None:
+    inputs = make_inputs("normal", 3, 70, torch.bfloat16, generator, ignored=0.2)
+    for _ in each_plan():
+        first, second = (evaluate(case, *inputs, backend="triton") for _ in range(2))
+        assert_same(first[0], second[0])
+        assert_same(first[1], second[1])
+        assert_same(case(*inputs, backend="triton"), first[0])
+
+
+def test_nothing_outside_the_gradient_is_written(generator: torch.Generator) -> None:
+    """The gradient as the middle of a larger buffer, for every alignment of both ends."""
+    student, teacher, target = make_inputs("normal", 3, 64, torch.bfloat16, generator)
+    for classes in (1, 7, 8, 9, 17, 40):
+        for offset in (0, 5, 8):
+            s, t = (x[:, :classes].contiguous() for x in (student, teacher))
+            y = target % classes
+            buffer = torch.full((offset + s.numel() + 16,), 7.0, dtype=s.dtype)
+            grad = buffer[offset : offset + s.numel()].view(s.shape)
+            call = launch.Call.of("dkd", s, t, y, None, [4.0, 0.0, 1.0, 8.0], IGNORED, grad)
+            for _ in in_turn(classes + offset)():
+                launch._run(call, s.new_empty(3, dtype=torch.float32), None)
+                assert (buffer[:offset] == 7).all() and (buffer[offset + s.numel() :] == 7).all()
+                assert (grad != 7).all()
+
+
+def test_scale_writes_nothing_at_one() -> None:
+    scale_ = kdkernels.ops.TRITON.scale_
+    gradient = torch.full((4099,), 2.0)
+    scale_(gradient, torch.tensor(1.0))
+    assert gradient.eq(2).all()
+    scale_(gradient, torch.tensor(0.5))
+    assert gradient.eq(1).all()
+
+
+@pytest.mark.parametrize("name", ["forward", "reduced", "backward", "scale_"])
+def test_opcheck(name: str, generator: torch.Generator) -> None:
+    operators = kdkernels.ops.TRITON
+    student, teacher, target = make_inputs("normal", (2, 3), 5, torch.float32, generator)
+    inputs = (student, teacher, target, torch.rand(2, 3))
+    params = [4.0, 1.0, 1.0, 8.0]
+    rows, stats = operators.forward("dkd", *inputs, params, IGNORED)
+    leaves = (student.clone().requires_grad_(), *inputs[1:])
+    arguments = {
+        "forward": ("dkd", *leaves, params, IGNORED),
+        "reduced": ("dkd", *leaves, 0.5, None, True, params, IGNORED, True),
+        "backward": ("dkd", torch.randn_like(rows), *inputs, stats, params, IGNORED),
+        "scale_": (torch.randn(2, 3), torch.tensor(3.0)),
+    }[name]
+    torch.library.opcheck(getattr(operators, name), arguments)
+
+
+def test_compiles_whole(generator: torch.Generator) -> None:
+    student, teacher, target = make_inputs("normal", 4, 10, torch.float32, generator)
+
+    def loss(student: torch.Tensor) -> torch.Tensor:
+        return kdkernels.dkd_loss(student, teacher, target, backend="triton")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for x, y in zip(evaluate(loss_of(compiled), student, None, None),
+                    evaluate(loss_of(loss), student, None, None), strict=True):  # fmt: skip
+        assert_same(x, y)
+
+
+def loss_of(function):
+    return lambda student, teacher, target: function(student)
+
+
+# ---- the planner ----------------------------------------------------------------------------
+
+H200 = 132
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "small", "wide", "expected"),
+    [
+        (4096, 100, True, False, ("resident", 128, 8)),
+        (4096, 1000, True, False, ("resident", 1024, 1)),
+        (4096, 16384, True, False, ("resident", 16384, 1)),
+        (4096, 16384, False, False, ("sweeps", 8192, 1)),  # two temperatures, or float32
+        (4096, 32000, True, False, ("sweeps", 8192, 1)),
+        (4096, 128256, True, False, ("sweeps", 8192, 1)),
+        (4096, 4096, False, True, ("sweeps", 1024, 1)),
+        (8, 128256, True, False, ("split", 4096, 1)),
+    ],
+)
+def test_the_planner_takes(
+    rows: int, classes: int, small: bool, wide: bool, expected: tuple[str, int, int]
+) -> None:
+    chosen = plan(rows, classes, Device(H200), small=small, wide=wide)
+    assert (chosen.regime, chosen.block, chosen.rows) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 131, 132, 133, 5000])
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 8192, 8193, 16384, 16385, 128263, 262151])
+@pytest.mark.parametrize("wide", [False, True])
+def test_every_plan_covers_every_class_once(rows: int, window: int, wide: bool) -> None:
+    for small in (True, False):
+        chosen = plan(rows, window, Device(H200), small=small, wide=wide)
+        if chosen.regime == "resident":
+            assert window <= chosen.block and rows <= chosen.programs * chosen.rows
+        if chosen.regime == "sweeps":
+            assert 1 <= chosen.programs <= H200
+        if chosen.regime == "split":
+            covered = chosen.parts * chosen.part_chunks * chosen.block
+            assert covered >= window > covered - chosen.part_chunks * chosen.block
+            assert chosen.parts <= launch.MOST_PARTS
+        back = launch.backward_plan(rows, window, wide=wide)
+        assert back.parts * back.block >= window and back.programs * back.rows >= rows

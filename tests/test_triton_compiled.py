@@ -1,0 +1,451 @@
+"""The Triton kernels compiled ahead of time, without a device: registers, accesses, exponentials.
+
+Calls of the operators go the usual way up to the launch, which compiles; see compile_triton.py.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+CUOBJDUMP = shutil.which("cuobjdump", path=os.pathsep.join([str(TOOLS), os.environ["PATH"]]))
+HAS_AMD = (TOOLS.parents[1] / "amd").is_dir()
+# Triton 3.6 computes what there is one of per row up to eight times in a thread, as often as the
+# thread has neighbouring classes; and it leads ptxas to spill a number of the row here and there.
+OLD = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
+
+SCRIPT = Path(__file__).with_name("compile_triton.py")
+CUDA = ("cuda:80", "cuda:90", "cuda:100")
+AMD = "hip:gfx942"
+MAIN = "cuda:90"
+
+# ---- jobs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of an operator. The sizes decide about the kernel: the planner's tests say how."""
+
+    loss: str = "kd"
+    params: tuple[float, ...] = (4.0, 0.0)
+    op: str = "reduced"
+    rows: int = 4096
+    classes: int = 50257
+    layout: str = "contiguous"
+    student: str = "bfloat16"
+    teacher: str | None = "bfloat16"
+    teacher_layout: str = "contiguous"
+    weight: bool = False
+    ignore_index: int = -100
+    scale: float = 1.0
+    normalizer: bool = False
+    compile: bool = True
+    sass: bool = False
+    plant: tuple[tuple[str, int], ...] = ()  # arguments that the planner never gives
+
+    def __str__(self) -> str:
+        dtypes = f"{self.student}/{self.teacher}"
+        layouts = f"{self.layout}/{self.teacher_layout}"
+        params = ",".join(f"{x:g}" for x in self.params)
+        said = [f"{self.loss}({params})", self.op, f"{self.rows}x{self.classes}", dtypes]
+        if layouts != "contiguous/contiguous":
+            said.append(layouts)
+        return " ".join([*said, *(f"{name}={x}" for name, x in self.plant)])
+
+
+# Per loss: parameters that need one temperature, and two where it has that.
+PARAMS = {
+    "kd": ((4.0, 0.0), (4.0, 1.0)),
+    "dkd": ((4.0, 0.0, 1.0, 8.0), (4.0, 1.0, 1.0, 8.0)),
+    "nkd": ((1.0, 0.0, 1.5), (3.0, 0.0, 1.5)),
+    "aekt": ((4.0, 0.0, 1.0, 8.0, 0.0, 2.3), (4.0, 1.0, 1.0, 8.0, 0.0, 2.3)),
+    "cross_entropy": ((),),
+    "target_split": ((3.0,),),
+}
+ONE_TENSOR = ("cross_entropy", "target_split")
+VARIANTS = [
+    Job(loss, params, teacher=None if loss in ONE_TENSOR else "bfloat16")
+    for loss, choices in PARAMS.items()
+    for params in choices
+]
+
+
+def is_two(job: Job) -> bool:
+    """Whether the sums are taken at two temperatures."""
+    return len(PARAMS[job.loss]) == 2 and job.params == PARAMS[job.loss][1]
+
+
+def largest(job: Job) -> int:
+    """Classes, a multiple of the widest vector, for the largest resident block."""
+    dtypes = {job.student, job.teacher} - {None}
+    if "float64" in dtypes:
+        return 2000
+    return 16000 if dtypes == {"bfloat16"} and not is_two(job) else 8000
+
+
+def regimes(job: Job) -> list[Job]:
+    """A call for every kernel at every kind of size."""
+    return [
+        replace(job, classes=largest(job)),
+        replace(job, classes=128),
+        job,  # sweeps
+        replace(job, rows=4),  # partial and gradient
+        replace(job, op="backward"),
+    ]
+
+
+def counted(job: Job) -> list[Job]:
+    """The calls whose exponentials are counted."""
+    resident, _, sweeps, *_ = regimes(job)
+    return [replace(call, sass=True) for call in (resident, sweeps)]
+
+
+def other_dtypes() -> Iterator[Job]:
+    for loss, two in (("kd", 0), ("kd", 1), ("nkd", 1)):
+        for pair in (("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")):
+            job = Job(loss, PARAMS[loss][two], normalizer=True)
+            yield replace(job, student=pair[0], teacher=pair[1])
+
+
+EVERY_REGIME = [job for variant in VARIANTS for job in regimes(variant)]
+OTHERS = [
+    *(call for job in other_dtypes() for call in regimes(job)[:4] if call.classes != 128),
+    *(replace(call, op="forward", weight=True) for call in regimes(Job())[:4]),
+]
+SIZES = [(target, job) for target in CUDA for job in EVERY_REGIME] + [(MAIN, x) for x in OTHERS]
+
+# Rows of student and teacher lie alike; those of the gradient, which is dense, only if `stores`.
+LAYOUTS = {
+    "aligned": (Job(classes=32000), True),
+    "unaligned": (Job(classes=50257), True),
+    "next_token": (Job(classes=50257, layout="next_token", teacher_layout="next_token"), False),
+    "odd_offset": (Job(classes=50257, layout="odd_offset", teacher_layout="odd_offset"), False),
+}
+
+
+def vector_jobs() -> Iterator[tuple[str, Job, bool]]:
+    for name, (sweeps, stores) in LAYOUTS.items():
+        classes = 16000 if name == "aligned" else 16001
+        yield f"{name}-sweeps", sweeps, stores
+        yield f"{name}-resident", replace(sweeps, classes=classes), stores
+    yield "unaligned-split", Job(rows=4), True
+    yield "unaligned-backward", Job(op="backward"), True
+    yield "unaligned-float32", Job(student="float32", teacher="float32"), True
+
+
+VECTORS = list(vector_jobs())
+SCALE = Job(op="scale", classes=32000)
+SPILLS = Job(classes=16000, plant=(("BLOCK", 32768), ("warps", 4)))
+SCALAR = Job(teacher_layout="odd_offset")
+
+# Calls that differ in numbers only, by the kernel that they share.
+SAME: dict[str, list[Job]] = {
+    "sweeps": [
+        Job(),
+        *(Job(classes=x) for x in (30000, 32000, 32017)),
+        *(Job(rows=x) for x in (132, 133, 144, 4097)),
+        *(Job(ignore_index=x) for x in (0, 1, 16)),
+        *(Job(params=(x, 0.0)) for x in (1.0, 2.0, 16.0)),
+        Job(params=(1.0, 0.5)),
+        Job(params=(1.0, 1.0)),
+        *(Job(scale=x) for x in (16.0, 0.3)),
+    ],
+    "resident": [
+        Job(classes=1000),
+        *(Job(classes=1000, rows=x) for x in (1, 2, 16, 17)),
+        *(Job(classes=x) for x in (520, 992, 1001)),
+        Job(classes=1000, ignore_index=1),
+        Job(classes=1000, params=(1.0, 16.0), scale=2.0),
+    ],
+    "split": [
+        *(Job(rows=x) for x in (1, 2, 16, 17, 131)),
+        *(Job(rows=4, classes=x) for x in (30000, 32000, 250001)),
+    ],
+    "backward": [
+        Job(op="backward"),
+        *(Job(op="backward", rows=x) for x in (1, 16, 17)),
+        *(Job(op="backward", classes=x) for x in (30000, 32000, 250001)),
+        Job(op="backward", params=(1.0, 16.0)),
+    ],
+    "nkd": [Job("nkd", (1.0, x, y)) for x, y in ((0.0, 1.5), (1.0, 1.0), (16.0, 0.3))],
+    "aekt": [
+        Job("aekt", (4.0, 0.0, alpha, 1.0, variant, 2.3))
+        for alpha, variant in ((1.0, 0.0), (16.0, 1.0), (0.5, 3.0))
+    ],
+    "scale": [Job(op="scale", rows=x, classes=32000) for x in (1, 3, 4096)],
+}
+SAME = {name: [replace(x, compile=False) for x in jobs] for name, jobs in SAME.items()}
+DIFFERENT = [
+    replace(Job(), compile=False, student=student, teacher=teacher)
+    for student, teacher in (
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("bfloat16", "float32"),
+        ("float32", "bfloat16"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    )
+]
+ON_AMD = [Job(), Job(classes=16000)]
+
+ALL = dict.fromkeys(
+    [
+        *SIZES,
+        *((MAIN, call) for job in VARIANTS for call in counted(job)),
+        *((MAIN, job) for _, job, _ in VECTORS),
+        *((MAIN, job) for job in (SCALE, SPILLS, SCALAR)),
+        *((MAIN, job) for jobs in SAME.values() for job in jobs),
+        *((MAIN, job) for job in DIFFERENT),
+        *((AMD, job) for job in ON_AMD if HAS_AMD),
+    ]
+)
+
+# ---- compilation ----------------------------------------------------------------------------
+
+Launches = list[dict[str, Any]]
+Compiled = Callable[[str, Job], Launches]
+
+
+def compile_jobs(jobs: list[tuple[str, Job]], cache: Path) -> list[Launches | str]:
+    env = {name: x for name, x in os.environ.items() if not name.startswith("TRITON_")}
+    path = [str(SCRIPT.parents[1]), *env.get("PYTHONPATH", "").split(os.pathsep)]
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    text = json.dumps([(target, asdict(job)) for target, job in jobs])
+    command = [sys.executable, str(SCRIPT)]
+    done = subprocess.run(command, env=env, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Warning" not in done.stderr, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
+    """What a job launches on a target. Two processes compile everything that any test needs."""
+    cache = tmp_path_factory.mktemp("triton")
+    halves = list(ALL)[::2], list(ALL)[1::2]
+    with ThreadPoolExecutor(2) as pool:
+        results = [pool.submit(compile_jobs, half, cache) for half in halves]
+        place = {key: (i, j) for i, half in enumerate(halves) for j, key in enumerate(half)}
+
+        def get(target: str, job: Job) -> Launches:
+            half, at = place[target, job]
+            found = results[half].result()[at]
+            assert not isinstance(found, str), f"{job} on {target} does not compile: {found}"
+            assert found, f"{job} on {target} launches nothing"
+            return found
+
+        yield get
+
+
+def says(target: str, job: Job, x: dict[str, Any]) -> str:
+    return f"{x['kernel']} {x['block']}x{x['rows']}, {x['warps']} warps, of {job} on {target}"
+
+
+# ---- registers ------------------------------------------------------------------------------
+
+
+def check_registers(target: str, job: Job, launches: Launches, spared: int = 0) -> None:
+    for x in launches:
+        what = says(target, job, x)
+        assert x["stack"] <= spared, (
+            f"{what} spills: {x['stack']} bytes, {x['registers']} registers"
+        )
+        used = x["registers"] * x["warps"] * 32
+        assert used <= 65536, f"{what} does not fit: {used} registers"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize(("target", "job"), SIZES, ids=str)
+def test_no_kernel_spills_registers(compiled, target, job):
+    # A division in float64 is a subroutine. Around its calls a number of the row may be spilled,
+    # which costs nothing; a tile that does not fit spills hundreds of bytes.
+    spared = 8 if OLD or "float64" in (job.student, job.teacher) else 0
+    check_registers(target, job, compiled(target, job), spared)
+
+
+@needs_cuobjdump
+def test_a_block_too_large_for_its_warps_counts_as_a_spill(compiled):
+    with pytest.raises(AssertionError, match=r"resident 32768x1, 4 warps.* spills"):
+        check_registers(MAIN, SPILLS, compiled(MAIN, SPILLS))
+
+
+def test_the_calls_reach_every_kernel_at_its_largest_sizes(compiled):
+    for job in VARIANTS:
+        seen = {(x["kernel"], x["block"]) for call in regimes(job) for x in compiled(MAIN, call)}
+        block = 8192 if is_two(job) else 16384
+        assert seen == {
+            *(("resident", x) for x in (128, block)),
+            ("sweeps", 8192),
+            ("partial", 4096),
+            ("gradient", 4096),
+        }, str(job)
+
+
+# ---- vectors --------------------------------------------------------------------------------
+
+# Accesses of one element, or of a few, that do not grow with the block: targets, weights, the
+# statistics and results of a row, and the edges of a row where granules are stored.
+FEW = 48 if OLD else 20
+SWEEPS = {"resident": 1, "partial": 1, "gradient": 1, "sweeps": 2}
+
+
+def granules(job: Job, x: dict[str, Any]) -> int:
+    """16-byte accesses of a thread that walk a tile of one tensor once."""
+    itemsize = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}[job.student]
+    assert job.teacher in (job.student, None)
+    return x["block"] * x["rows"] * itemsize // (16 * 32 * x["warps"])
+
+
+def check_loads(target: str, job: Job, launches: Launches) -> None:
+    for x in launches:
+        what = says(target, job, x)
+        expected = (1 if job.teacher is None else 2) * SWEEPS[x["kernel"]] * granules(job, x)
+        assert x["loads"]["vector"] == expected, f"{what}: {x['loads']}, not {expected} vectors"
+        assert x["loads"]["scalar"] <= FEW, f"{what}: {x['loads']}"
+
+
+def check_stores(target: str, job: Job, launches: Launches) -> None:
+    for x in launches:
+        what = says(target, job, x)
+        expected = granules(job, x) if x["kernel"] != "partial" else 0
+        assert x["stores"]["vector"] == expected, f"{what}: {x['stores']}, not {expected} vectors"
+        assert x["stores"]["scalar"] <= FEW, f"{what}: {x['stores']}"
+
+
+@pytest.mark.parametrize(
+    ("job", "stores"), [x[1:] for x in VECTORS], ids=[name for name, *_ in VECTORS]
+)
+def test_logits_are_loaded_as_vectors_wherever_rows_begin(compiled, job, stores):
+    launches = compiled(MAIN, job)
+    assert {x["aligned"] for x in launches} == {1 + stores}
+    check_loads(MAIN, job, launches)
+    if stores:
+        check_stores(MAIN, job, launches)
+    else:  # a gradient that lies otherwise than the logits is written element by element
+        assert {x["stores"]["vector"] for x in launches} == {0}
+
+
+@pytest.mark.parametrize("job", VARIANTS, ids=str)
+@pytest.mark.parametrize("target", CUDA)
+def test_every_loss_loads_and_stores_vectors(compiled, target, job):
+    for call in regimes(job):
+        check_loads(target, call, compiled(target, call))
+        check_stores(target, call, compiled(target, call))
+
+
+@pytest.mark.parametrize("kernel", ["sweeps", "resident"])
+def test_aligned_rows_and_unaligned_ones_share_a_kernel(compiled, kernel):
+    jobs = {name: job for name, job, _ in VECTORS}
+    aligned, unaligned = (
+        compiled(MAIN, jobs[f"{x}-{kernel}"])[0]["key"] for x in ("aligned", "unaligned")
+    )
+    assert aligned == unaligned
+
+
+def test_scaling_a_gradient_moves_vectors(compiled):
+    (x,) = compiled(MAIN, SCALE)
+    assert x["loads"]["scalar"] <= FEW and x["loads"]["vector"] == granules(SCALE, x), x["loads"]
+    check_stores(MAIN, SCALE, [x])
+
+
+def test_logits_that_lie_differently_count_as_scalar_loads(compiled):
+    launches = compiled(MAIN, SCALAR)
+    assert launches[0]["aligned"] == 0
+    with pytest.raises(AssertionError, match="not 8 vectors"):
+        check_loads(MAIN, SCALAR, launches)
+    with pytest.raises(AssertionError, match="not 2 vectors"):
+        check_stores(MAIN, SCALAR, launches)
+
+
+# ---- exponentials ---------------------------------------------------------------------------
+
+# Per class, for the sums and, in a second sweep, for the gradient. The sums take one exponential
+# of each tensor and, at two temperatures, the student's at T = 1 and for a cross-entropy (nkd) the
+# teacher's, which the gradient does without. A resident tile keeps those of the sums. So a thread
+# with n classes has n * sums of them, in the sweeps n * (sums + gradient), and PER_ROW at most.
+EXPONENTIALS = {
+    ("kd", False): (2, 2),
+    ("dkd", False): (2, 2),
+    ("nkd", False): (2, 2),
+    ("aekt", False): (2, 2),
+    ("kd", True): (3, 3),
+    ("dkd", True): (3, 3),
+    ("nkd", True): (4, 3),
+    ("aekt", True): (3, 3),
+    ("cross_entropy", False): (1, 1),
+    ("target_split", False): (1, 1),
+}
+# Those of a row, in every thread: pivots that move, the finish, an edge of the gradient.
+PER_ROW = 32 if OLD else 16
+
+
+def check_exponentials(target: str, job: Job, x: dict[str, Any]) -> None:
+    sums, gradient = EXPONENTIALS[job.loss, is_two(job)]
+    per_class = sums + (gradient if x["kernel"] == "sweeps" else 0)
+    expected = per_class * x["block"] * x["rows"] // (32 * x["warps"])
+    what = f"{says(target, job, x)}: {x['ex2']} exponentials, {expected} for the classes"
+    assert expected <= x["ex2"] <= expected + PER_ROW, what
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("job", VARIANTS, ids=str)
+def test_no_exponential_is_computed_twice(compiled, job):
+    for call in counted(job):
+        (x,) = compiled(MAIN, call)
+        check_exponentials(MAIN, call, x)
+
+
+@needs_cuobjdump
+def test_exponentials_of_a_second_temperature_exceed_the_budget_of_one(compiled):
+    job = counted(Job("kd", PARAMS["kd"][1]))[0]
+    (x,) = compiled(MAIN, job)
+    with pytest.raises(AssertionError, match="exponentials"):
+        check_exponentials(MAIN, replace(job, params=PARAMS["kd"][0]), x)
+
+
+# ---- variants -------------------------------------------------------------------------------
+
+
+def keys(compiled: Compiled, jobs: list[Job]) -> dict[str, set[str]]:
+    """What Triton tells compiled variants apart by, for every kernel that is launched."""
+    found: dict[str, set[str]] = {}
+    for job in jobs:
+        for x in compiled(MAIN, job):
+            found.setdefault(x["kernel"], set()).add(x["key"])
+    return found
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_other_numbers_do_not_recompile(compiled, name):
+    found = keys(compiled, SAME[name])
+    kernels = {"split": {"partial", "gradient"}, "backward": {"gradient"}}
+    expected = {"nkd": {"sweeps"}, "aekt": {"sweeps"}, "scale": {"scale_in_place"}, **kernels}
+    assert found.keys() == expected.get(name, {name})
+    for kernel, variants in found.items():
+        assert len(variants) == 1, f"{kernel}: {len(variants)} variants of {name}"
+
+
+def test_other_dtypes_do_recompile(compiled):
+    assert len(keys(compiled, DIFFERENT)["sweeps"]) == len(DIFFERENT)
+
+
+# ---- AMD ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not HAS_AMD, reason="Triton without its AMD backend")
+@pytest.mark.parametrize("job", ON_AMD, ids=["sweeps", "resident"])
+def test_the_kernels_compile_for_amd(compiled, request, job):
+    (x,) = compiled(AMD, job)
+    assert x["kernel"] == request.node.callspec.id
+    assert x["bytes"] > 0
