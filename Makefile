@@ -3,6 +3,7 @@
 #   make demo | test | bench     run the example, the tests, the benchmark (ARGS=... is passed on)
 #   make lint | format | check   style and types; apply the style; lint and test
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
+#   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
@@ -25,7 +26,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # The whole suite has to end within 10 minutes; an interrupt lets pytest still report.
 LIMIT := $(if $(shell command -v timeout),timeout --foreground -s INT -k 20 590)
 
-.PHONY: build demo test bench lint format check asan clean distclean
+.PHONY: build demo test bench gpu-check lint format check asan clean distclean
 .DEFAULT_GOAL := build
 
 .venv/.tools: constraints.txt
@@ -51,6 +52,9 @@ bench: build
 
 test: build
 	$(LIMIT) $(PY) -m pytest -q $(ARGS)
+
+gpu-check: build
+	$(PY) tests/gpu_check.py $(ARGS)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .

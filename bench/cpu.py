@@ -22,14 +22,10 @@ the figures as information; nothing fails when one is missed.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import math
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,19 +39,26 @@ if not __package__:  # run as a script; an installed kdkernels comes first, henc
 
 import kdkernels
 from bench import eager, measure
+from bench.measure import (
+    BYTES_PER_CALL,
+    BYTES_PER_ROW,
+    DTYPES,
+    NAMES,
+    TEMPERATURE,
+    Loss,
+    errors,
+    fused_loss,
+    number,
+    results,
+    shape_of,
+    spread,
+    write,
+)
 
-TEMPERATURE = 4.0  # KD, DKD and AEKT; NKD runs at its own default of 1
 LOSSES = ("kd", "dkd", "nkd", "aekt", "tf_nkd")
-NAMES = {"kd": "KD", "dkd": "DKD", "nkd": "NKD", "aekt": "AEKT", "tf_nkd": "tf-NKD"}
 PROVIDERS = ("fused", "eager", "compile")
 COPY, COPY_NEW = "copy", "copy, new"
 POLICIES = ("default", "keep")  # in this order: memory once kept is not given back
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 SHAPES = ((512, 32000), (128, 128256), (1024, 1000), (4096, 100))
 QUICK_SHAPES = ((512, 32000), (1024, 1000))
 
@@ -79,34 +82,6 @@ TARGETS: dict[tuple[int, int], dict[tuple[str, str], int]] = {
 }
 KD_OVER_COPY = 2.5  # at the two large float32 shapes
 OTHERS_OVER_KD = 1.3  # NKD, DKD and AEKT
-BYTES_PER_ROW = 256  # allowance for "O(rows)" beside the gradient
-BYTES_PER_CALL = 64 << 10
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def fused_loss(name: str, backend: str | None) -> Loss:
-    """kdkernels' loss with the parameters that `eager` has as defaults."""
-
-    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        match name:
-            case "kd":
-                return kdkernels.kd_loss(student, teacher, temperature=TEMPERATURE, backend=backend)
-            case "dkd":
-                return kdkernels.dkd_loss(
-                    student, teacher, target, temperature=TEMPERATURE, backend=backend
-                )
-            case "nkd":
-                return kdkernels.nkd_loss(student, teacher, target, backend=backend)
-            case "aekt":
-                return kdkernels.aekt_loss(
-                    student, teacher, target, temperature=TEMPERATURE, backend=backend
-                )
-            case "tf_nkd":
-                return kdkernels.tf_nkd_loss(student, target, backend=backend)
-        raise KeyError(name)
-
-    return loss
 
 
 @dataclass
@@ -163,13 +138,6 @@ def build(group: Group, loss: str, provider: str, backend: str | None) -> measur
     if provider == "compile":
         function = torch.compile(function, dynamic=False)
     return group.call(function)
-
-
-def errors(result: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Absolute error of the loss; largest error of the gradient over its largest entry."""
-    (value, grad), (true_value, true_grad) = result, truth
-    worst = (grad.double() - true_grad).abs().max() / true_grad.abs().max()
-    return abs(float(value) - float(true_value)), float(worst)
 
 
 def check(
@@ -333,20 +301,6 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def number(value: float | None, digits: int = 3) -> str | None:
-    """Three significant digits, without an exponent where one can read it."""
-    if value is None or math.isnan(value):
-        return None
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.1e}"
-    before = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{value:.{max(0, digits - before)}f}"
-
-
-def spread(row: dict[str, Any]) -> str:
-    return f"{number(row['ms'])} [{number(row['ms_p20'])}-{number(row['ms_p80'])}]"
-
-
 def times_table(rows: Sequence[dict[str, Any]]) -> str:
     by_key = {(r["rows"], r["classes"], r["dtype"], r["loss"], r["provider"]): r for r in rows}
     lines: list[list[object]] = []
@@ -412,25 +366,6 @@ def targets_table(judged: Sequence[dict[str, Any]]) -> str:
     return measure.table(["case", "malloc", "what", "measured", "target", ""], lines)
 
 
-def write(out: Path, report: dict[str, Any]) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
-    as_json, as_csv = out / "cpu.json", out / "cpu.csv"
-    as_json.write_text(json.dumps(report, indent=1) + "\n")
-    columns = list(dict.fromkeys(key for row in report["records"] for key in row))
-    with as_csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(report["records"])
-    return [as_json, as_csv]
-
-
-def shape_of(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROWSxCLASSES, such as 512x32000")
-    return int(found[1]), int(found[2])
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cpu",
@@ -466,8 +401,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.dtypes = options.dtypes or (["float32"] if options.quick else ["float32", "bfloat16"])
     options.seconds = options.seconds or (4.0 if options.quick else 10.0)
     if options.out is None:
-        slug = re.sub(r"[^a-z0-9]+", "-", measure.cpu_name().lower()).strip("-")
-        options.out = Path(__file__).resolve().parent / "results" / slug
+        options.out = results(measure.cpu_name())
     return options
 
 
@@ -534,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(targets_table(judged))
     for name, reason in failed.items():
         print(f"\nno result for {name}: {reason}")
-    paths = write(options.out, report)
+    paths = write(options.out, "cpu", report)
     print("\nwritten: " + ", ".join(os.path.relpath(path) for path in paths))
 
 

@@ -1,9 +1,14 @@
-"""The benchmarks' instruments: interleaved timing, peak memory, traffic, machine facts."""
+"""What the benchmarks share: losses, interleaved timing, peak memory, traffic, facts, tables."""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import ctypes
 import gc
+import importlib.metadata
+import json
+import math
 import os
 import platform
 import re
@@ -17,17 +22,63 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import kdkernels
+
 Call = Callable[[int], Any]  # one call on the input set of that index
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MIB = 2**20
+
+
+# ------------------------------------------------------------------------------------------- losses
+TEMPERATURE = 4.0  # KD, DKD and AEKT; NKD runs at its own default of 1
+NAMES = {"kd": "KD", "dkd": "DKD", "nkd": "NKD", "aekt": "AEKT", "tf_nkd": "tf-NKD"}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def fused_loss(name: str, backend: str | None) -> Loss:
+    """kdkernels' loss with the parameters that `eager` has as defaults."""
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        match name:
+            case "kd":
+                return kdkernels.kd_loss(student, teacher, temperature=TEMPERATURE, backend=backend)
+            case "dkd":
+                return kdkernels.dkd_loss(
+                    student, teacher, target, temperature=TEMPERATURE, backend=backend
+                )
+            case "nkd":
+                return kdkernels.nkd_loss(student, teacher, target, backend=backend)
+            case "aekt":
+                return kdkernels.aekt_loss(
+                    student, teacher, target, temperature=TEMPERATURE, backend=backend
+                )
+            case "tf_nkd":
+                return kdkernels.tf_nkd_loss(student, target, backend=backend)
+        raise KeyError(name)
+
+    return loss
+
+
+def errors(result: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Absolute error of the loss; largest error of the gradient over its largest entry."""
+    (value, grad), (true_value, true_grad) = result, truth
+    worst = (grad.double() - true_grad).abs().max() / true_grad.abs().max()
+    return abs(float(value) - float(true_value)), float(worst)
 
 
 # --------------------------------------------------------------------------------------------- time
 @dataclass
 class Timing:
-    """Wall-clock seconds of single calls."""
+    """Seconds of single calls."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -50,9 +101,57 @@ class Timing:
         }
 
 
+def wall_clock(call: Call, index: int) -> float:
+    """Seconds that one call takes on the host; its result is released afterwards."""
+    begin = time.perf_counter()
+    result = call(index)
+    seconds = time.perf_counter() - begin
+    del result
+    return seconds
+
+
+class EventClock:
+    """Seconds that one call keeps a GPU busy, between two CUDA events.
+
+    The device is held up first, so that the call is queued by the time it starts: its launches on
+    the host are then no part of the time, unless the call itself waits for the device.
+    """
+
+    def __init__(self, hold_up: float = 2e-3) -> None:
+        """hold_up: seconds, more than the launches of a call take on the host."""
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1000)  # loads it
+        cycles = 10_000_000
+        seconds = self._between(lambda: torch.cuda._sleep(cycles))
+        self._cycles = int(cycles * hold_up / seconds)
+
+    def _between(self, call: Callable[[], Any]) -> float:
+        self._start.record()
+        result = call()
+        self._end.record()
+        self._end.synchronize()
+        del result
+        return 1e-3 * self._start.elapsed_time(self._end)
+
+    def __call__(self, call: Call, index: int) -> float:
+        torch.cuda._sleep(self._cycles)
+        return self._between(lambda: call(index))
+
+
+def launch_seconds(call: Call, count: int = 5) -> float:
+    """Seconds that one call takes on the host, the device being idle; the median of some."""
+    taken = []
+    for _ in range(count):
+        torch.cuda.synchronize()
+        taken.append(wall_clock(call, 0))
+    torch.cuda.synchronize()
+    return statistics.median(taken)
+
+
 def time_interleaved(
-    calls: Mapping[str, Call],
+    calls: Mapping[Any, Call],
     *,
+    clock: Callable[[Call, int], float] = wall_clock,
     sets: int = 1,
     seconds: float = 10.0,
     min_rounds: int = 3,
@@ -60,7 +159,7 @@ def time_interleaved(
     share: float = 0.05,
     max_calls: int = 10,
     on_round: Callable[[], object] = lambda: None,
-) -> dict[str, Timing]:
+) -> dict[Any, Timing]:
     """Time every call in every round, so that a drift of the machine hits all alike.
 
     Rounds go on until `seconds` have passed, within [min_rounds, max_rounds]; each starts with
@@ -84,10 +183,7 @@ def time_interleaved(
                 call = calls[name]
                 for _ in range(repeats[name]):
                     index = cursor[name] = (cursor[name] + 1) % sets
-                    begin = time.perf_counter()
-                    result = call(index)
-                    timings[name].seconds.append(time.perf_counter() - begin)
-                    del result
+                    timings[name].seconds.append(clock(call, index))
                 wanted = int(share / max(timings[name].median, 1e-9))
                 repeats[name] = max(1, min(max_calls, wanted))
             on_round()
@@ -109,6 +205,9 @@ def modelled_bytes(rows: int, classes: int, dtype: torch.dtype, passes: int = 3)
 
 
 # ------------------------------------------------------------------------------------------- memory
+BYTES_PER_ROW = 256  # allowance for "O(rows)" beside the gradient
+BYTES_PER_CALL = 64 << 10
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 
 MALLOC_POLICIES = {  # (mmap threshold, trim threshold) in bytes
@@ -201,6 +300,21 @@ def peak_memory(call: Callable[[], Any]) -> Memory:
     return Memory(_allocated_peak(call), _resident_peak(call))
 
 
+def gpu_peak_memory(call: Callable[[], Any]) -> int:
+    """Peak extra memory of one warm call on the current GPU, in bytes as they were asked for.
+
+    Not as they were handed out: the caching allocator leaves up to 1 MiB at the end of a block.
+    """
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
 # ------------------------------------------------------------------------------------------ machine
 def cpu_name() -> str:
     try:
@@ -255,6 +369,24 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def gpu_facts() -> dict[str, Any]:
+    """The current GPU, and what drives it."""
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "gpu": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "memory_gib": round(device.total_memory / 2**30, 1),
+        "l2_mib": device.L2_cache_size / MIB,
+        "cuda": torch.version.cuda,
+        "triton": triton,
+    }
+
+
 # ------------------------------------------------------------------------------------------- tables
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned text: the first column to the left, the others to the right; "-" for None."""
@@ -267,3 +399,42 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         lines.append("  ".join(padded).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def number(value: float | None, digits: int = 3) -> str | None:
+    """Three significant digits, without an exponent where one can read it."""
+    if value is None or math.isnan(value):
+        return None
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        return f"{value:.1e}"
+    before = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return f"{value:.{max(0, digits - before)}f}"
+
+
+def spread(row: dict[str, Any]) -> str:
+    return f"{number(row['ms'])} [{number(row['ms_p20'])}-{number(row['ms_p80'])}]"
+
+
+def results(machine: str) -> Path:
+    """Where the results of a machine of this name are kept."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    return Path(__file__).resolve().parent / "results" / slug
+
+
+def write(out: Path, stem: str, report: dict[str, Any]) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    as_json, as_csv = out / f"{stem}.json", out / f"{stem}.csv"
+    as_json.write_text(json.dumps(report, indent=1) + "\n")
+    columns = list(dict.fromkeys(key for row in report["records"] for key in row))
+    with as_csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(report["records"])
+    return [as_json, as_csv]
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROWSxCLASSES, such as 512x32000")
+    return int(found[1]), int(found[2])
