@@ -222,6 +222,7 @@ def set_available(monkeypatch, **available: bool) -> None:
     """Pretends that these backends are there, or are not because of "a reason"."""
     changed = {name: backend.Availability(yes, "a reason") for name, yes in available.items()}
     monkeypatch.setattr(backend, "_available", {**backend._available, **changed})
+    monkeypatch.setattr(backend, "_DEVICE", {**backend._DEVICE, "triton": "cuda"})
     monkeypatch.setattr(backend, "_warned", False)
 
 

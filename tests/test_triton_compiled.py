@@ -20,8 +20,6 @@ triton = pytest.importorskip("triton")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CUOBJDUMP = shutil.which("cuobjdump", path=os.pathsep.join([str(TOOLS), os.environ["PATH"]]))
 HAS_AMD = (TOOLS.parents[1] / "amd").is_dir()
-# Triton 3.6 computes what there is one of per row up to eight times in a thread, as often as the
-# thread has neighbouring classes; and it leads ptxas to spill a number of the row here and there.
 OLD = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
 needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
 
@@ -269,8 +267,9 @@ def check_registers(target: str, job: Job, launches: Launches, spared: int = 0) 
 @pytest.mark.parametrize(("target", "job"), SIZES, ids=str)
 def test_no_kernel_spills_registers(compiled, target, job):
     # A division in float64 is a subroutine. Around its calls a number of the row may be spilled,
-    # which costs nothing; a tile that does not fit spills hundreds of bytes.
-    spared = 8 if OLD or "float64" in (job.student, job.teacher) else 0
+    # which costs nothing; a tile that does not fit spills hundreds of bytes. Code of older Tritons
+    # leads ptxas to spill a few numbers of the row to keep to 64 registers.
+    spared = 24 if OLD else 8 if "float64" in (job.student, job.teacher) else 0
     check_registers(target, job, compiled(target, job), spared)
 
 
@@ -296,7 +295,7 @@ def test_the_calls_reach_every_kernel_at_its_largest_sizes(compiled):
 
 # Accesses of one element, or of a few, that do not grow with the block: targets, weights, the
 # statistics and results of a row, and the edges of a row where granules are stored.
-FEW = 48 if OLD else 20
+FEW = 32
 SWEEPS = {"resident": 1, "partial": 1, "gradient": 1, "sweeps": 2}
 
 
@@ -387,7 +386,7 @@ EXPONENTIALS = {
     ("target_split", False): (1, 1),
 }
 # Those of a row, in every thread: pivots that move, the finish, an edge of the gradient.
-PER_ROW = 32 if OLD else 16
+PER_ROW = 16
 
 
 def check_exponentials(target: str, job: Job, x: dict[str, Any]) -> None:

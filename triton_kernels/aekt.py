@@ -20,30 +20,30 @@ __all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
 
 @triton.jit
 def target_term(p, q, variant, bound):
-    """phi and H = (1 - c) d phi / d log c. The variant is no constant: all are computed, on one
-    number per row, and one is taken."""
+    """phi and H = (1 - c) d phi / d log c."""
     # A target masked in both, probability 0 against 0, counts as equal.
     masked = (q[0] == -INF) & (p[0] == -INF)
     log_ratio = tl.where(masked, 0.0, q[0] - p[0])
     clamped = tl.where(log_ratio > bound, bound, log_ratio)
     ratio = exp(clamped)
     tckd = binary_kl(q, p)
-    weighted_tckd = weighted(ratio, tckd)
-    h_tckd = ratio * difference(p, q)
-    ce_ratio = tl.where(masked, 0.0, ratio)
-    # Beyond the bound the ratio stands still and phi goes on linearly in log r.
-    beyond = tl.where(log_ratio > bound, (ratio - 1.0) * (log_ratio - bound), 0.0)
-    coupled = tl.where(log_ratio < bound, ratio * weighted(p[3], tckd), 0.0)
-
-    phi = weighted_tckd
-    h = h_tckd
-    phi = tl.where(variant == 1.0, weighted(ce_ratio, -p[0]), phi)
-    h = tl.where(variant == 1.0, -ce_ratio * p[3], h)
-    phi = tl.where(variant == 2.0, weighted(q[2], -p[0]), phi)
-    h = tl.where(variant == 2.0, -q[2] * p[3], h)
-    phi = tl.where(variant == 3.0, ratio - clamped - 1.0 + beyond, phi)
-    h = tl.where(variant == 3.0, (1.0 - ratio) * p[3], h)
-    h = tl.where(variant == 4.0, h_tckd - coupled, h)
+    phi = weighted(ratio, tckd)
+    h = ratio * difference(p, q)
+    # The variant is a number, so that it causes no recompilation: one branch for all rows.
+    if variant == 1.0:  # ratio_weighted_ce
+        ratio = tl.where(masked, 0.0, ratio)
+        phi = weighted(ratio, -p[0])
+        h = -ratio * p[3]
+    elif variant == 2.0:  # confidence_weighted_ce
+        phi = weighted(q[2], -p[0])
+        h = -q[2] * p[3]
+    elif variant == 3.0:  # ratio_divergence
+        # Beyond the bound the ratio stands still and phi goes on linearly in log r.
+        beyond = tl.where(log_ratio > bound, (ratio - 1.0) * (log_ratio - bound), 0.0)
+        phi = ratio - clamped - 1.0 + beyond
+        h = (1.0 - ratio) * p[3]
+    elif variant == 4.0:  # ratio_coupled_tckd
+        h = h - tl.where(log_ratio < bound, ratio * weighted(p[3], tckd), 0.0)
     return phi, h
 
 

@@ -1,6 +1,7 @@
 """The generic kernels, the same for every loss, and the only loads and stores of the package.
 
-A program has a tile of rows: `(ROWS, BLOCK)` logits, and one number per row as `(ROWS, 1)`.
+A program has a tile of rows: `(ROWS, BLOCK)` logits, and one number per row as `(ROWS, 1)`. With
+ROWS == 1 that is a scalar: a block of one is computed again for every element of a vector.
 
 resident   all classes of its rows in one tile: read once, gradient written from the exponentials
            that are still in registers. Several rows per program when classes are few.
@@ -55,23 +56,45 @@ def _add(a, b):
 
 
 @triton.jit
-def _total(x):
-    return tl.sum(x, 1, keep_dims=True)
+def _largest(x, ROWS: tl.constexpr):
+    if ROWS == 1:
+        return tl.max(x)
+    else:
+        return tl.max(x, 1, keep_dims=True)
 
 
 @triton.jit
-def _totals(a):
-    if len(a) == 1:
-        return (_total(a[0]),)
-    elif len(a) == 3:
-        return _total(a[0]), _total(a[1]), _total(a[2])
-    elif len(a) == 4:
-        return _total(a[0]), _total(a[1]), _total(a[2]), _total(a[3])
+def _total(x, ROWS: tl.constexpr):
+    if ROWS == 1:
+        return tl.sum(x)
     else:
-        return _total(a[0]), _total(a[1]), _total(a[2]), _total(a[3]), _total(a[4])
+        return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
+def _totals(a, ROWS: tl.constexpr):
+    if len(a) == 1:
+        return (_total(a[0], ROWS),)
+    else:
+        x, y, z = _total(a[0], ROWS), _total(a[1], ROWS), _total(a[2], ROWS)
+        if len(a) == 3:
+            return x, y, z
+        elif len(a) == 4:
+            return x, y, z, _total(a[3], ROWS)
+        else:
+            return x, y, z, _total(a[3], ROWS), _total(a[4], ROWS)
 
 
 # ---- rows -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rows_of(program, ROWS: tl.constexpr):
+    first = program.to(tl.int64) * ROWS
+    if ROWS == 1:
+        return first
+    else:
+        return first + tl.arange(0, ROWS).to(tl.int64)[:, None]
 
 
 @triton.jit
@@ -82,7 +105,8 @@ def _start(row, inner, base, outer_stride, inner_stride):
 
 @triton.jit
 def _open(row, rows, classes, target, row_weight, ignore_index, DTYPE: tl.constexpr):
-    """Whether rows exist and are read, their target (-1: none) and weight (NaN: bad target)."""
+    """Whether rows exist and are read, their target (-1: none), weight (NaN: bad target), and how
+    many classes are read and written."""
     exists = row < rows
     weight = tl.where(exists, 1.0, 0.0).to(DTYPE)
     if row_weight is not None:
@@ -95,7 +119,10 @@ def _open(row, rows, classes, target, row_weight, ignore_index, DTYPE: tl.conste
         good = (given >= 0) & (given < classes)
         y = tl.where(read & good, given, -1).to(tl.int32)
         weight = tl.where(good, weight, float("nan"))
-    return exists, read, y, tl.where(read, weight, 0.0)
+    # Numbers of classes, because a mask of a block and a flag of its row take one more operation.
+    readable = tl.where(read, classes, 0)
+    writable = tl.where(exists, classes, 0)
+    return exists, read, y, tl.where(read, weight, 0.0), readable, writable
 
 
 @triton.jit
@@ -210,7 +237,7 @@ def _load_stats(stats, row, exists, like):
 @triton.jit
 def _no_sums(k, STATS: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr):
     """The sums of a class without mass: zeros."""
-    nothing = tl.full((1, 1), -INF, DTYPE)
+    nothing = tl.full((), -INF, DTYPE)
     return STATS(nothing, nothing, k, TWO)[0]
 
 
@@ -228,23 +255,23 @@ def _shift(start, VEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    x, start, step, index, shift, classes, y, read,
+    x, start, step, index, shift, readable, y,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile; -inf at the target and outside the row, which is how both drop out."""
     column = index - shift
-    inside = (column >= 0) & (column < classes)
+    inside = (column >= 0) & (column < readable)
     if ALIGNED:
-        end = (shift + (classes + (VEC - 1))) // VEC * VEC
-        x = tl.load(x + start // VEC * VEC + index, mask=(index < end) & read, other=0.0)
+        end = tl.where(readable > 0, (shift + readable + (VEC - 1)) // VEC, 0) * VEC
+        x = tl.load(x + start // VEC * VEC + index, mask=index < end, other=0.0)
     else:
-        x = tl.load(x + start + column.to(tl.int64) * step, mask=inside & read, other=0.0)
+        x = tl.load(x + start + column.to(tl.int64) * step, mask=inside, other=0.0)
     return tl.where(inside & (column != y), x.to(DTYPE), -INF)
 
 
 @triton.jit
 def _store_tile(
-    grad, start, step, index, shift, classes, y, exists, at_target, value,
+    grad, start, step, index, shift, writable, y, at_target, value,
     VEC: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile; where the stores are aligned, of the granules inside the row."""
@@ -252,17 +279,17 @@ def _store_tile(
     value = tl.where(column == y, at_target, value).to(grad.dtype.element_ty)
     if ALIGNED == 2:
         first = (shift + (VEC - 1)) // VEC * VEC
-        end = (shift + classes) // VEC * VEC
-        mask = (index >= first) & (index < end) & exists
+        end = tl.where(writable > 0, (shift + writable) // VEC, 0) * VEC
+        mask = (index >= first) & (index < end)
         tl.store(grad + start // VEC * VEC + index, value, mask=mask)
     else:
-        mask = (column >= 0) & (column < classes) & exists
+        mask = (column >= 0) & (column < writable)
         tl.store(grad + start + column.to(tl.int64) * step, value, mask=mask)
 
 
 @triton.jit
 def _store_edges(
-    student, s_start, teacher, t_start, grad, g_start, shift, classes, y, read, exists,
+    student, s_start, teacher, t_start, grad, g_start, shift, readable, writable, y,
     ps, pt, k, coef, at_target,
     STATS: tl.constexpr, GRAD: tl.constexpr, TWO: tl.constexpr, VEC: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -270,49 +297,54 @@ def _store_edges(
     """The gradient of the elements before the first and after the last granule inside a row."""
     lane = tl.arange(0, 2 * VEC)[None, :]
     first = (shift + (VEC - 1)) // VEC * VEC
-    end = (shift + classes) // VEC * VEC
+    end = (shift + writable) // VEC * VEC
     index = tl.where(lane < VEC, lane, end + lane - VEC)
     column = index - shift
     # Without a granule inside the row, its first granule is its last: it is written once.
-    mine = (column >= 0) & (column < classes) & ((lane < VEC) == (index < VEC))
+    mine = (column >= 0) & (column < writable) & ((lane < VEC) == (index < VEC))
     mine = mine & ((index < first) | (index >= end))
-    loaded = mine & read & (column != y)
+    loaded = mine & (column < readable) & (column != y)
     s = tl.load(student + s_start + column, mask=loaded, other=-INF).to(DTYPE)
     t = s
     if teacher is not None:
         t = tl.load(teacher + t_start + column, mask=loaded, other=-INF).to(DTYPE)
     exps = STATS(s - usable(ps), t - usable(pt), k, TWO)[1]
     value = tl.where(column == y, at_target, GRAD(exps, coef, TWO)).to(grad.dtype.element_ty)
-    tl.store(grad + g_start + column, value, mask=mine & exists)
+    tl.store(grad + g_start + column, value, mask=mine)
 
 
 @triton.jit
-def _has_edges(shift, classes, VEC: tl.constexpr):
-    return tl.max(((shift % VEC) | ((shift + classes) % VEC)), 0).sum(0) != 0
+def _has_edges(shift, classes, VEC: tl.constexpr, ROWS: tl.constexpr):
+    """Whether any row has elements outside whole granules."""
+    outside = (shift % VEC) | ((shift + classes) % VEC)
+    if ROWS == 1:
+        return outside != 0
+    else:
+        return tl.max(outside) != 0
 
 
 @triton.jit
 def _sweep(
-    student, s_start, s_class, teacher, t_start, t_class, first, chunks, shift, classes, y, read, k,
+    student, s_start, s_class, teacher, t_start, t_class, first, chunks, shift, readable, y, k,
     STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pivots and sums of a row's tile indices from `first` on, `chunks` blocks of them."""
-    ps = tl.full((1, 1), -INF, DTYPE)
-    pt = tl.full((1, 1), -INF, DTYPE)
+    """Pivots and sums of one row's tile indices from `first` on, `chunks` blocks of them."""
+    ps = tl.full((), -INF, DTYPE)
+    pt = tl.full((), -INF, DTYPE)
     sums = _no_sums(k, STATS, TWO, DTYPE)
     for chunk in range(0, chunks):
         index = first + chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
-        s = _load_tile(student, s_start, s_class, index, shift, classes, y, read,
+        s = _load_tile(student, s_start, s_class, index, shift, readable, y,
                        VEC, ALIGNED, DTYPE)  # fmt: skip
-        part_s = tl.max(s, 1, keep_dims=True)
+        part_s = tl.max(s)
         t = s
         part_t = part_s
         if teacher is not None:
-            t = _load_tile(teacher, t_start, t_class, index, shift, classes, y, read,
+            t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
                            VEC, ALIGNED, DTYPE)  # fmt: skip
-            part_t = tl.max(t, 1, keep_dims=True)
-        part = _totals(STATS(s - usable(part_s), t - usable(part_t), k, TWO)[0])
+            part_t = tl.max(t)
+        part = _totals(STATS(s - usable(part_s), t - usable(part_t), k, TWO)[0], 1)
         new_s = tl.maximum(ps, part_s)
         new_t = tl.maximum(pt, part_t)
         sums = _add(
@@ -339,27 +371,29 @@ def resident(
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-    exists, read, y, weight = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+    row = _rows_of(tl.program_id(0), ROWS)
+    exists, read, y, weight, readable, writable = _open(
+        row, rows, classes, target, row_weight, ignore_index, DTYPE
+    )
     k = _scale_of(p0, DTYPE)
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     shift = _shift(s_start, VEC, ALIGNED)
     index = tl.arange(0, BLOCK)[None, :]
 
-    s = _load_tile(student, s_start, s_class, index, shift, classes, y, read, VEC, ALIGNED, DTYPE)
+    s = _load_tile(student, s_start, s_class, index, shift, readable, y, VEC, ALIGNED, DTYPE)
     s_y = _logit(student, s_start, s_class, y, read, DTYPE)
-    ps = tl.max(s, 1, keep_dims=True)
+    ps = _largest(s, ROWS)
     t = s
     t_y = s_y
     pt = ps
     if teacher is not None:
-        t = _load_tile(teacher, t_start, t_class, index, shift, classes, y, read,
+        t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
                        VEC, ALIGNED, DTYPE)  # fmt: skip
         t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
-        pt = tl.max(t, 1, keep_dims=True)
+        pt = _largest(t, ROWS)
     added, exps = STATS(s - usable(ps), t - usable(pt), k, TWO)
-    sums = _totals(added)
+    sums = _totals(added, ROWS)
     g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
     values, coef, at_target = FINISH(
         sums, ps, pt, s_y, t_y, g, _params(p0, p1, p2, p3, p4, p5, DTYPE), TWO
@@ -370,19 +404,20 @@ def resident(
         g_start = _start(row, inner, g_base, g_outer, g_inner)
         coef = _only(read, coef)
         value = GRAD(exps, coef, TWO)
-        _store_tile(grad, g_start, g_class, index, shift, classes, y, exists, at_target, value,
+        _store_tile(grad, g_start, g_class, index, shift, writable, y, at_target, value,
                     VEC, ALIGNED)  # fmt: skip
         if ALIGNED == 2:
-            if _has_edges(shift, classes, VEC):
-                _store_edges(student, s_start, teacher, t_start, grad, g_start, shift, classes, y,
-                             read, exists, ps, pt, k, coef, at_target,
-                             STATS, GRAD, TWO, VEC, DTYPE)  # fmt: skip
+            if _has_edges(shift, classes, VEC, ROWS):
+                _store_edges(
+                    student, s_start, teacher, t_start, grad, g_start, shift, readable, writable, y,
+                    ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
+                )  # fmt: skip
 
 
 @triton.jit
 def _write_gradient(
     student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
-    first, chunks, shift, classes, y, read, exists, ps, pt, k, coef, at_target,
+    first, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
     STATS: tl.constexpr, GRAD: tl.constexpr, TWO: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -391,14 +426,14 @@ def _write_gradient(
     mt = usable(pt)
     for back in range(0, chunks):
         index = first + (chunks - 1 - back) * BLOCK + tl.arange(0, BLOCK)[None, :]
-        s = _load_tile(student, s_start, s_class, index, shift, classes, y, read,
+        s = _load_tile(student, s_start, s_class, index, shift, readable, y,
                        VEC, ALIGNED, DTYPE)  # fmt: skip
         t = s
         if teacher is not None:
-            t = _load_tile(teacher, t_start, t_class, index, shift, classes, y, read,
+            t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
                            VEC, ALIGNED, DTYPE)  # fmt: skip
         value = GRAD(STATS(s - ms, t - mt, k, TWO)[1], coef, TWO)
-        _store_tile(grad, g_start, g_class, index, shift, classes, y, exists, at_target, value,
+        _store_tile(grad, g_start, g_class, index, shift, writable, y, at_target, value,
                     VEC, ALIGNED)  # fmt: skip
 
 
@@ -416,18 +451,19 @@ def sweeps(
 ):  # fmt: skip
     tl.static_assert(ROWS == 1)
     k = _scale_of(p0, DTYPE)
-    one = tl.zeros((1, 1), tl.int64)
     for at in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = one + at
-        exists, read, y, weight = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+        row = tl.full((), at, tl.int64)
+        exists, read, y, weight, readable, writable = _open(
+            row, rows, classes, target, row_weight, ignore_index, DTYPE
+        )
         s_start = _start(row, inner, s_base, s_outer, s_inner)
         t_start = _start(row, inner, t_base, t_outer, t_inner)
         shift = _shift(s_start, VEC, ALIGNED)
-        chunks = tl.cdiv(tl.max(shift) + classes, BLOCK)
-        reading = tl.where(tl.max(read.to(tl.int32)) != 0, chunks, 0)
+        chunks = tl.cdiv(shift + classes, BLOCK)
+        reading = tl.where(read, chunks, 0)
         ps, pt, sums = _sweep(
             student, s_start, s_class, teacher, t_start, t_class, 0, reading,
-            shift, classes, y, read, k, STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+            shift, readable, y, k, STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
         )  # fmt: skip
         s_y = _logit(student, s_start, s_class, y, read, DTYPE)
         t_y = s_y
@@ -444,14 +480,15 @@ def sweeps(
             coef = _only(read, coef)
             _write_gradient(
                 student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
-                0, chunks, shift, classes, y, read, exists, ps, pt, k, coef, at_target,
+                0, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
                 STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK,
             )  # fmt: skip
             if ALIGNED == 2:
-                if _has_edges(shift, classes, VEC):
-                    _store_edges(student, s_start, teacher, t_start, grad, g_start, shift, classes,
-                                 y, read, exists, ps, pt, k, coef, at_target,
-                                 STATS, GRAD, TWO, VEC, DTYPE)  # fmt: skip
+                if _has_edges(shift, classes, VEC, ROWS):
+                    _store_edges(
+                        student, s_start, teacher, t_start, grad, g_start, shift, readable,
+                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
+                    )  # fmt: skip
 
 
 @_kernel
@@ -466,14 +503,16 @@ def partial(
 ):  # fmt: skip
     """Program (part, row): statistics of one slice of a row, to stats (rows, parts, width)."""
     part = tl.program_id(0)
-    row = tl.zeros((1, 1), tl.int64) + tl.program_id(1)
-    exists, read, y, _ = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+    row = _rows_of(tl.program_id(1), 1)
+    exists, read, y, _, readable, _ = _open(
+        row, rows, classes, target, row_weight, ignore_index, DTYPE
+    )
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
-    reading = tl.where(tl.max(read.to(tl.int32)) != 0, part_chunks, 0)
+    reading = tl.where(read, part_chunks, 0)
     ps, pt, sums = _sweep(
         student, s_start, s_class, teacher, t_start, t_class, part * part_chunks * BLOCK, reading,
-        _shift(s_start, VEC, ALIGNED), classes, y, read, _scale_of(p0, DTYPE),
+        _shift(s_start, VEC, ALIGNED), readable, y, _scale_of(p0, DTYPE),
         STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
     )  # fmt: skip
     _store_stats(stats, row * parts + part, exists, ps, pt, sums)
@@ -494,8 +533,10 @@ def gradient(
 ):  # fmt: skip
     """Program (slice, rows): `parts` statistics of each row become the gradient of a slice."""
     place = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-    exists, read, y, weight = _open(row, rows, classes, target, row_weight, ignore_index, DTYPE)
+    row = _rows_of(tl.program_id(1), ROWS)
+    exists, read, y, weight, readable, writable = _open(
+        row, rows, classes, target, row_weight, ignore_index, DTYPE
+    )
     k = _scale_of(p0, DTYPE)
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
@@ -529,15 +570,16 @@ def gradient(
         _write_gradient(
             student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
             place * part_chunks * BLOCK, part_chunks,
-            shift, classes, y, read, exists, ps, pt, k, coef, at_target,
+            shift, readable, writable, y, ps, pt, k, coef, at_target,
             STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK,
         )  # fmt: skip
         if ALIGNED == 2:
             if place == 0:
-                if _has_edges(shift, classes, VEC):
-                    _store_edges(student, s_start, teacher, t_start, grad, g_start, shift, classes,
-                                 y, read, exists, ps, pt, k, coef, at_target,
-                                 STATS, GRAD, TWO, VEC, DTYPE)  # fmt: skip
+                if _has_edges(shift, classes, VEC, ROWS):
+                    _store_edges(
+                        student, s_start, teacher, t_start, grad, g_start, shift, readable,
+                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
+                    )  # fmt: skip
 
 
 @_kernel
