@@ -376,7 +376,7 @@ def _confidence(value: Any, inputs: _Inputs) -> float | Tensor | None:
         return None
     if isinstance(value, Tensor):
         _check_scalar("mean_confidence", value)
-        return value.detach().to(inputs.student.device, inputs.dtype)
+        return value.detach().to(inputs.student.device, inputs.dtype, non_blocking=True)
     return _number("mean_confidence", value, 0.0, 1.0, "a number from 0 to 1 or a 0-d tensor")
 
 
@@ -512,7 +512,9 @@ def _divisor(inputs: _Inputs, normalizer: float | Tensor | None, reduction: str)
         return None
     if isinstance(normalizer, Tensor):
         _check_scalar("normalizer", normalizer)
-        return _Divisor(1.0, normalizer.to(inputs.student.device, inputs.dtype), False)
+        # Not blocking: a number that is on the host does not wait for the device.
+        device = inputs.student.device
+        return _Divisor(1.0, normalizer.to(device, inputs.dtype, non_blocking=True), False)
     if normalizer is not None:
         return _Divisor(1.0 / _positive("normalizer", normalizer), None, False)
     if reduction == "batchmean":

@@ -15,7 +15,8 @@ reduced    the sum over rows of row_weight * loss, times scale, over normalizer 
            and, on request, its gradient, in one sweep
 scale_     multiplies a gradient in place by a 0-d tensor; writes nothing when that is 1
 
-On a CPU, `forward` and `reduced` refuse targets out of range before they compute anything.
+The compiled ones refuse targets out of range on a CPU before they compute anything; elsewhere such
+a target makes its row NaN.
 """
 
 from __future__ import annotations

@@ -373,7 +373,14 @@ MALFORMED = [
     ids=[f"{op._opname}-{name}-{i}" for i, (op, name, _) in enumerate(MALFORMED)],
 )
 def test_operators_check_what_memory_safety_needs(op, argument, value) -> None:
-    arguments = {**GOOD, **{ops.FUSED.reduced: REDUCTION, ops.FUSED.backward: STATS}.get(op, {})}
+    check_refusal(op, op, argument, value, torch.float64)
+
+
+def check_refusal(op, like, argument: str, value: object, stats: torch.dtype) -> None:
+    """like: the operator of FUSED that it is the twin of; stats: the dtype of row statistics."""
+    kept = {**STATS, "stats": STATS["stats"].to(stats)}
+    more = {ops.FUSED.reduced: REDUCTION, ops.FUSED.backward: kept}.get(like, {})
+    arguments = {**GOOD, **more}
     op(**arguments)
     shown = {"loss": "(loss|teacher)", "student": "(student|teacher|row_weight)"}
     with pytest.raises(RuntimeError, match=rf"{shown.get(argument, argument)}: "):

@@ -9,10 +9,14 @@ are compiled, see test_triton_compiled.py.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import test_fuzz
 import torch
 from cases import (
     CASES,
@@ -251,6 +255,59 @@ def test_scale_writes_nothing_at_one() -> None:
     assert gradient.eq(2).all()
     scale_(gradient, torch.tensor(0.5))
     assert gradient.eq(1).all()
+
+
+MALFORMED = [x for x in test_fuzz.MALFORMED if x[1:2] != ("stats",)]
+
+
+@pytest.mark.parametrize(("op", "argument", "value"), MALFORMED)
+def test_operators_check_what_memory_safety_needs(op: object, argument: str, value: object) -> None:
+    own = getattr(kdkernels.ops.TRITON, op._opname)
+    test_fuzz.check_refusal(own, op, argument, value, torch.float32)
+
+
+def test_a_loss_of_several_outputs_is_not_reduced() -> None:
+    student, _, target = make_inputs("normal", 3, 5)
+    inputs = ("target_split", student, None, target, None, 1.0, None, False, [1.0], IGNORED, False)
+    with pytest.raises(RuntimeError, match="'target_split' has several outputs"):
+        kdkernels.ops.TRITON.reduced(*inputs)
+
+
+@pytest.mark.parametrize("temperature", [1e-60, 1e-30, 1e30, 1e150])
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> None:
+    if "temperature" not in case.options:
+        return
+    case = replace(case, options={**case.options, "temperature": temperature})
+    inputs = make_inputs("normal", 3, 9)
+    value, gradient = evaluate(case.rows, *inputs, backend="triton")
+    assert not value.isnan().any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float16)]
+)
+def test_nothing_behind_the_logits_is_read(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """A granule is that of the tensor that is read, not of one with smaller elements beside it.
+
+    The last 16 bytes of a page, and behind it a page that must not be touched.
+    """
+    script = f"""
+import ctypes, mmap, torch, kdkernels
+memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+mprotect = ctypes.CDLL(None).mprotect
+mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+page = torch.frombuffer(memory, dtype={dtypes[0]})[: mmap.PAGESIZE // {dtypes[0].itemsize}]
+for classes in range(1, 40):
+    student = page[page.numel() - classes :].view(1, -1)
+    teacher = torch.randn(1, classes).to({dtypes[1]})
+    assert mprotect(address + mmap.PAGESIZE, mmap.PAGESIZE, 0) == 0
+    kdkernels.kd_loss(student, teacher, backend="triton", reduction="none")
+    assert mprotect(address + mmap.PAGESIZE, mmap.PAGESIZE, 3) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", ["forward", "reduced", "backward", "scale_"])

@@ -72,8 +72,13 @@ PARAMS = {
     "target_split": ((3.0,),),
 }
 ONE_TENSOR = ("cross_entropy", "target_split")
-VARIANTS = [
-    Job(loss, params, teacher=None if loss in ONE_TENSOR else "bfloat16")
+VARIANTS = [  # three outputs are not reduced
+    Job(
+        loss,
+        params,
+        teacher=None if loss in ONE_TENSOR else "bfloat16",
+        op="forward" if loss == "target_split" else "reduced",
+    )
     for loss, choices in PARAMS.items()
     for params in choices
 ]
@@ -140,6 +145,7 @@ def vector_jobs() -> Iterator[tuple[str, Job, bool]]:
     yield "unaligned-split", Job(rows=4), True
     yield "unaligned-backward", Job(op="backward"), True
     yield "unaligned-float32", Job(student="float32", teacher="float32"), True
+    yield "unaligned-mixed", Job(student="float32", teacher="bfloat16"), True
 
 
 VECTORS = list(vector_jobs())
@@ -297,19 +303,22 @@ def test_the_calls_reach_every_kernel_at_its_largest_sizes(compiled):
 # statistics and results of a row, and the edges of a row where granules are stored.
 FEW = 32
 SWEEPS = {"resident": 1, "partial": 1, "gradient": 1, "sweeps": 2}
+WITHOUT_GRADIENT = {"resident": 1, "partial": 1, "gradient": 0, "sweeps": 1}
 
 
-def granules(job: Job, x: dict[str, Any]) -> int:
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+def granules(x: dict[str, Any], dtype: str) -> int:
     """16-byte accesses of a thread that walk a tile of one tensor once."""
-    itemsize = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}[job.student]
-    assert job.teacher in (job.student, None)
-    return x["block"] * x["rows"] * itemsize // (16 * 32 * x["warps"])
+    return x["block"] * x["rows"] * ITEMSIZE[dtype] // (16 * 32 * x["warps"])
 
 
 def check_loads(target: str, job: Job, launches: Launches) -> None:
     for x in launches:
         what = says(target, job, x)
-        expected = (1 if job.teacher is None else 2) * SWEEPS[x["kernel"]] * granules(job, x)
+        sweeps = (WITHOUT_GRADIENT if job.op == "forward" else SWEEPS)[x["kernel"]]
+        expected = sweeps * sum(granules(x, y) for y in (job.student, job.teacher) if y)
         assert x["loads"]["vector"] == expected, f"{what}: {x['loads']}, not {expected} vectors"
         assert x["loads"]["scalar"] <= FEW, f"{what}: {x['loads']}"
 
@@ -317,7 +326,9 @@ def check_loads(target: str, job: Job, launches: Launches) -> None:
 def check_stores(target: str, job: Job, launches: Launches) -> None:
     for x in launches:
         what = says(target, job, x)
-        expected = granules(job, x) if x["kernel"] != "partial" else 0
+        expected = (
+            0 if job.op == "forward" or x["kernel"] == "partial" else granules(x, job.student)
+        )
         assert x["stores"]["vector"] == expected, f"{what}: {x['stores']}, not {expected} vectors"
         assert x["stores"]["scalar"] <= FEW, f"{what}: {x['stores']}"
 
@@ -354,7 +365,9 @@ def test_aligned_rows_and_unaligned_ones_share_a_kernel(compiled, kernel):
 
 def test_scaling_a_gradient_moves_vectors(compiled):
     (x,) = compiled(MAIN, SCALE)
-    assert x["loads"]["scalar"] <= FEW and x["loads"]["vector"] == granules(SCALE, x), x["loads"]
+    assert x["loads"]["scalar"] <= FEW and x["loads"]["vector"] == granules(x, SCALE.student), x[
+        "loads"
+    ]
     check_stores(MAIN, SCALE, [x])
 
 
@@ -391,7 +404,8 @@ PER_ROW = 16
 
 def check_exponentials(target: str, job: Job, x: dict[str, Any]) -> None:
     sums, gradient = EXPONENTIALS[job.loss, is_two(job)]
-    per_class = sums + (gradient if x["kernel"] == "sweeps" else 0)
+    again = x["kernel"] == "sweeps" and job.op != "forward"
+    per_class = sums + (gradient if again else 0)
     expected = per_class * x["block"] * x["rows"] // (32 * x["warps"])
     what = f"{says(target, job, x)}: {x['ex2']} exponentials, {expected} for the classes"
     assert expected <= x["ex2"] <= expected + PER_ROW, what

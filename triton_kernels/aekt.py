@@ -52,6 +52,6 @@ def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
     temperature, alpha, beta = params[0], params[2], params[3]
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
     phi, h = target_term(p, q, params[4], params[5])
-    loss = weighted(alpha, temperature * temperature * phi) + weighted(beta, nckd)
-    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, alpha * h, beta, g[0])
+    loss = weighted(alpha, temperature * (temperature * phi)) + weighted(beta, nckd)
+    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, weighted(alpha, h), beta, g[0])
     return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)

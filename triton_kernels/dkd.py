@@ -20,7 +20,9 @@ __all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
 def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
     temperature, alpha, beta = params[0], params[2], params[3]
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
-    tckd = temperature * temperature * binary_kl(q, p)
+    tckd = temperature * (temperature * binary_kl(q, p))
     loss = weighted(alpha, tckd) + weighted(beta, nckd)
-    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, alpha * difference(p, q), beta, g[0])
+    c0, c1, y = pair_coef(
+        temperature, inverse_s, inverse_t, weighted(alpha, difference(p, q)), beta, g[0]
+    )
     return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)

@@ -24,6 +24,6 @@ def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
     temperature = params[0]
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
     # The chain rule of KL over (target, not target): binary KL + (1 - b) * non-target KL.
-    loss = temperature * temperature * binary_kl(q, p) + weighted(q[3], nckd)
+    loss = temperature * (temperature * binary_kl(q, p)) + weighted(q[3], nckd)
     c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, difference(p, q), q[3], g[0])
     return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)

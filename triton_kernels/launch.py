@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ LOSSES: dict[str, ModuleType] = {
     "target_split": target_split,
 }
 
+assert ops.STATS_WIDTH == 8, "row.py writes and reads so many"
 INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
 
@@ -46,11 +48,11 @@ class Device:
 class Plan:
     """How a call is run; see row.py for the regimes."""
 
-    regime: str  # "resident", "sweeps" or "split"
+    regime: str  # "resident", "sweeps", "split" or, for the backward pass, "gradient"
     block: int  # tile indices of one row that a program holds at a time
     rows: int  # rows of a tile
     warps: int
-    programs: int  # of the launch that reads everything, or per slice when split
+    programs: int  # per slice
     parts: int = 1  # slices of a row
     part_chunks: int = 1  # blocks of a slice
 
@@ -144,6 +146,52 @@ def _is_aligned(*tensors: Tensor | None) -> bool:
     return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
 
 
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _check_rows(
+    name: str, x: Tensor, student: Tensor, dtype: torch.dtype, count: int | None = None
+) -> None:
+    """A contiguous tensor of `count` elements, else one per row."""
+    count = math.prod(student.shape[:-1]) if count is None else count
+    _check(
+        x.device == student.device
+        and x.is_contiguous()
+        and x.dtype == dtype
+        and x.numel() == count,
+        f"{name}: must be a contiguous {dtype} tensor of {count} elements on {student.device}",
+    )
+
+
+def _check_operands(
+    loss: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    params: Sequence[float],
+) -> None:
+    """What memory safety needs; the functions have checked what users can get wrong."""
+    _check(loss in LOSSES, f"loss: unknown name {loss!r}")
+    entry = ops.LOSSES[loss]
+    _check(1 <= student.dim() <= 3, f"student: must have 1 to 3 dimensions, got {student.dim()}")
+    _check(student.shape[-1] > 0, "student: needs at least one class")
+    _check((teacher is not None) == entry.teacher, f"teacher: wrong for {loss!r}")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x is not None:
+            _check(x.dtype.is_floating_point and x.itemsize > 1, f"{name}: dtype {x.dtype}")
+            _check(x.shape == student.shape, f"{name}: must have the student's shape")
+            _check(x.device == student.device, f"{name}: must be on {student.device}")
+    _check(target is not None or not entry.target, f"target: {loss!r} needs one")
+    if target is not None:
+        _check_rows("target", target, student, torch.int64)
+    if row_weight is not None:
+        _check_rows("row_weight", row_weight, student, ops.loss_dtype(student, teacher))
+    _check(len(params) <= 6, f"params: at most 6, got {len(params)}")
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -179,7 +227,14 @@ class Call:
         ignore_index: int,
         grad: Tensor | None,
     ) -> Call:
+        _check_operands(loss, student, teacher, target, row_weight, params)
         shape = (1,) * (3 - student.dim()) + tuple(student.shape)
+        dtype = ops.loss_dtype(student, teacher)
+        params = tuple(params)
+        if params and dtype == torch.float32:
+            # As float32 T must not become 0, nor its square infinite: beyond 2^60 both softmaxes
+            # are uniform to the last bit.
+            params = (min(max(params[0], 2.0**-126), 2.0**60), *params[1:])
         s, t, g = _place(student), _place(teacher), _place(grad)
         vec = max(16 // x.itemsize for x in (student, teacher, grad) if x is not None)
         loads = s[4] == 1 and _lie_alike(s, t, shape, vec) and _is_aligned(s[0], t[0])
@@ -192,9 +247,9 @@ class Call:
             target,
             row_weight,
             ignore_index,
-            tuple(params),
+            params,
             ops.LOSSES[loss].outputs,
-            ops.loss_dtype(student, teacher),
+            dtype,
             max(x.itemsize for x in (student, teacher) if x is not None),
             vec,
             loads + stores,
@@ -290,10 +345,10 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
         launch(row.sweeps, (chosen.programs,), chosen.warps, arguments)
     else:
         scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH))
-        grid = (chosen.parts, call.rows)
+        grid = (call.rows, chosen.parts)  # in this order: only the first may exceed 65535
         launch(row.partial, grid, chosen.warps, {**arguments, "stats": scratch})
         arguments["part_stats"] = scratch
-        grid = grid if call.grad is not None else (1, call.rows)
+        grid = grid if call.grad is not None else (call.rows, 1)
         launch(row.gradient, grid, chosen.warps, arguments)
 
 
@@ -333,12 +388,13 @@ def backward(
     call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, grad)
     if call.rows == 0:
         return grad
+    grad_rows = grad_rows.contiguous()
+    _check_rows("grad_rows", grad_rows, student, call.dtype, call.outputs * call.rows)
+    _check_rows("stats", stats, student, call.dtype, ops.STATS_WIDTH * call.rows)
     chosen = backward_plan(call.rows, call.window, wide=call.wide)
-    arguments = call.arguments(
-        replace(chosen, parts=1), upstream=grad_rows.contiguous(), part_stats=stats
-    )
+    arguments = call.arguments(chosen, upstream=grad_rows, part_stats=stats, parts=1)
     with _on(student.device):
-        launch(row.gradient, (chosen.parts, chosen.programs), chosen.warps, arguments)
+        launch(row.gradient, (chosen.programs, chosen.parts), chosen.warps, arguments)
     return grad
 
 
@@ -357,6 +413,9 @@ def reduced(
 ) -> tuple[Tensor, Tensor]:
     grad = torch.empty_like(student) if with_grad else None
     call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, grad)
+    _check(call.outputs == 1, f"loss: {loss!r} has several outputs, none to reduce")
+    if normalizer is not None:
+        _check_rows("normalizer", normalizer, student, call.dtype, 1)
     counted = None
     if mean and target is not None:
         counted = (target != ignore_index).sum()
@@ -371,7 +430,10 @@ def reduced(
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    if grad.numel():
+    size = 1 + sum((n - 1) * stride for n, stride in zip(grad.shape, grad.stride(), strict=True))
+    if grad.numel() and size != grad.numel():  # not dense; no gradient of ours is like that
+        grad.mul_(factor)
+    elif grad.numel():
         block = 4096
         arguments = {"grad": grad, "factor": factor, "size": grad.numel(), "BLOCK": block}
         with _on(grad.device):

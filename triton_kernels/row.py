@@ -15,10 +15,11 @@ gradient   merges the statistics of its rows' slices in index order, finishes, a
 Alignment. A row of 50,257 bfloat16 logits begins at any 2-byte address, where a vector load is not
 allowed. With ALIGNED, the tile's index 0 is the last multiple of VEC elements before the row's
 first logit, `shift` elements away: whole 16-byte granules are loaded, and what lies beyond the row
-is masked afterwards. ALIGNED == 2 stores the granules inside the row as vectors, too, and the
-elements before and after them one by one (`_store_edges`); it needs a gradient whose rows lie as
-those of the student. ALIGNED == 0 (another class stride, a teacher that lies otherwise) gives every
-access its own mask, and `shift` is 0.
+is masked afterwards. VEC is the granule of the smaller elements; what lies before the row is inside
+the tensor's storage, whose start is aligned. ALIGNED == 2 stores the granules inside the row as
+vectors, too, and the elements before and after them one by one (`_store_edges`); it needs a
+gradient whose rows lie as those of the student. ALIGNED == 0 (another class stride, a teacher that
+lies otherwise) gives every access its own mask, and `shift` is 0.
 """
 
 import triton
@@ -200,7 +201,7 @@ def _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS: tl.constexp
 
 @triton.jit
 def _store_stats(stats, row, exists, ps, pt, sums):
-    """Two pivots, the sums, and zeros up to the width: kdkernels.ops.STATS_WIDTH."""
+    """Two pivots, the sums, and zeros up to the width, kdkernels.ops.STATS_WIDTH."""
     if stats is not None:
         to = stats + row * 8
         tl.store(to, ps, mask=exists)
@@ -241,6 +242,26 @@ def _no_sums(k, STATS: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr):
     return STATS(nothing, nothing, k, TWO)[0]
 
 
+@triton.jit
+def _finish(
+    student, s_start, s_class, teacher, t_start, t_class,
+    row, rows, y, stored, read, weight, sums, ps, pt,
+    upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+    FINISH: tl.constexpr, TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """From sums to losses and statistics, stored where asked, and the gradient's coefficients."""
+    s_y = _logit(student, s_start, s_class, y, read, DTYPE)
+    t_y = s_y
+    if teacher is not None:
+        t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
+    g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
+    params = _params(p0, p1, p2, p3, p4, p5, DTYPE)
+    values, coef, at_target = FINISH(sums, ps, pt, s_y, t_y, g, params, TWO)
+    _store_rows(losses, row, rows, stored, read, values, g, OUTPUTS)
+    _store_stats(stats, row, stored, ps, pt, sums)
+    return _only(read, coef), at_target
+
+
 # ---- tiles ----------------------------------------------------------------------------------
 
 
@@ -262,7 +283,9 @@ def _load_tile(
     column = index - shift
     inside = (column >= 0) & (column < readable)
     if ALIGNED:
-        end = tl.where(readable > 0, (shift + readable + (VEC - 1)) // VEC, 0) * VEC
+        # Of this tensor's own granules: where the other one's elements are smaller, VEC is larger.
+        OWN: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+        end = tl.where(readable > 0, (shift + readable + (OWN - 1)) // OWN, 0) * OWN
         x = tl.load(x + start // VEC * VEC + index, mask=index < end, other=0.0)
     else:
         x = tl.load(x + start + column.to(tl.int64) * step, mask=inside, other=0.0)
@@ -382,35 +405,30 @@ def resident(
     index = tl.arange(0, BLOCK)[None, :]
 
     s = _load_tile(student, s_start, s_class, index, shift, readable, y, VEC, ALIGNED, DTYPE)
-    s_y = _logit(student, s_start, s_class, y, read, DTYPE)
     ps = _largest(s, ROWS)
     t = s
-    t_y = s_y
     pt = ps
     if teacher is not None:
-        t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
-                       VEC, ALIGNED, DTYPE)  # fmt: skip
-        t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
+        t = _load_tile(teacher, t_start, t_class, index, shift, readable, y, VEC, ALIGNED, DTYPE)
         pt = _largest(t, ROWS)
     added, exps = STATS(s - usable(ps), t - usable(pt), k, TWO)
     sums = _totals(added, ROWS)
-    g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
-    values, coef, at_target = FINISH(
-        sums, ps, pt, s_y, t_y, g, _params(p0, p1, p2, p3, p4, p5, DTYPE), TWO
-    )
-    _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS)
-    _store_stats(stats, row, exists, ps, pt, sums)
+    coef, at_target = _finish(
+        student, s_start, s_class, teacher, t_start, t_class,
+        row, rows, y, exists, read, weight, sums, ps, pt,
+        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+        FINISH, TWO, OUTPUTS, DTYPE,
+    )  # fmt: skip
     if grad is not None:
         g_start = _start(row, inner, g_base, g_outer, g_inner)
-        coef = _only(read, coef)
         value = GRAD(exps, coef, TWO)
         _store_tile(grad, g_start, g_class, index, shift, writable, y, at_target, value,
                     VEC, ALIGNED)  # fmt: skip
         if ALIGNED == 2:
             if _has_edges(shift, classes, VEC, ROWS):
                 _store_edges(
-                    student, s_start, teacher, t_start, grad, g_start, shift, readable, writable, y,
-                    ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
+                    student, s_start, teacher, t_start, grad, g_start, shift, readable, writable,
+                    y, ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
                 )  # fmt: skip
 
 
@@ -465,19 +483,14 @@ def sweeps(
             student, s_start, s_class, teacher, t_start, t_class, 0, reading,
             shift, readable, y, k, STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
         )  # fmt: skip
-        s_y = _logit(student, s_start, s_class, y, read, DTYPE)
-        t_y = s_y
-        if teacher is not None:
-            t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
-        g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
-        values, coef, at_target = FINISH(
-            sums, ps, pt, s_y, t_y, g, _params(p0, p1, p2, p3, p4, p5, DTYPE), TWO
-        )
-        _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS)
-        _store_stats(stats, row, exists, ps, pt, sums)
+        coef, at_target = _finish(
+            student, s_start, s_class, teacher, t_start, t_class,
+            row, rows, y, exists, read, weight, sums, ps, pt,
+            upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+            FINISH, TWO, OUTPUTS, DTYPE,
+        )  # fmt: skip
         if grad is not None:
             g_start = _start(row, inner, g_base, g_outer, g_inner)
-            coef = _only(read, coef)
             _write_gradient(
                 student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
                 0, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
@@ -501,9 +514,9 @@ def partial(
     STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, row): statistics of one slice of a row, to stats (rows, parts, width)."""
-    part = tl.program_id(0)
-    row = _rows_of(tl.program_id(1), 1)
+    """Program (row, part): statistics of one slice of a row, to stats (rows, parts, width)."""
+    row = _rows_of(tl.program_id(0), 1)
+    part = tl.program_id(1)
     exists, read, y, _, readable, _ = _open(
         row, rows, classes, target, row_weight, ignore_index, DTYPE
     )
@@ -531,9 +544,9 @@ def gradient(
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (slice, rows): `parts` statistics of each row become the gradient of a slice."""
-    place = tl.program_id(0)
-    row = _rows_of(tl.program_id(1), ROWS)
+    """Program (rows, slice): `parts` statistics of each row become the gradient of a slice."""
+    row = _rows_of(tl.program_id(0), ROWS)
+    place = tl.program_id(1)
     exists, read, y, weight, readable, writable = _open(
         row, rows, classes, target, row_weight, ignore_index, DTYPE
     )
@@ -553,20 +566,14 @@ def gradient(
         )
         ps = new_s
         pt = new_t
-    s_y = _logit(student, s_start, s_class, y, read, DTYPE)
-    t_y = s_y
-    if teacher is not None:
-        t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
-    g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
-    values, coef, at_target = FINISH(
-        sums, ps, pt, s_y, t_y, g, _params(p0, p1, p2, p3, p4, p5, DTYPE), TWO
-    )
-    if place == 0:
-        _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS)
-        _store_stats(stats, row, exists, ps, pt, sums)
+    coef, at_target = _finish(
+        student, s_start, s_class, teacher, t_start, t_class,
+        row, rows, y, exists & (place == 0), read, weight, sums, ps, pt,
+        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+        FINISH, TWO, OUTPUTS, DTYPE,
+    )  # fmt: skip
     if grad is not None:
         g_start = _start(row, inner, g_base, g_outer, g_inner)
-        coef = _only(read, coef)
         _write_gradient(
             student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
             place * part_chunks * BLOCK, part_chunks,

@@ -64,7 +64,7 @@ def add_cross_entropy(weight, sums, relative, g, loss, c0, c1, y, TWO: tl.conste
         total = sums[0]
     p = split(relative, 1.0, total)
     loss = loss + weighted(weight, -p[0])
-    extra = g * weight * p[3]
+    extra = tl.where(weight == 0.0, 0.0, g * weight * p[3])
     if TWO:
         return (loss,), (c0, c1, extra * inverse(total)), y - extra
     else:

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
 

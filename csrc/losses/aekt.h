@@ -72,8 +72,8 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
     beta = Ops<V>::splat(params.beta);
     V phi;
     target_term(params, q, p, phi, h);
-    loss = weighted(alpha, t * t * phi) + weighted(beta, nckd);
-    h = alpha * h;
+    loss = weighted(alpha, t * (t * phi)) + weighted(beta, nckd);
+    h = weighted(alpha, h);
   }
 };
 

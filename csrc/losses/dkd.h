@@ -19,8 +19,8 @@ struct Dkd : SplitLoss<Dkd<kTwo>, kTwo> {
                             V& h, V& beta) {
     const V t = Ops<V>::splat(params.temperature), alpha = Ops<V>::splat(params.alpha);
     beta = Ops<V>::splat(params.beta);
-    loss = weighted(alpha, t * t * binary_kl(q, p)) + weighted(beta, nckd);
-    h = alpha * difference(p, q);
+    loss = weighted(alpha, t * (t * binary_kl(q, p))) + weighted(beta, nckd);
+    h = weighted(alpha, difference(p, q));
   }
 };
 

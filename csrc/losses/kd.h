@@ -16,7 +16,7 @@ struct Kd : SplitLoss<Kd<kTwo>, kTwo> {
   static KD_FN void combine(const Params<ScalarOf<V>>& params, const Split<V>& q, const Split<V>& p, V nckd, V& loss,
                             V& h, V& beta) {
     const V t = Ops<V>::splat(params.temperature);
-    loss = t * t * binary_kl(q, p) + weighted(q.rest, nckd);
+    loss = t * (t * binary_kl(q, p)) + weighted(q.rest, nckd);
     h = difference(p, q);
     beta = q.rest;
   }
