@@ -67,11 +67,16 @@ def backend(request: pytest.FixtureRequest, record_property: Callable[..., None]
 
 
 def on_device(x: Tensor | None, device: str | torch.device | None = None) -> Tensor | None:
-    """The tensor on the device with its very strides, and as far from an aligned address."""
+    """The tensor on the device with its very strides, and as far from an aligned address.
+
+    Its memory ends with a whole granule of 16 bytes, as all that an allocator hands out does:
+    kernels read granules whole, and a memory checker goes by the size that was asked for.
+    """
     if x is None:
         return None
     whole = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
-    whole = whole.to(device or DEVICE, copy=True)
+    padded = whole.new_empty(-(-whole.numel() // 8) * 8, device=device or DEVICE)
+    whole = padded[: whole.numel()].copy_(whole)
     return whole.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
@@ -279,6 +284,24 @@ def test_accesses_stay_inside_the_tensors(
         check(case, *views, target[None], generator, backend)
     if case.outputs == 1:
         check(case, student, teacher, target, generator, backend, "mean")
+    # Elements of two sizes have granules of two lengths; 16 bytes from where the larger ones begin.
+    for wide, narrow in ((F32, BF16), (BF16, F32), (F64, F16)):
+        inputs = make_inputs("normal", 5, classes, (wide, narrow), generator)
+        moved = [torch.cat([x.new_zeros(16 // x.itemsize), x.flatten()]) for x in inputs[:2]]
+        student, teacher = (
+            x[16 // x.itemsize :].view_as(y) for x, y in zip(moved, inputs[:2], strict=True)
+        )
+        check(case, student, teacher, inputs[2], generator, backend)
+
+
+def test_more_rows_than_some_dimensions_of_a_grid_take(backend: str) -> None:
+    rows, classes = 65_537, 513
+    student, teacher = (torch.randn(rows, classes, device=DEVICE, dtype=BF16) for _ in range(2))
+    picked = [0, 1, rows - 2, rows - 1]
+    few = [x[picked].cpu() for x in (student, teacher)]
+    _, gradient = evaluate(KD.rows, student, teacher, None, backend=backend)
+    _, truth = evaluate(KD.rows, few[0].double(), few[1].double(), None, backend="reference")
+    torch.testing.assert_close(gradient[picked].double().cpu(), truth, rtol=1e-2, atol=1e-4)
 
 
 # ---- what must not reach other rows -----------------------------------------------------------
