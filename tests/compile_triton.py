@@ -116,6 +116,9 @@ def accesses(ptx: str, kind: str) -> dict[str, int]:
     for name in re.findall(rf"\b{kind}\.global[\w.:]*", ptx):
         count, bits = re.search(r"(?:\.v(\d+))?\.[bfsu](\d+)$", name).groups()
         found["vector" if int(count or 1) * int(bits) >= 128 else "scalar"] += 1
+    if kind == "ld":  # those to shared memory, ahead of their use
+        for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)", ptx):
+            found["vector" if int(size, 0) >= 16 else "scalar"] += 1
     return found
 
 
@@ -158,10 +161,12 @@ def launches(job: dict[str, Any]) -> list[dict[str, Any]]:
         own = {name: arguments[name] for name in kernel.arg_names}
         # Triton knows what it has compiled by the device, which is the same for every target here.
         kernel.device_caches.clear()
-        out = kernel.warmup(**own, grid=grid, num_warps=warps, enable_fp_fusion=True)
+        target = triton.runtime.driver.active.get_current_target()
+        chosen = launch.options(warps, amd=target.backend == "hip")
+        out = kernel.warmup(**own, grid=grid, **chosen)
         facts = {"kernel": kernel.fn.__name__, "key": keys[-1], "warps": warps}
-        facts |= {x.lower(): own.get(x) for x in ("BLOCK", "ROWS", "ALIGNED")}
-        facts["rows"] = facts["rows"] or 1
+        facts |= {x.lower(): own.get(x) for x in ("BLOCK", "ROWS", "ALIGNED", "STAGES")}
+        facts["rows"], facts["stages"] = facts["rows"] or 1, facts["stages"] or 1
         if out is not None:
             facts |= describe(Binary(out.hash, out.asm), job["sass"])
         seen.append(facts)

@@ -319,6 +319,8 @@ def check_loads(target: str, job: Job, launches: Launches) -> None:
         what = says(target, job, x)
         sweeps = (WITHOUT_GRADIENT if job.op == "forward" else SWEEPS)[x["kernel"]]
         expected = sweeps * sum(granules(x, y) for y in (job.student, job.teacher) if y)
+        # Loads that run ahead stand in front of the loop, too, for each chunk that they are ahead.
+        expected *= x["stages"]
         assert x["loads"]["vector"] == expected, f"{what}: {x['loads']}, not {expected} vectors"
         assert x["loads"]["scalar"] <= FEW, f"{what}: {x['loads']}"
 
@@ -374,9 +376,9 @@ def test_scaling_a_gradient_moves_vectors(compiled):
 def test_logits_that_lie_differently_count_as_scalar_loads(compiled):
     launches = compiled(MAIN, SCALAR)
     assert launches[0]["aligned"] == 0
-    with pytest.raises(AssertionError, match="not 8 vectors"):
+    with pytest.raises(AssertionError, match=r"not \d+ vectors"):
         check_loads(MAIN, SCALAR, launches)
-    with pytest.raises(AssertionError, match="not 2 vectors"):
+    with pytest.raises(AssertionError, match=r"not \d+ vectors"):
         check_stores(MAIN, SCALAR, launches)
 
 

@@ -55,6 +55,7 @@ class Plan:
     programs: int  # per slice
     parts: int = 1  # slices of a row
     part_chunks: int = 1  # blocks of a slice
+    stages: int = 1  # chunks under way at a time, all but one in shared memory
 
 
 # (block, rows, warps): the first block that holds a row. A tile has 8 logits of each tensor per
@@ -77,6 +78,9 @@ LARGEST, LARGEST_ELSE, LARGEST_WIDE = 16384, 8192, 2048
 # (block, warps) of rows that are walked in chunks. A whole row: fills a multiprocessor. A slice of
 # a row: several programs share one.
 CHUNK, CHUNK_WIDE = (8192, 16), (1024, 8)
+# Chunks of a whole row that are under way: 64 KiB of shared memory for the two tensors, with 16-bit
+# logits at one temperature and otherwise; in float64 nothing waits for memory.
+STAGES, STAGES_ELSE, STAGES_WIDE = 3, 2, 1
 SLICE, SLICE_WIDE = (4096, 8), (1024, 8)
 MOST_PARTS = 64  # of a split row: their statistics are merged by every program
 
@@ -93,7 +97,8 @@ def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> 
         # One row in flight per multiprocessor, which the reversed sweep finds in the L2 cache as
         # far as they fit; fewer would leave bandwidth unused.
         block, warps = CHUNK_WIDE if wide else CHUNK
-        return Plan("sweeps", block, 1, warps, device.multiprocessors)
+        stages = STAGES_WIDE if wide else STAGES if small else STAGES_ELSE
+        return Plan("sweeps", block, 1, warps, device.multiprocessors, stages=stages)
     block, warps = SLICE_WIDE if wide else SLICE
     chunks = triton.cdiv(window, block)
     parts = min(chunks, MOST_PARTS, triton.cdiv(4 * device.multiprocessors, max(rows, 1)))
@@ -314,6 +319,7 @@ class Call:
             "ALIGNED": self.aligned,
             "ROWS": plan.rows,
             "BLOCK": plan.block,
+            "STAGES": plan.stages,
             "parts": plan.parts,
             "part_chunks": plan.part_chunks,
             **dict.fromkeys(("upstream", "losses", "stats", "normalizer", "counted")),
@@ -322,14 +328,24 @@ class Call:
         }
 
 
+def options(warps: int, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
+    """How a kernel is compiled, beside its constants."""
+    # Fusion explicitly, because Triton 3.10 changes what is the default.
+    chosen = {"num_warps": warps, "enable_fp_fusion": True}
+    if warps == 16 and not amd:
+        # All that 512 threads can have: ptxas would spill to make room for a second program, which
+        # shared memory and the rows in flight do not want.
+        chosen["maxnreg"] = 128
+    return chosen
+
+
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any]) -> None:
     """Runs a kernel with those of the arguments that it has."""
     own = {name: arguments[name] for name in kernel.arg_names}
     if INTERPRETED:
         kernel[grid](**own)
     else:
-        # Explicit, because Triton 3.10 changes what is fused by default.
-        kernel[grid](**own, num_warps=warps, enable_fp_fusion=True)
+        kernel[grid](**own, **options(warps))
 
 
 def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> None:

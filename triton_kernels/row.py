@@ -7,7 +7,8 @@ resident   all classes of its rows in one tile: read once, gradient written from
            that are still in registers. Several rows per program when classes are few.
 sweeps     one row at a time in chunks: a sweep for the statistics, a second one in reverse order
            for the gradient, which finds in the L2 cache what the first one read last. Programs are
-           persistent, so that the launch bounds the rows in flight.
+           persistent, so that the launch bounds the rows in flight; the next chunks of a row
+           are on their way to shared memory while one is computed (STAGES).
 partial    the statistics of one slice of a row, for rows that are fewer than multiprocessors.
 gradient   merges the statistics of its rows' slices in index order, finishes, and writes the
            gradient of one slice. With the statistics of a forward pass it is the backward pass.
@@ -351,12 +352,13 @@ def _sweep(
     student, s_start, s_class, teacher, t_start, t_class, first, chunks, shift, readable, y, k,
     STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Pivots and sums of one row's tile indices from `first` on, `chunks` blocks of them."""
     ps = tl.full((), -INF, DTYPE)
     pt = tl.full((), -INF, DTYPE)
     sums = _no_sums(k, STATS, TWO, DTYPE)
-    for chunk in range(0, chunks):
+    for chunk in tl.range(0, chunks, num_stages=STAGES):
         index = first + chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         s = _load_tile(student, s_start, s_class, index, shift, readable, y,
                        VEC, ALIGNED, DTYPE)  # fmt: skip
@@ -438,11 +440,12 @@ def _write_gradient(
     first, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
     STATS: tl.constexpr, GRAD: tl.constexpr, TWO: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the granules among `chunks` blocks from `first` on, last block first."""
     ms = usable(ps)
     mt = usable(pt)
-    for back in range(0, chunks):
+    for back in tl.range(0, chunks, num_stages=STAGES):
         index = first + (chunks - 1 - back) * BLOCK + tl.arange(0, BLOCK)[None, :]
         s = _load_tile(student, s_start, s_class, index, shift, readable, y,
                        VEC, ALIGNED, DTYPE)  # fmt: skip
@@ -466,6 +469,7 @@ def sweeps(
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(ROWS == 1)
     k = _scale_of(p0, DTYPE)
@@ -481,7 +485,7 @@ def sweeps(
         reading = tl.where(read, chunks, 0)
         ps, pt, sums = _sweep(
             student, s_start, s_class, teacher, t_start, t_class, 0, reading,
-            shift, readable, y, k, STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+            shift, readable, y, k, STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
         )  # fmt: skip
         coef, at_target = _finish(
             student, s_start, s_class, teacher, t_start, t_class,
@@ -494,7 +498,7 @@ def sweeps(
             _write_gradient(
                 student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
                 0, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
-                STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+                STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
             )  # fmt: skip
             if ALIGNED == 2:
                 if _has_edges(shift, classes, VEC, ROWS):
@@ -512,7 +516,7 @@ def partial(
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", p0: "fp64",
     parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
-    VEC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): statistics of one slice of a row, to stats (rows, parts, width)."""
     row = _rows_of(tl.program_id(0), 1)
@@ -526,7 +530,7 @@ def partial(
     ps, pt, sums = _sweep(
         student, s_start, s_class, teacher, t_start, t_class, part * part_chunks * BLOCK, reading,
         _shift(s_start, VEC, ALIGNED), readable, y, _scale_of(p0, DTYPE),
-        STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+        STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
     )  # fmt: skip
     _store_stats(stats, row * parts + part, exists, ps, pt, sums)
 
@@ -543,6 +547,7 @@ def gradient(
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, slice): `parts` statistics of each row become the gradient of a slice."""
     row = _rows_of(tl.program_id(0), ROWS)
@@ -578,7 +583,7 @@ def gradient(
             student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
             place * part_chunks * BLOCK, part_chunks,
             shift, readable, writable, y, ps, pt, k, coef, at_target,
-            STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK,
+            STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
         )  # fmt: skip
         if ALIGNED == 2:
             if place == 0:
