@@ -376,8 +376,18 @@ def _confidence(value: Any, inputs: _Inputs) -> float | Tensor | None:
         return None
     if isinstance(value, Tensor):
         _check_scalar("mean_confidence", value)
-        return value.detach().to(inputs.student.device, inputs.dtype, non_blocking=True)
+        return _beside_logits(value.detach(), inputs)
     return _number("mean_confidence", value, 0.0, 1.0, "a number from 0 to 1 or a 0-d tensor")
+
+
+def _beside_logits(number: Tensor, inputs: _Inputs) -> Tensor:
+    """A 0-d tensor on the device of the logits, in the dtype of the loss."""
+    device = inputs.student.device
+    if number.device.type == "cpu" and device.type != "cpu":
+        # From pageable memory, hence the clone, a number is read before the call returns, and
+        # nothing waits for the device. The other way round it would come before its value.
+        return number.clone().to(device, inputs.dtype, non_blocking=True)
+    return number.to(device, inputs.dtype)
 
 
 def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> Tensor:
@@ -512,9 +522,7 @@ def _divisor(inputs: _Inputs, normalizer: float | Tensor | None, reduction: str)
         return None
     if isinstance(normalizer, Tensor):
         _check_scalar("normalizer", normalizer)
-        # Not blocking: a number that is on the host does not wait for the device.
-        device = inputs.student.device
-        return _Divisor(1.0, normalizer.to(device, inputs.dtype, non_blocking=True), False)
+        return _Divisor(1.0, _beside_logits(normalizer, inputs), False)
     if normalizer is not None:
         return _Divisor(1.0 / _positive("normalizer", normalizer), None, False)
     if reduction == "batchmean":

@@ -28,7 +28,7 @@ from cases import (
 )
 from torch import Tensor, tensor
 
-from kdkernels import dkd_loss, kd_loss, nkd_loss, target_split, tf_nkd_loss
+from kdkernels import aekt_loss, dkd_loss, kd_loss, nkd_loss, target_split, tf_nkd_loss
 
 F32, F64 = torch.float32, torch.float64
 NAN = math.nan
@@ -478,3 +478,18 @@ def test_rows_of_weight_zero(case: Case, backend: str, generator: torch.Generato
         value, gradient = evaluate(case, *inputs, **common)
         torch.testing.assert_close(value, rows.sum() / 8)
         assert gradient[~there].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("loss", [dkd_loss, aekt_loss])
+@pytest.mark.parametrize("classes", [5, 300])
+def test_a_weight_of_0_wins_over_a_row_without_logits(loss, classes, backend):
+    check_a_weight_of_0(loss, classes, backend)
+
+
+def check_a_weight_of_0(loss, classes: int, backend: str) -> None:
+    student, teacher, target = make_inputs("normal", 4, classes)
+    student[1] = teacher[1] = -INF
+    options = {"alpha": 0.0, "reduction": "none", "backend": backend}
+    value, gradient = evaluate(loss, student, teacher, target, **options)
+    assert value[1] == 0 and not gradient[1].any()
+    assert value.isfinite().all() and gradient.isfinite().all() and gradient[2].any()

@@ -459,6 +459,33 @@ def test_no_call_waits_for_the_device(
                 evaluate(call, student, teacher, y, backend=backend, **common)
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_numbers_on_the_host_do_not_wait_for_the_device(backend: str, pinned: bool) -> None:
+    student, teacher, target = inputs_on_device("normal", 33, 100)
+    number = torch.tensor(7.0)
+    number = number.pin_memory() if pinned else number
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor, **common) -> Tensor:
+        return kdkernels.kd_loss(student, teacher, target, normalizer=number, **common)
+
+    expected = evaluate(loss, student, teacher, target, backend=backend)
+    with no_sync():
+        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms
+        ours = evaluate(loss, student, teacher, target, backend=backend)
+        number.fill_(1.0)  # too late to change anything
+    assert_same_results(ours, expected)
+
+
+def test_numbers_on_the_device_of_logits_on_the_host_arrive_first() -> None:
+    student, teacher, target = make_inputs("normal", 33, 100)
+    expected = kdkernels.kd_loss(student, teacher, target, normalizer=7.0)
+    torch.cuda._sleep(100_000_000)
+    number = torch.full((), 7.0, device=DEVICE)
+    torch.testing.assert_close(
+        kdkernels.kd_loss(student, teacher, target, normalizer=number), expected
+    )
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_tensors_of_a_device_that_is_not_the_current_one(case: Case, backend: str) -> None:

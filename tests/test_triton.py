@@ -28,6 +28,7 @@ from cases import (
     evaluate,
     make_inputs,
 )
+from test_edges import check_a_weight_of_0
 from test_equivalence import (
     DTYPE_PAIRS,
     KINDS,
@@ -271,6 +272,12 @@ def test_a_loss_of_several_outputs_is_not_reduced() -> None:
     inputs = ("target_split", student, None, target, None, 1.0, None, False, [1.0], IGNORED, False)
     with pytest.raises(RuntimeError, match="'target_split' has several outputs"):
         kdkernels.ops.TRITON.reduced(*inputs)
+
+
+@pytest.mark.parametrize("loss", [kdkernels.dkd_loss, kdkernels.aekt_loss])
+def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object) -> None:
+    for _ in each_plan():
+        check_a_weight_of_0(loss, 70, "triton")
 
 
 @pytest.mark.parametrize("temperature", [1e-60, 1e-30, 1e30, 1e150])

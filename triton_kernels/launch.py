@@ -361,10 +361,10 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
         launch(row.sweeps, (chosen.programs,), chosen.warps, arguments)
     else:
         scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH))
-        grid = (call.rows, chosen.parts)  # in this order: only the first may exceed 65535
+        grid = (chosen.programs, chosen.parts)  # in this order: only the first may exceed 65535
         launch(row.partial, grid, chosen.warps, {**arguments, "stats": scratch})
         arguments["part_stats"] = scratch
-        grid = grid if call.grad is not None else (call.rows, 1)
+        grid = grid if call.grad is not None else (chosen.programs, 1)
         launch(row.gradient, grid, chosen.warps, arguments)
 
 
