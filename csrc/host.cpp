@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/problem.h"
+#include "cpu/cpu.h"
 
 namespace py = pybind11;
 

@@ -5,6 +5,11 @@
 
 #include <math.h>
 
+// GPUs have an instruction for it; cuda/arch.cuh says so before it includes this.
+#ifndef KD_EXP2F
+#define KD_EXP2F exp2f
+#endif
+
 #if defined(__CUDACC__)
 #define KD_FN __host__ __device__ __forceinline__
 #else
@@ -35,7 +40,7 @@ template <>
 struct Ops<float> {
   using Scalar = float;
   static KD_FN float splat(float x) { return x; }
-  static KD_FN float exp2(float x) { return exp2f(x); }
+  static KD_FN float exp2(float x) { return KD_EXP2F(x); }
   static KD_FN float exp(float x) { return expf(x); }
   static KD_FN float log(float x) { return logf(x); }
   static KD_FN float log1p(float x) { return log1pf(x); }

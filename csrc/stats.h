@@ -6,9 +6,9 @@
 //
 //   Sums::exps(scales, ds, dt)   the exponentials of a class, e[0..kept) are what the gradient needs again
 //   Sums::add(stats, exps)       statistics of one more class
-//   Sums::merge(scales, a, b)    statistics of two disjoint sets of classes, rebased to the common pivots
-//   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots
-//   gradient(e, coef)            d loss / d logit of a class: no new exponential
+//   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() makes one of two disjoint sets of
+//   classes Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots gradient(e,
+//   coef)            d loss / d logit of a class: no new exponential
 #pragma once
 
 #include "lane.h"
@@ -100,16 +100,6 @@ struct PairSums : Kept<kTwo ? 3 : 2> {
   }
 
   template <class V>
-  static KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats<V>& a, Pivots<V>& pa, const Stats<V>& b,
-                          const Pivots<V>& pb) {
-    const Pivots<V> p = {max_of(pa.s, pb.s), max_of(pa.t, pb.t)};
-    Stats<V> sum = moved_to(scales, b, pb, p);
-    a = moved_to(scales, a, pa, p);
-    for (int i = 0; i < count; ++i) a.v[i] += sum.v[i];
-    pa = p;
-  }
-
-  template <class V>
   static KD_FN Stats<V> moved_to(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& from,
                                  const Pivots<V>& to) {
     const V ds = moved(from.s, to.s), dt = moved(from.t, to.t);
@@ -156,18 +146,25 @@ struct StudentSums : Kept<1> {
     a.v[sum_s] += x.e[0];
   }
   template <class V>
-  static KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats<V>& a, Pivots<V>& pa, const Stats<V>& b,
-                          const Pivots<V>& pb) {
-    const V p = max_of(pa.s, pb.s);
-    a.v[sum_s] =
-        a.v[sum_s] * Ops<V>::exp2(moved(pa.s, p) * scales.k) + b.v[sum_s] * Ops<V>::exp2(moved(pb.s, p) * scales.k);
-    pa.s = p;
+  static KD_FN Stats<V> moved_to(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& from,
+                                 const Pivots<V>& to) {
+    return {{a.v[sum_s] * Ops<V>::exp2(moved(from.s, to.s) * scales.k)}};
   }
   template <class V, class Coef>
   static KD_FN void rebase(const Scales<ScalarOf<V>>& scales, Coef& coef, const Pivots<V>& row, const Pivots<V>& part) {
     coef.c[0] *= Ops<V>::exp2(moved(part.s, row.s) * scales.k);
   }
 };
+
+// a takes over b, a disjoint set of classes.
+template <class Sums, class V, class Stats>
+KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats& a, Pivots<V>& pa, const Stats& b, const Pivots<V>& pb) {
+  const Pivots<V> p = {max_of(pa.s, pb.s), max_of(pa.t, pb.t)};
+  const Stats sum = Sums::moved_to(scales, b, pb, p);
+  a = Sums::moved_to(scales, a, pa, p);
+  for (int i = 0; i < Sums::count; ++i) a.v[i] += sum.v[i];
+  pa = p;
+}
 
 // The target against all other classes, from g = log(p / (1 - p)). Nothing cancels and nothing underflows early: log p
 // and log(1 - p) keep full relative accuracy however close p is to 0 or 1.

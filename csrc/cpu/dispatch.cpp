@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "problem.h"
+#include "cpu.h"
 
 namespace kd {
 

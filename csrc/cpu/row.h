@@ -15,29 +15,12 @@
 // target's gradient is written afterwards.
 #pragma once
 
-#include "problem.h"
+#include "cpu.h"
 #include "simd.h"
 
 KD_NAMESPACE_BEGIN
 
 // ---- access to logits by their stored type ------------------------------------------------------------------------
-
-// Applies f to a pointer of the stored type.
-template <class F>
-KD_FN auto with_type(DType dtype, void* data, F f) {
-  switch (dtype) {
-    case DType::f64:
-      return f(static_cast<double*>(data));
-    case DType::f16:
-      return f(static_cast<F16*>(data));
-    case DType::bf16:
-      return f(static_cast<BF16*>(data));
-    default:
-      return f(static_cast<float*>(data));
-  }
-}
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 inline char* row_start(const Logits& x, int64_t outer, int64_t inner) {
   return static_cast<char*>(x.data) + (outer * x.outer_stride + inner * x.inner_stride) * bytes_of(x.dtype);
@@ -403,7 +386,7 @@ struct Rows {
       char* grad = p.grad.data ? row_start(p.grad, outer, inner) : nullptr;
       if (skipped(p, row)) {
         write_rows(p, row, nullptr, nullptr);
-        if (p.stats) memset(p.stats + row * kStatsWidth, 0, sizeof(double) * kStatsWidth);
+        if (p.stats) memset(stats_of(p, row), 0, sizeof(double) * kStatsWidth);
         if (grad) memset(grad, 0, classes * bytes_of(p.grad.dtype));
         continue;
       }
@@ -423,7 +406,7 @@ struct Rows {
       Pivots<double> pivots = {-infinity<double>(), -infinity<double>()};
       CoefD coef = {};
       if (back) {
-        load_stats(p.stats + row * kStatsWidth, pivots, stats);
+        load_stats(stats_of(p, row), pivots, stats);
         Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
       }
       for (int64_t i = 0; i < tiles; ++i) {
@@ -448,12 +431,12 @@ struct Rows {
         StatsD part;
         for (int k = 0; k < Sums::count; ++k) part.v[k] = sum_lanes<S>(lanes.v[k]);
         tile_pivots[i] = at;
-        Sums::merge(Scales<double>(params), stats, pivots, part, Pivots<double>{at.s, at.t});
+        merge<Sums>(Scales<double>(params), stats, pivots, part, Pivots<double>{at.s, at.t});
       }
       if (!back) {
         Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
         write_rows(p, row, loss, g);
-        if (p.stats) store_stats(p.stats + row * kStatsWidth, pivots, stats);
+        if (p.stats) store_stats(stats_of(p, row), pivots, stats);
       }
       if (keep) {
         with_type(p.grad.dtype, grad, [&](auto* out) {
@@ -471,6 +454,7 @@ struct Rows {
     return true;
   }
 
+  static double* stats_of(const Problem& p, int64_t row) { return static_cast<double*>(p.stats) + row * kStatsWidth; }
   static void store_stats(double* to, const Pivots<double>& pivots, const StatsD& stats) {
     to[0] = pivots.s;
     to[1] = pivots.t;
@@ -514,7 +498,7 @@ struct Rows {
       if (!b.block.active[lane]) continue;
       Pivots<double> pivots;
       StatsD stats;
-      load_stats(p.stats + (first + lane) * kStatsWidth, pivots, stats);
+      load_stats(stats_of(p, first + lane), pivots, stats);
       b.maxima[0][lane] = static_cast<S>(pivots.s);
       b.maxima[1][lane] = static_cast<S>(pivots.t);
       for (int k = 0; k < Sums::count; ++k) b.sums[k][lane] = stats.v[k];
@@ -550,7 +534,7 @@ struct Rows {
       if (!p.stats) continue;
       StatsD stats;
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = b.sums[k][lane];
-      store_stats(p.stats + row * kStatsWidth, {b.pivots[0][lane], b.pivots[1][lane]}, stats);
+      store_stats(stats_of(p, row), {b.pivots[0][lane], b.pivots[1][lane]}, stats);
     }
   }
 

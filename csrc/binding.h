@@ -1,0 +1,168 @@
+// What the bindings share: they are the only C++ that sees torch. They check what memory safety needs (Python has
+// checked what users can get wrong), allocate, describe the call to the kernels and run them. No maths.
+//
+// The schemas live in kdkernels/ops.py; the bindings bring implementations for a device, on LibTorch's stable ABI
+// (torch >= 2.10), so that one binary serves many torch releases.
+#pragma once
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "problem.h"
+
+namespace kd {
+namespace binding {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Params = std::vector<double>;
+
+// Where all tensors of a call must be.
+struct Place {
+  int32_t type, index;
+  static Place of(const Tensor& x) {
+    return {x.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(), x.get_device_index()};
+  }
+  bool holds(const Tensor& x) const {
+    return type == aoti_torch_device_type_cpu() ? x.is_cpu() : x.is_cuda() && x.get_device_index() == index;
+  }
+};
+
+inline kd::DType dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return kd::DType::f32;
+    case ScalarType::Double:
+      return kd::DType::f64;
+    case ScalarType::Half:
+      return kd::DType::f16;
+    case ScalarType::BFloat16:
+      return kd::DType::bf16;
+    default:
+      STD_TORCH_CHECK(false, name, ": dtype must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// (outer, inner, classes), where the first one or both may be absent: they are then 1.
+inline Logits describe(const Tensor& x, const char* name, const Place& place) {
+  STD_TORCH_CHECK(place.holds(x), name, ": must be on the device of the operator and of the student");
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1 && dims <= 3, name, ": must have 1 to 3 dimensions (rows..., classes), got ", dims);
+  return {x.data_ptr(), dtype_of(x, name), dims > 2 ? x.stride(0) : 0, dims > 1 ? x.stride(dims - 2) : 0,
+          x.stride(dims - 1)};
+}
+
+// A tensor with one element per row (and output), of the compute type or int64.
+inline void check_rows(const Tensor& x, const char* name, const Problem& p, const Place& place, ScalarType dtype,
+                       int outputs = 1) {
+  STD_TORCH_CHECK(
+      place.holds(x) && x.is_contiguous() && x.scalar_type() == dtype && x.numel() == outputs * p.rows_total(), name,
+      ": must be a contiguous tensor of ", outputs * p.rows_total(),
+      " elements of the right dtype, on the device of the student");
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
+}
+
+inline ScalarType compute_type(const Problem& p) { return p.in_double() ? ScalarType::Double : ScalarType::Float; }
+
+// Everything about a call but its outputs. Keeps nothing alive: the tensors outlive the call.
+inline Problem describe_call(const LossFacts* losses, int loss_count, const Place& place, const std::string& loss,
+                             const Tensor& student, const std::optional<Tensor>& teacher,
+                             const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
+                             const Params& params, int64_t ignore_index) {
+  Problem p;
+  while (p.loss < loss_count && loss != losses[p.loss].name) ++p.loss;
+  STD_TORCH_CHECK(p.loss < loss_count, "loss: unknown name '", loss, "'");
+  const LossFacts& facts = losses[p.loss];
+  STD_TORCH_CHECK(params.size() <= kMaxParams, "params: at most ", kMaxParams, ", got ", params.size());
+  std::copy(params.begin(), params.end(), p.params);
+
+  p.student = describe(student, "student", place);
+  const int64_t dims = student.dim();
+  p.outer = dims > 2 ? student.size(0) : 1;
+  p.inner = dims > 1 ? student.size(dims - 2) : 1;
+  p.classes = student.size(dims - 1);
+  STD_TORCH_CHECK(p.classes > 0, "student: needs at least one class");
+  STD_TORCH_CHECK(teacher.has_value() == facts.teacher, "teacher: '", loss, facts.teacher ? "' needs" : "' takes no",
+                  " teacher");
+  if (teacher) {
+    p.teacher = describe(*teacher, "teacher", place);
+    STD_TORCH_CHECK(same_shape(*teacher, student), "teacher: must have the student's shape");
+  }
+  p.ignore_index = ignore_index;
+  if (target) {
+    check_rows(*target, "target", p, place, ScalarType::Long);
+    p.target = static_cast<const int64_t*>(target->data_ptr());
+  } else {
+    STD_TORCH_CHECK(loss == "kd", "target: '", loss, "' needs one");
+  }
+  if (row_weight) {
+    check_rows(*row_weight, "row_weight", p, place, compute_type(p));
+    p.row_weight = row_weight->data_ptr();
+  }
+  return p;
+}
+
+// Allocates by LibTorch's C interface: a call of aten::empty would go through the dispatcher once more, which costs
+// more than the kernels on a small input.
+inline Tensor fresh_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
+                            const Place& place) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), place.type,
+                               place.index < 0 ? 0 : place.index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype, const Place& place) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return fresh_strided(sizes, strides, dtype, place);
+}
+
+// As torch.empty_like, which keeps the strides of whatever is dense.
+inline Tensor fresh_like(const Tensor& x, const Place& place) {
+  return x.is_contiguous() ? fresh_strided(x.sizes(), x.strides(), x.scalar_type(), place)
+                           : torch::stable::empty_like(x);
+}
+
+// (outputs, *rows), or the shape of the rows for one output.
+inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, const Place& place) {
+  const auto sizes = student.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
+  if (outputs > 1) shape.insert(shape.begin(), outputs);
+  return fresh(shape, compute_type(p), place);
+}
+
+inline void multiply_(const Tensor& x, const Tensor& factor) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(factor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the dispatcher hands its result over
+}
+
+}  // namespace binding
+}  // namespace kd
+
+// Importing a binding registers its operators; the module holds nothing else.
+#define KD_EMPTY_MODULE(name)                                                                    \
+  extern "C" __attribute__((visibility("default"))) PyObject* PyInit_##name() {                  \
+    static PyModuleDef module = {                                                                \
+        PyModuleDef_HEAD_INIT, #name, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr}; \
+    return PyModule_Create(&module);                                                             \
+  }

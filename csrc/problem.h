@@ -1,0 +1,55 @@
+// One call of the kernels: plain data, shared by the CPU's and the GPU's kernels, the bindings and the tests' modules.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kd {
+
+enum class DType : int32_t { f32, f64, f16, bf16 };
+
+// Logits as (outer, inner, classes) with any strides, in elements. A row is one (outer, inner).
+struct Logits {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t outer_stride = 0, inner_stride = 0, class_stride = 0;
+};
+
+enum class Pass : int32_t {
+  forward,       // row losses and statistics
+  backward,      // gradient, from the statistics and an upstream gradient per row
+  forward_grad,  // row losses times weights and scale, and their gradient, in one go
+};
+
+constexpr int kMaxParams = 8;
+constexpr int kStatsWidth = 8;  // two pivots and up to six sums
+
+struct Problem {
+  int loss = 0;  // index in losses/list.h
+  Pass pass = Pass::forward;
+  int64_t outer = 0, inner = 0, classes = 0;
+  Logits student, teacher, grad;    // teacher is absent for losses on one tensor, grad in a forward pass
+  const int64_t* target = nullptr;  // (rows), contiguous; or null: no class is set apart
+  int64_t ignore_index = 0;
+  double params[kMaxParams] = {};
+  // In the compute type: float, or double where student or teacher is double.
+  const void* row_weight = nullptr;  // (rows), or null: all 1. A row of weight 0 is not read.
+  const void* grad_rows = nullptr;   // (outputs, rows), backward
+  void* rows = nullptr;              // (outputs, rows), forward
+  double scale = 1;                  // forward_grad
+  double* scaled_rows = nullptr;     // (rows), forward_grad
+  // (rows, kStatsWidth), written by forward, read by backward: double on a CPU, the compute type on a GPU.
+  void* stats = nullptr;
+
+  // By the dtypes alone: tensors of no rows have no data.
+  bool in_double() const { return student.dtype == DType::f64 || teacher.dtype == DType::f64; }
+  int64_t rows_total() const { return outer * inner; }
+};
+
+struct LossFacts {
+  const char* name;
+  int outputs;
+  bool teacher, two_temperatures;
+};
+
+}  // namespace kd
