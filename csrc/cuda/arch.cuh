@@ -1,0 +1,255 @@
+// What the kernels ask of the machine: threads, barriers, shuffles, memory. Every PTX instruction and every intrinsic
+// stands here behind a name, and nowhere else. Without nvcc the same names come from the emulation in simt/, so that
+// one source of a kernel runs on a GPU and in the tests.
+#pragma once
+
+#if !defined(__CUDACC__)
+
+#include "../simt/arch.h"
+#define KD_EXP2F kd::arch::exp2
+#define KD_UNROLL
+#include "../stored.h"
+
+namespace kd {
+namespace arch {
+
+inline void from_halves(uint32_t bits, float& low, float& high) {
+  low = to_float(F16{static_cast<uint16_t>(bits)});
+  high = to_float(F16{static_cast<uint16_t>(bits >> 16)});
+}
+template <class T>
+inline uint32_t stored_pair(float low, float high) {
+  T a, b;
+  from_float(a, low);
+  from_float(b, high);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+}
+inline uint32_t to_halves(float low, float high) { return stored_pair<F16>(low, high); }
+inline uint32_t to_bfloats(float low, float high) { return stored_pair<BF16>(low, high); }
+inline uint32_t funnel(uint32_t low, uint32_t high, int shift) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
+}
+
+}  // namespace arch
+}  // namespace kd
+
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define KD_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+#define KD_ARGUMENT(T) const __grid_constant__ T
+#define KD_DEVICE __device__ __forceinline__
+#define KD_EXP2F kd::arch::exp2
+#define KD_UNROLL _Pragma("unroll")
+
+namespace kd {
+namespace arch {
+
+struct alignas(16) Granule {  // what one memory instruction moves
+  uint32_t w[4];
+};
+
+// ---- threads ------------------------------------------------------------------------------------------------------
+
+KD_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+KD_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+KD_DEVICE int lane() { return static_cast<int>(threadIdx.x % 32); }
+KD_DEVICE int64_t block() { return blockIdx.x; }
+KD_DEVICE int64_t blocks() { return gridDim.x; }
+
+KD_DEVICE void sync_block() { __syncthreads(); }
+KD_DEVICE void sync_warp(uint32_t mask = ~0u) { __syncwarp(mask); }
+
+template <class T>
+KD_DEVICE T shfl_xor(T v, int lane_mask, uint32_t mask = ~0u) {
+  return __shfl_xor_sync(mask, v, lane_mask);
+}
+
+// ---- shared memory ------------------------------------------------------------------------------------------------
+
+template <class T>
+class Shared {
+ public:
+  Shared() = default;
+  __host__ KD_DEVICE explicit Shared(char* data) : data_(reinterpret_cast<T*>(data)) {}
+  KD_DEVICE T ld(int i) const { return data_[i]; }
+  KD_DEVICE void st(int i, const T& v) const { data_[i] = v; }
+  KD_DEVICE T* at(int i) const { return data_ + i; }  // for this file only
+
+ private:
+  T* data_;
+};
+
+// Cuts a block's shared memory into arrays. The launcher counts with it what a kernel will take.
+class Carver {
+ public:
+  __host__ KD_DEVICE explicit Carver(char* base) : base_(base), used_(0) {}
+  static __host__ Carver counting() { return Carver(nullptr); }
+  template <class T>
+  __host__ KD_DEVICE Shared<T> take(int n) {
+    used_ = (used_ + 15) / 16 * 16;
+    const Shared<T> out(base_ + used_);
+    used_ += sizeof(T) * n;
+    return out;
+  }
+  __host__ KD_DEVICE size_t bytes() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_;
+};
+
+KD_DEVICE Carver shared() {
+  extern __shared__ __align__(16) char dynamic_shared_memory[];
+  return Carver(dynamic_shared_memory);
+}
+
+// Global to shared memory past the registers. Copies of a thread complete in groups; after copy_wait<n> all but its
+// last n groups have arrived, for that thread.
+KD_DEVICE void copy_async(const Shared<Granule>& to, int i, const void* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at(i)));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+KD_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+KD_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- global memory ------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+template <class T, class Raw>
+KD_DEVICE T cast(const Raw& raw) {
+  static_assert(sizeof(T) == sizeof(Raw), "the same bytes");
+  T out;
+  memcpy(&out, &raw, sizeof(T));
+  return out;
+}
+template <int kBytes>
+struct RawOf;
+template <>
+struct RawOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct RawOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct RawOf<8> {
+  using type = unsigned long long;
+};
+template <>
+struct RawOf<16> {
+  using type = uint4;
+};
+template <class T>
+using Raw = typename RawOf<sizeof(T)>::type;
+
+}  // namespace detail
+
+// Data that no kernel writes while this one runs.
+template <class T>
+KD_DEVICE T load(const T* p) {
+  return detail::cast<T>(__ldg(reinterpret_cast<const detail::Raw<T>*>(p)));
+}
+// The same, read for the last time.
+template <class T>
+KD_DEVICE T load_streaming(const T* p) {
+  return detail::cast<T>(__ldcs(reinterpret_cast<const detail::Raw<T>*>(p)));
+}
+// Data that other blocks of this kernel wrote before they arrived at last_block().
+template <class T>
+KD_DEVICE T load_written(const T* p) {
+  return detail::cast<T>(__ldcg(reinterpret_cast<const detail::Raw<T>*>(p)));
+}
+template <class T>
+KD_DEVICE void store(T* p, const T& v) {
+  *reinterpret_cast<detail::Raw<T>*>(p) = detail::cast<detail::Raw<T>>(v);
+}
+// Data that this kernel does not need again.
+template <class T>
+KD_DEVICE void store_streaming(T* p, const T& v) {
+  __stcs(reinterpret_cast<detail::Raw<T>*>(p), detail::cast<detail::Raw<T>>(v));
+}
+
+// By one thread of every block, after the block's last store of what the last one will read. Leaves the counter at 0.
+KD_DEVICE bool last_block(uint32_t* counter) {
+  __threadfence();
+  const bool last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+  __threadfence();
+  return last;
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+
+// 2^x by the special function unit: relative error 2^-22.5, 0 below 2^-126.
+KD_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__host__ KD_DEVICE float exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  return exp2_approx(x);
+#else
+  return ::exp2f(x);
+#endif
+}
+
+// Two stored values in 32 bits, lower address first.
+KD_DEVICE void from_halves(uint32_t bits, float& low, float& high) {
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+      : "=f"(low), "=f"(high)
+      : "r"(bits));
+}
+KD_DEVICE uint32_t to_halves(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+KD_DEVICE uint32_t to_bfloats(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// Bits shift.. shift + 32 of high:low.
+KD_DEVICE uint32_t funnel(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, shift); }
+
+// ---- launching ----------------------------------------------------------------------------------------------------
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  void* stream;
+};
+
+// 0, or CUDA's error code.
+template <class Args>
+int launch(const Launch& how, void (*kernel)(const Args), const Args& args) {
+  if (how.shared_bytes > (48u << 10)) {  // more must be asked for
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(how.shared_bytes));
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args));
+}
+
+}  // namespace arch
+}  // namespace kd
+
+#endif

@@ -1,0 +1,53 @@
+#include "device.h"
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+namespace kd {
+namespace gpu {
+
+namespace {
+
+constexpr uint32_t kCounters = 1 << 16;
+__device__ uint32_t counters[kCounters];  // zeros, per device, from the moment the module is loaded
+
+}  // namespace
+
+int device_facts(int index, Device& out) {
+  int major = 0, minor = 0, multiprocessors = 0, per_block = 0, per_multiprocessor = 0, l2 = 0;
+  const auto get = [&](int& value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(&value, attribute, index);
+  };
+  for (const cudaError_t error :
+       {get(major, cudaDevAttrComputeCapabilityMajor), get(minor, cudaDevAttrComputeCapabilityMinor),
+        get(multiprocessors, cudaDevAttrMultiProcessorCount), get(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        get(per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor), get(l2, cudaDevAttrL2CacheSize)})
+    if (error != cudaSuccess) return static_cast<int>(error);
+  out = {10 * major + minor, multiprocessors, per_block, per_multiprocessor, l2};
+  return 0;
+}
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+int is_captured(void* stream, bool& out) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  out = status != cudaStreamCaptureStatusNone;
+  return static_cast<int>(error);
+}
+
+int take_counter(void* stream, uint32_t* offered, uint32_t** out) {
+  if (offered) {
+    *out = offered;
+    return static_cast<int>(cudaMemsetAsync(offered, 0, sizeof(uint32_t), static_cast<cudaStream_t>(stream)));
+  }
+  static std::atomic<uint32_t> next{0};
+  void* ring = nullptr;
+  const cudaError_t error = cudaGetSymbolAddress(&ring, counters);  // of the current device
+  *out = static_cast<uint32_t*>(ring) + next++ % kCounters;
+  return static_cast<int>(error);
+}
+
+}  // namespace gpu
+}  // namespace kd

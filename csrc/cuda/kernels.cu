@@ -1,0 +1,176 @@
+// Compiled once per set of logit types, KD_TYPES: f32, f16, bf16, mixed (any types computed in float) or f64 (any types
+// computed in double). By nvcc for GPUs, by the host compiler for the emulation.
+#include "kernels.cuh"
+// The kernels decide first what an exponential is.
+#include "run.h"
+
+#define KD_JOIN_(a, b) a##b
+#define KD_JOIN(a, b) KD_JOIN_(a, b)
+
+KD_NAMESPACE_BEGIN
+
+namespace cuda {
+namespace {
+
+using namespace gpu;
+
+struct Formats {
+  using f32 = Format<float>;
+  using f16 = Format<F16>;
+  using bf16 = Format<BF16>;
+  using mixed = AnyFormat<float>;
+  using f64 = AnyFormat<double>;
+};
+
+// float cannot hold every temperature of double: T must not become 0, nor its square infinite. Beyond 2^60 both
+// softmaxes are uniform to the last bit.
+template <class S>
+double representable(double temperature) {
+  return sizeof(S) == 8 ? temperature : std::min(std::max(temperature, 0x1p-126), 0x1p60);
+}
+
+template <class Loss, class S>
+Args<S> arguments(const Call& c, const Plan& plan) {
+  const Problem& p = c.problem;
+  using Params = typename Loss::template Params<S>;
+  double numbers[kMaxParams];
+  std::copy(p.params, p.params + kMaxParams, numbers);
+  numbers[0] = representable<S>(numbers[0]);
+  const Params params(numbers);
+  Args<S> a;
+  a.student = p.student;
+  a.teacher = p.teacher;
+  a.grad = p.grad;
+  a.inner = p.inner;
+  a.rows = p.rows_total();
+  a.classes = static_cast<int>(p.classes);
+  a.loss = p.loss;
+  a.outputs = Loss::outputs;
+  a.has_teacher = Loss::Sums::teacher;
+  a.backward = p.pass == Pass::backward;
+  a.mean = c.mean;
+  a.target = p.target;
+  a.ignore_index = p.ignore_index;
+  a.scales = params;
+  static_assert(sizeof(Params) <= sizeof(a.params), "room for every loss's parameters");
+  static_assert(std::is_trivially_copyable_v<Params>, "they are copied to the device");
+  memcpy(a.params, &params, sizeof(params));
+  a.margin = static_cast<S>(8 / std::max<double>(params.k, Loss::Sums::two ? kLog2e : 0));
+  a.row_weight = static_cast<const S*>(p.row_weight);
+  a.upstream = static_cast<const S*>(p.grad_rows);
+  a.scale = static_cast<S>(p.scale);
+  a.normalizer = static_cast<const S*>(c.normalizer);
+  a.stats_in = a.backward ? static_cast<const S*>(p.stats) : nullptr;
+  a.stats_out = a.backward ? nullptr : static_cast<S*>(p.stats);
+  a.losses = static_cast<S*>(p.rows);
+  double* const doubles = static_cast<double*>(c.scratch);
+  a.count_blocks = static_cast<int>(count_blocks(c));
+  a.counts = a.count_blocks ? doubles : nullptr;
+  a.sums = doubles + a.count_blocks;
+  a.sum_count = sum_count(c, plan);
+  a.total = static_cast<S*>(c.total);
+  a.counter = c.total ? c.counter : nullptr;
+  a.parts = plan.parts;
+  a.part_vectors = plan.part_vectors;
+  a.part_stats = reinterpret_cast<S*>(static_cast<char*>(c.scratch) + part_stats_offset(c, plan));
+  return a;
+}
+
+template <class Sums, class F>
+int launch(const Call& c, const Plan& plan, Args<typename F::S> a) {
+  arch::Launch how = {plan.blocks, plan.threads, Scratch<Sums, typename F::S>::bytes(), c.stream};
+  switch (plan.regime) {
+    case Regime::sweeps:
+      return arch::launch(how, sweeps<Sums, F>, a);
+    case Regime::split: {
+      uint32_t* const counter = a.counter;
+      for (; a.first_row < a.rows; a.first_row += plan.wave) {
+        const int64_t rows = std::min(plan.wave, a.rows - a.first_row);
+        a.counter = a.first_row + rows == a.rows ? counter : nullptr;
+        how.blocks = rows * plan.parts;
+        int error = a.backward ? 0 : arch::launch(how, partial<Sums, F>, a);
+        if (!a.grad.data) how.blocks = rows;
+        if (!error) error = arch::launch(how, slope<Sums, F>, a);
+        if (error) return error;
+      }
+      return 0;
+    }
+    default:
+      break;
+  }
+  if constexpr (F::wide) {
+    return arch::launch(how, strided<Sums, F>, a);
+  } else {
+    switch (plan.regime) {
+      case Regime::lanes:
+        return plan.lanes == 8    ? arch::launch(how, few<Sums, F, 8>, a)
+               : plan.lanes == 16 ? arch::launch(how, few<Sums, F, 16>, a)
+                                  : arch::launch(how, few<Sums, F, 32>, a);
+      case Regime::block:
+        return arch::launch(how, block<Sums, F>, a);
+      default: {
+        const size_t slots = static_cast<size_t>(a.classes / F::kVector) * sizeof(Granule);
+        how.shared_bytes = (how.shared_bytes + 15) / 16 * 16 + (Sums::teacher ? 2 : 1) * slots;
+        return arch::launch(how, staged<Sums, F>, a);
+      }
+    }
+  }
+}
+
+template <class Loss, class F>
+int run_one(const Call& c, const Plan& plan) {
+  const Args<typename F::S> a = arguments<Loss, typename F::S>(c, plan);
+  if (a.count_blocks) {
+    const CountArgs count_args = {a.target, a.rows, a.ignore_index, static_cast<double*>(c.scratch)};
+    constexpr int kThreads = kCountThreads;
+    const arch::Launch how = {a.count_blocks, kThreads, count_bytes(), c.stream};
+    if (const int error = arch::launch(how, count<kThreads>, count_args)) return error;
+  }
+  return launch<typename Loss::Sums, F>(c, plan, a);
+}
+
+template <class F>
+int run_loss(const Call& c, const Plan& plan) {
+  int index = 0;
+#define KD_RUN(name, ...) \
+  if (c.problem.loss == index++) return run_one<__VA_ARGS__, F>(c, plan);
+#define KD_RUN_TWO(name, Loss)                                                               \
+  if (c.problem.loss == index++)                                                             \
+    return Loss<false>::two_temperatures(c.problem.params) ? run_one<Loss<true>, F>(c, plan) \
+                                                           : run_one<Loss<false>, F>(c, plan);
+  KD_LOSSES(KD_RUN, KD_RUN_TWO)
+  return 1;
+}
+
+template <class T, class S>
+int launch_scale(const ScaleCall& c) {
+  const ScaleArgs<S> a = {c.data, c.size, static_cast<const S*>(c.factor)};
+  const int64_t blocks = ceil_div(c.size, kScaleThreads * 4 * (16 / sizeof(T)));
+  return arch::launch({std::min(blocks, kMostScaleBlocks), kScaleThreads, 0, c.stream}, scale<T, S>, a);
+}
+
+// Gradients have the type of the student, which is this set's; losses are double if the teacher alone is.
+template <class T>
+int scale_own(const ScaleCall& c, const Format<T>*) {
+  return c.in_double ? launch_scale<T, double>(c) : launch_scale<T, float>(c);
+}
+template <class S>
+int scale_own(const ScaleCall& c, const AnyFormat<S>*) {
+  return launch_scale<double, double>(c);
+}
+
+}  // namespace
+}  // namespace cuda
+
+KD_NAMESPACE_END
+
+namespace kd {
+namespace gpu {
+int KD_JOIN(run_, KD_TYPES)(const Call& c, const Plan& plan) {
+  return kd::KD_ISA::cuda::run_loss<kd::KD_ISA::cuda::Formats::KD_TYPES>(c, plan);
+}
+int KD_JOIN(scale_, KD_TYPES)(const ScaleCall& c) {
+  return kd::KD_ISA::cuda::scale_own(c, static_cast<const kd::KD_ISA::cuda::Formats::KD_TYPES*>(nullptr));
+}
+}  // namespace gpu
+}  // namespace kd

@@ -1,0 +1,670 @@
+// The generic row kernels, the same for every loss; plan.h says which one takes a call. A loss comes in as its Sums
+// (losses that sum alike share their kernels) and the logits' type as a Format.
+#pragma once
+
+#include "plan.h"
+#include "row.cuh"
+
+KD_NAMESPACE_BEGIN
+
+namespace cuda {
+
+using namespace gpu;
+
+// ---- rows in registers --------------------------------------------------------------------------------------------
+
+// kVectors vectors and kEdges edge logits of a row, per thread: first logits, then their exponentials.
+template <class Sums, class F, int kVectors, int kEdgeCount>
+struct Tile {
+  using S = typename F::S;
+  static constexpr int E = F::kVector;
+  S s[kVectors][E], t[kVectors][E], x[kVectors][E][Sums::kept];
+  S edge_s[kEdgeCount], edge_t[kEdgeCount], edge_x[kEdgeCount][Sums::kept];
+
+  KD_DEVICE void load(const F& f, const Row<F>& row, bool read, int64_t target, int rank, int size) {
+    typename F::Vector raw_s[kVectors], raw_t[kVectors];
+    KD_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      const int i = rank + k * size;
+      if (!read || i >= row.count) continue;
+      raw_s[k] = f.fetch({row.s_place.base, 0}, row.first + i);
+      if (Sums::teacher) raw_t[k] = f.fetch({row.t_place.base, 0}, row.first + i);
+    }
+    KD_UNROLL
+    for (int j = 0; j < kEdgeCount; ++j) {
+      const int c = rank + j * size < 2 * E ? row.edge(edge_of(rank + j * size)) : -1;
+      const bool there = read && c >= 0 && c != target;
+      edge_s[j] = there ? f.get(row.s, c) : lowest<S>();
+      edge_t[j] = Sums::teacher && there ? f.get(row.t, c) : edge_s[j];
+    }
+    KD_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      const int i = rank + k * size;
+      if (!read || i >= row.count) {
+        KD_UNROLL
+        for (int e = 0; e < E; ++e) s[k][e] = t[k][e] = lowest<S>();
+        continue;
+      }
+      f.values(raw_s[k], s[k]);
+      if (Sums::teacher) f.values(raw_t[k], t[k]);
+      KD_UNROLL
+      for (int e = 0; e < E; ++e) {
+        if (row.first + i == row.hot_vector && e == row.hot_lane) s[k][e] = t[k][e] = lowest<S>();
+        if (!Sums::teacher) t[k][e] = s[k][e];
+      }
+    }
+  }
+
+  // Tensors that lie alike have fewer edges than a vector at either end.
+  static KD_DEVICE int edge_of(int j) { return j < E ? j : Row<F>::kEdges / 2 + j - E; }
+
+  KD_DEVICE Pivots<S> top() const {
+    Pivots<S> out = {lowest<S>(), lowest<S>()};
+    KD_UNROLL
+    for (int k = 0; k < kVectors; ++k) KD_UNROLL
+    for (int e = 0; e < E; ++e) out = {max_of(out.s, s[k][e]), max_of(out.t, t[k][e])};
+    KD_UNROLL
+    for (int j = 0; j < kEdgeCount; ++j) out = {max_of(out.s, edge_s[j]), max_of(out.t, edge_t[j])};
+    return out;
+  }
+
+  KD_DEVICE typename Sums::template Stats<S> sweep(const Scales<S>& scales, const Pivots<S>& pivots) {
+    typename Sums::template Stats<S> stats = {};
+    const S from_s = usable(pivots.s), from_t = usable(pivots.t);
+    const auto one = [&](S s, S t, S(&x)[Sums::kept]) {
+      const auto exps = Sums::template exps<S>(scales, s - from_s, t - from_t);
+      Sums::add(stats, exps);
+      KD_UNROLL
+      for (int n = 0; n < Sums::kept; ++n) x[n] = exps.e[n];
+    };
+    KD_UNROLL
+    for (int k = 0; k < kVectors; ++k) KD_UNROLL
+    for (int e = 0; e < E; ++e) one(s[k][e], t[k][e], x[k][e]);
+    KD_UNROLL
+    for (int j = 0; j < kEdgeCount; ++j) one(edge_s[j], edge_t[j], edge_x[j]);
+    return stats;
+  }
+
+  // coef: relative to the pivots of the sweep.
+  template <class Coef>
+  KD_DEVICE void write(const F& f, const Row<F>& row, int64_t target, int rank, int size, const Coef& coef) const {
+    KD_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      const int i = rank + k * size;
+      if (i >= row.count) continue;
+      S out[E];
+      KD_UNROLL
+      for (int e = 0; e < E; ++e) {
+        out[e] = gradient(x[k][e], coef.c);
+        if (row.first + i == row.hot_vector && e == row.hot_lane) out[e] = coef.y;
+      }
+      f.put_vector(row.g_base, row.first + i, out);
+    }
+    KD_UNROLL
+    for (int j = 0; j < kEdgeCount; ++j) {
+      const int c = rank + j * size < 2 * E ? row.edge(edge_of(rank + j * size)) : -1;
+      if (c >= 0) f.put(row.g, c, c == target ? coef.y : gradient(edge_x[j], coef.c));
+    }
+  }
+};
+
+// Several rows per warp, kLanes lanes each.
+template <class Sums, class F, int kLanes>
+KD_KERNEL(kFewThreads, 2)
+few(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  constexpr int E = F::kVector, kVectors = kFewClasses / E, kEdgeCount = (2 * E + kLanes - 1) / kLanes;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F f(a.student);
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const int rank = arch::lane() % kLanes, group = arch::lane() / kLanes;
+  const int64_t warp = arch::block() * (arch::threads() / 32) + arch::thread() / 32;
+  const int64_t step = arch::blocks() * (arch::threads() / 32) * (32 / kLanes);
+  double sum = 0;
+  for (int64_t base = warp * (32 / kLanes); base < a.rows; base += step) {
+    const int64_t row = base + group;
+    const bool exists = row < a.rows;
+    const Open<S> opened = open(a, row);
+    const Row<F> at = view(a, f, f, exists ? row : base, opened.target);
+    const AtTarget<S> y = at_target(a, f, f, at.s, at.t, 1, 1, opened);
+    Tile<Sums, F, kVectors, kEdgeCount> tile;
+    tile.load(f, at, opened.read, opened.target, rank, kLanes);
+    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+    typename Sums::template Stats<S> known = {};
+    if (a.backward) {
+      if (exists) load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, known);
+    } else {
+      pivots = lanes_max<kLanes>(tile.top(), Sums::teacher);
+    }
+    auto stats = tile.sweep(a.scales, pivots);
+    KD_UNROLL
+    for (int k = 0; k < Sums::count; ++k) stats.v[k] = a.backward ? known.v[k] : lanes_sum<kLanes>(stats.v[k]);
+    if (!exists) continue;
+    if (!opened.read) {
+      if (rank == 0) write_nothing(a, row);
+      if (at.g) write_zero_row(f, at, rank, kLanes);
+      continue;
+    }
+    typename Sums::template Coef<S> coef;
+    const double loss = finish_row<Sums>(a, y, row, opened.weight * factor, pivots, stats, rank == 0, coef);
+    if (rank == 0) sum += loss;
+    if (at.g) tile.write(f, at, opened.target, rank, kLanes, coef);
+  }
+  if (!a.total) return;
+  sum = block_sum(scratch.doubles, sum);
+  if (arch::thread() == 0) arch::store(a.sums + arch::block(), sum);
+  total(a, scratch.doubles);
+}
+
+// A block per row.
+template <class Sums, class F>
+KD_KERNEL(kBlockThreads, 2)
+block(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  constexpr int E = F::kVector, kVectors = kKeptClasses<Sums::kept, E> / E;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F f(a.student);
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  double sum = 0;
+  for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
+    const Open<S> opened = open(a, row);
+    const Row<F> at = view(a, f, f, row, opened.target);
+    if (!opened.read) {
+      if (arch::thread() == 0) write_nothing(a, row);
+      if (at.g) write_zero_row(f, at, arch::thread(), arch::threads());
+      continue;
+    }
+    const AtTarget<S> y = at_target(a, f, f, at.s, at.t, 1, 1, opened);
+    Tile<Sums, F, kVectors, 1> tile;
+    tile.load(f, at, true, opened.target, arch::thread(), arch::threads());
+    Pivots<S> pivots;
+    typename Sums::template Stats<S> stats;
+    if (a.backward) {
+      load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
+      tile.sweep(a.scales, pivots);
+      if (arch::thread() >= 32) stats = {};
+    } else {
+      pivots = lanes_max<32>(tile.top(), Sums::teacher);
+      stats = tile.sweep(a.scales, pivots);
+      KD_UNROLL
+      for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
+    }
+    Slope<Sums, S> slope;
+    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, true, slope);
+    if (!at.g) continue;
+    Sums::rebase(a.scales, slope, slope.pivots, pivots);
+    tile.write(f, at, opened.target, arch::thread(), arch::threads(), slope);
+  }
+  if (!a.total) return;
+  if (arch::thread() == 0) arch::store(a.sums + arch::block(), sum);
+  total(a, scratch.doubles);
+}
+
+// ---- rows in two sweeps -------------------------------------------------------------------------------------------
+
+// Vectors from .. from + kUnroll * size of a row, rank by rank: all of them are on their way before the first is used.
+template <class Sums, class F, int kUnroll>
+struct Stride {
+  using S = typename F::S;
+  static constexpr int E = F::kVector;
+  typename F::Vector raw_s[kUnroll], raw_t[kUnroll];
+
+  KD_DEVICE void fetch(const F& fs, const F& ft, const Row<F>& row, int i, int size, int end) {
+    KD_UNROLL
+    for (int k = 0; k < kUnroll; ++k) {
+      if (i + k * size >= end) continue;
+      raw_s[k] = fs.fetch(row.s_place, row.first + i + k * size);
+      if (Sums::teacher) raw_t[k] = ft.fetch(row.t_place, row.first + i + k * size);
+    }
+  }
+  // Vector k as values, the target at -inf.
+  KD_DEVICE void values(const F& fs, const F& ft, const Row<F>& row, int k, int vector, S (&s)[E], S (&t)[E]) {
+    fs.values(raw_s[k], s);
+    if (Sums::teacher) ft.values(raw_t[k], t);
+    KD_UNROLL
+    for (int e = 0; e < E; ++e) {
+      if (vector == row.hot_vector && e == row.hot_lane) s[e] = t[e] = lowest<S>();
+      if (!Sums::teacher) t[e] = s[e];
+    }
+  }
+};
+
+template <class Sums, class F, class S>
+KD_DEVICE void write_vector(const Args<S>& a, const F& f, const Row<F>& row, int vector, const S (&s)[F::kVector],
+                            const S (&t)[F::kVector], const Slope<Sums, S>& slope) {
+  S out[F::kVector];
+  KD_UNROLL
+  for (int e = 0; e < F::kVector; ++e) {
+    out[e] = slope_at<Sums>(a.scales, slope, s[e], t[e]);
+    if (vector == row.hot_vector && e == row.hot_lane) out[e] = slope.y;
+  }
+  f.put_vector(row.g_base, vector, out);
+}
+
+// The edges of a row, one per thread of the first warp.
+template <class Sums, class F>
+struct Edge {
+  using S = typename F::S;
+  int c;
+  S s, t;
+  KD_DEVICE Edge(const F& fs, const F& ft, const Row<F>& row, int64_t target, int rank) : s(lowest<S>()), t(s) {
+    c = rank < Row<F>::kEdges ? row.edge(rank) : -1;
+    if (c < 0 || c == target) return;
+    s = fs.get(row.s, c);
+    t = Sums::teacher ? ft.get(row.t, c) : s;
+  }
+  KD_DEVICE void add(const Args<S>& a, Running<Sums, S>& running) const {
+    const S s1[1] = {s}, t1[1] = {t};
+    if (c >= 0) running.add(a, s1, t1);
+  }
+  KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int64_t target,
+                       const Slope<Sums, S>& slope) const {
+    if (c >= 0) f.put(row.g, c, c == target ? slope.y : slope_at<Sums>(a.scales, slope, s, t));
+  }
+};
+
+// Vectors per thread that are on their way at a time.
+template <class F, bool kPart>
+constexpr int kUnroll = F::wide ? 1
+                        : kPart ? 4
+                                : 2;
+template <class F>
+constexpr int kMostThreads = F::wide ? kWideThreads : kLongThreads;
+
+// The statistics of vectors rank, rank + size, .. below `end`.
+template <class Sums, bool kPart, class F, class S>
+KD_DEVICE void sweep(const Args<S>& a, const F& fs, const F& ft, const Row<F>& row, int rank, int size, int end,
+                     Running<Sums, S>& running) {
+  constexpr int U = kUnroll<F, kPart>, E = F::kVector;
+  for (int i = rank; i < end; i += U * size) {
+    Stride<Sums, F, U> stride;
+    stride.fetch(fs, ft, row, i, size, end);
+    KD_UNROLL
+    for (int k = 0; k < U; ++k) {
+      if (i + k * size >= end) continue;
+      S s[E], t[E];
+      stride.values(fs, ft, row, k, row.first + i + k * size, s, t);
+      running.add(a, s, t);
+    }
+  }
+}
+
+// The gradient of vectors begin + rank, .. below `end`, the last ones first: they are what the cache still has.
+template <class Sums, bool kPart, class F, class S>
+KD_DEVICE void sweep_back(const Args<S>& a, const F& fs, const F& ft, const Row<F>& row, int begin, int end, int rank,
+                          int size, const Slope<Sums, S>& slope) {
+  constexpr int U = kUnroll<F, kPart>, E = F::kVector;
+  const int step = U * size, strides = (end - begin + step - 1) / step;
+  for (int n = strides - 1; n >= 0; --n) {
+    const int i = begin + n * step + rank;
+    Stride<Sums, F, U> stride;
+    stride.fetch(fs, ft, row, i, size, end);
+    KD_UNROLL
+    for (int k = 0; k < U; ++k) {
+      if (i + k * size >= end) continue;
+      S s[E], t[E];
+      stride.values(fs, ft, row, k, row.first + i + k * size, s, t);
+      write_vector<Sums>(a, fs, row, row.first + i + k * size, s, t, slope);
+    }
+  }
+}
+
+template <class Sums, class F>
+KD_KERNEL(kMostThreads<F>, 1)
+sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const int rank = arch::thread(), size = arch::threads();
+  double sum = 0;
+  for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
+    const Open<S> opened = open(a, row);
+    const Row<F> at = view(a, fs, ft, row, opened.target);
+    if (!opened.read) {
+      if (rank == 0) write_nothing(a, row);
+      if (at.g) write_zero_row(fs, at, rank, size);
+      continue;
+    }
+    Running<Sums, S> running;
+    const AtTarget<S> y = at_target(a, fs, ft, at.s, at.t, 1, 1, opened);
+    Edge<Sums, F>(fs, ft, at, opened.target, rank).add(a, running);
+    sweep<Sums, false>(a, fs, ft, at, rank, size, at.count, running);
+    lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
+    Slope<Sums, S> slope;
+    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, true, slope);
+    if (!at.g) continue;
+    sweep_back<Sums, false>(a, fs, ft, at, 0, at.count, rank, size, slope);
+    Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
+  }
+  if (!a.total) return;
+  if (rank == 0) arch::store(a.sums + arch::block(), sum);
+  total(a, scratch.doubles);
+}
+
+// ---- rows in shared memory ----------------------------------------------------------------------------------------
+
+// As sweeps, but both sweeps read shared memory. Every thread copies, waits for and reads its own granules only: the
+// copies need no barrier, and a granule makes room for one of the next row as soon as its gradient is written.
+template <class Sums, class F>
+KD_KERNEL(kStagedThreads, 1)
+staged(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  constexpr int E = F::kVector;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const int slots = a.classes / E;
+  const arch::Shared<Granule> s_slots = carver.template take<Granule>(slots);
+  const arch::Shared<Granule> t_slots = carver.template take<Granule>(Sums::teacher ? slots : 0);
+  const F f(a.student);
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const int rank = arch::thread(), size = arch::threads();
+
+  const auto copy = [&](const Row<F>& row, int i) {
+    arch::copy_async(s_slots, i, granules(row.s_place.base) + row.first + i);
+    if (Sums::teacher) arch::copy_async(t_slots, i, granules(row.t_place.base) + row.first + i);
+  };
+  const auto values = [&](const Row<F>& row, int i, S(&s)[E], S(&t)[E]) {
+    typename F::Vector raw;
+    raw.skew = 0;
+    raw.g[0] = s_slots.ld(i);
+    f.values(raw, s);
+    if (Sums::teacher) {
+      raw.g[0] = t_slots.ld(i);
+      f.values(raw, t);
+    }
+    KD_UNROLL
+    for (int e = 0; e < E; ++e) {
+      if (row.first + i == row.hot_vector && e == row.hot_lane) s[e] = t[e] = lowest<S>();
+      if (!Sums::teacher) t[e] = s[e];
+    }
+  };
+
+  double sum = 0;
+  int64_t row = arch::block();
+  if (row < a.rows) {
+    const Open<S> opened = open(a, row);
+    const Row<F> at = view(a, f, f, row, opened.target);
+    for (int i = rank; opened.read && i < at.count; i += size) copy(at, i);
+  }
+  for (; row < a.rows; row += arch::blocks()) {
+    arch::copy_commit();
+    arch::copy_wait<0>();
+    const Open<S> opened = open(a, row);
+    const Row<F> at = view(a, f, f, row, opened.target);
+    const int64_t next_row = row + arch::blocks();
+    const Open<S> next_opened = open(a, next_row);
+    const Row<F> next = view(a, f, f, next_opened.read ? next_row : row, next_opened.target);
+    const int coming = next_opened.read ? next.count : 0;
+    if (!opened.read) {
+      for (int i = rank; i < coming; i += size) copy(next, i);
+      if (rank == 0) write_nothing(a, row);
+      if (at.g) write_zero_row(f, at, rank, size);
+      continue;
+    }
+    Running<Sums, S> running;
+    const AtTarget<S> y = at_target(a, f, f, at.s, at.t, 1, 1, opened);
+    Edge<Sums, F>(f, f, at, opened.target, rank).add(a, running);
+    for (int i = rank; i < at.count; i += size) {
+      S s[E], t[E];
+      values(at, i, s, t);
+      running.add(a, s, t);
+      if (!at.g && i < coming) copy(next, i);
+    }
+    lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
+    Slope<Sums, S> slope;
+    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, true, slope);
+    for (int i = rank; i < at.count || i < coming; i += size) {
+      if (at.g && i < at.count) {
+        S s[E], t[E];
+        values(at, i, s, t);
+        write_vector<Sums>(a, f, at, at.first + i, s, t, slope);
+      }
+      if (i < coming && (at.g || i >= at.count)) copy(next, i);
+    }
+    if (at.g) Edge<Sums, F>(f, f, at, opened.target, rank).write(a, f, at, opened.target, slope);
+  }
+  if (!a.total) return;
+  if (rank == 0) arch::store(a.sums + arch::block(), sum);
+  total(a, scratch.doubles);
+}
+
+// ---- rows in parts ------------------------------------------------------------------------------------------------
+
+// The statistics of one part of a row. The edges belong to the first part.
+template <class Sums, class F>
+KD_KERNEL(kPartThreads, F::wide ? 1 : 2)
+partial(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const int rank = arch::thread(), size = arch::threads();
+  const int64_t in_wave = arch::block() / a.parts, row = a.first_row + in_wave;
+  const int part = static_cast<int>(arch::block() - in_wave * a.parts);
+  const Open<S> opened = open(a, row);
+  if (!opened.read) return;
+  const Row<F> at = view(a, fs, ft, row, opened.target);
+  const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
+  Running<Sums, S> running;
+  sweep<Sums, true>(a, fs, ft, at, begin + rank, size, end, running);
+  if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).add(a, running);
+  lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
+  using X = Scratch<Sums, S>;
+  if (arch::lane() == 0) {
+    const int at_part = rank / 32 * X::kFields;
+    scratch.parts.st(at_part, running.pivots.s);
+    scratch.parts.st(at_part + 1, running.pivots.t);
+    KD_UNROLL
+    for (int k = 0; k < Sums::count; ++k) scratch.parts.st(at_part + 2 + k, running.stats.v[k]);
+  }
+  arch::sync_block();
+  if (rank >= 32) return;
+  Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+  typename Sums::template Stats<S> stats = {};
+  if (rank < size / 32) {
+    pivots = {scratch.parts.ld(rank * X::kFields), scratch.parts.ld(rank * X::kFields + 1)};
+    KD_UNROLL
+    for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.parts.ld(rank * X::kFields + 2 + k);
+  }
+  lanes_merge<Sums, 32>(a.scales, stats, pivots);
+  if (rank == 0) store_stats<Sums>(a.part_stats + arch::block() * kStatsWidth, pivots, stats);
+}
+
+// Finishes a row from the statistics of its parts, or from those of a forward pass, and writes the gradient of a part.
+// The block of the first part writes the loss. The last parts come first: they are what the cache still has.
+template <class Sums, class F>
+KD_KERNEL(kPartThreads, F::wide ? 1 : 2)
+slope(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const int rank = arch::thread(), size = arch::threads(), parts = a.grad.data ? a.parts : 1;
+  const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / parts, row = a.first_row + in_wave;
+  const int part = static_cast<int>(from_end - in_wave * parts);
+  const Open<S> opened = open(a, row);
+  const Row<F> at = view(a, fs, ft, row, opened.target);
+  const int begin = part * a.part_vectors;
+  // Of the last part: what the fewest vectors that a row may have leave over.
+  const int end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
+  double sum = 0;
+  if (opened.read) {
+    const AtTarget<S> y = at_target(a, fs, ft, at.s, at.t, 1, 1, opened);
+    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+    typename Sums::template Stats<S> stats = {};
+    if (rank < 32) {
+      if (a.backward) {
+        load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
+      } else {
+        for (int i = rank; i < a.parts; i += 32) {
+          Pivots<S> part_pivots;
+          typename Sums::template Stats<S> part_stats;
+          load_stats<Sums>(a.part_stats + (in_wave * a.parts + i) * kStatsWidth, part_pivots, part_stats);
+          merge<Sums>(a.scales, stats, pivots, part_stats, part_pivots);
+        }
+        lanes_merge<Sums, 32>(a.scales, stats, pivots);
+      }
+    }
+    Slope<Sums, S> slope;
+    sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, part == 0, slope);
+    if (at.g) {
+      sweep_back<Sums, true>(a, fs, ft, at, begin, end, rank, size, slope);
+      if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
+    }
+  } else {
+    if (rank == 0 && part == 0) write_nothing(a, row);
+    if (at.g) {
+      write_zeros(fs, at, begin + rank, end, size);
+      if (part == 0) write_zero_edges(fs, at, rank, size);
+    }
+  }
+  if (!a.total) return;
+  if (rank == 0 && part == 0) arch::store(a.sums + row, sum);
+  total(a, scratch.doubles);
+}
+
+// ---- classes that are apart ---------------------------------------------------------------------------------------
+
+// A thread per row: neighbours in memory are rows then (images with the classes in the middle).
+template <class Sums, class F>
+KD_KERNEL(128, 1)
+strided(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const int64_t s_step = a.student.class_stride, t_step = a.teacher.class_stride, g_step = a.grad.class_stride;
+  double sum = 0;
+  for (int64_t row = arch::block() * arch::threads() + arch::thread(); row < a.rows;
+       row += arch::blocks() * arch::threads()) {
+    const Open<S> opened = open(a, row);
+    int64_t outer, inner;
+    split_row(a, row, outer, inner);
+    const char* const s = row_of(a.student, fs.size(), outer, inner);
+    const char* const t = a.has_teacher ? row_of(a.teacher, ft.size(), outer, inner) : s;
+    char* const g = a.grad.data ? row_of(a.grad, fs.size(), outer, inner) : nullptr;
+    if (!opened.read) {
+      write_nothing(a, row);
+      for (int64_t c = 0; g && c < a.classes; ++c) fs.put(g, c * g_step, 0);
+      continue;
+    }
+    const AtTarget<S> y = at_target(a, fs, ft, s, t, s_step, t_step, opened);
+    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+    typename Sums::template Stats<S> stats = {};
+    if (a.backward) {
+      load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
+    } else {
+      constexpr int kChunk = 64;  // classes that are summed before the sum joins the others: rounding stays small
+      Running<Sums, S> running;
+      for (int64_t from = 0; from < a.classes; from += kChunk) {
+        running.stats = {};
+        for (int64_t c = from; c < from + kChunk && c < a.classes; ++c) {
+          if (c == opened.target) continue;
+          const S s1[1] = {fs.get(s, c * s_step)}, t1[1] = {a.has_teacher ? ft.get(t, c * t_step) : s1[0]};
+          running.add(a, s1, t1);
+        }
+        merge<Sums>(a.scales, stats, pivots, running.stats, running.pivots);
+      }
+    }
+    typename Sums::template Coef<S> coef;
+    sum += finish_row<Sums>(a, y, row, opened.weight * factor, pivots, stats, true, coef);
+    if (!g) continue;
+    Slope<Sums, S> slope;
+    KD_UNROLL
+    for (int k = 0; k < Sums::kept; ++k) slope.c[k] = coef.c[k];
+    slope.pivots = {usable(pivots.s), usable(pivots.t)};
+    for (int64_t c = 0; c < a.classes; ++c) {
+      const S s1 = fs.get(s, c * s_step), t1 = a.has_teacher ? ft.get(t, c * t_step) : s1;
+      fs.put(g, c * g_step, c == opened.target ? coef.y : slope_at<Sums>(a.scales, slope, s1, t1));
+    }
+  }
+  if (!a.total) return;
+  sum = block_sum(scratch.doubles, sum);
+  if (arch::thread() == 0) arch::store(a.sums + arch::block(), sum);
+  total(a, scratch.doubles);
+}
+
+// ---- beside the losses --------------------------------------------------------------------------------------------
+
+// How many rows are not ignored, one number per block.
+struct CountArgs {
+  const int64_t* target;
+  int64_t rows, ignore_index;
+  double* counts;
+};
+inline size_t count_bytes() {
+  arch::Carver carver = arch::Carver::counting();
+  carver.take<double>(33);
+  return carver.bytes();
+}
+
+template <int kThreads>
+KD_KERNEL(kThreads, 1)
+count(KD_ARGUMENT(CountArgs) a) {
+  arch::Carver carver = arch::shared();
+  const arch::Shared<double> doubles = carver.take<double>(33);
+  double counted = 0;
+  for (int64_t i = arch::block() * arch::threads() + arch::thread(); i < a.rows; i += arch::blocks() * arch::threads())
+    counted += arch::load(a.target + i) != a.ignore_index;
+  counted = block_sum(doubles, counted);
+  if (arch::thread() == 0) arch::store(a.counts + arch::block(), counted);
+}
+
+// A gradient of `size` adjacent elements times a number on the device. Writes nothing where that is 1, the ordinary
+// case of loss.backward(). The compute type is that of the losses.
+template <class S>
+struct ScaleArgs {
+  void* data;
+  int64_t size;
+  const S* factor;
+};
+
+template <class T, class S>
+KD_KERNEL(kScaleThreads, 1)
+scale(KD_ARGUMENT(ScaleArgs<S>) a) {
+  constexpr int E = 16 / sizeof(T);
+  const S factor = arch::load(a.factor);
+  if (factor == 1) return;
+  T* const data = static_cast<T*>(a.data);
+  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
+  const int64_t first = shift ? 1 : 0, end = (shift + a.size) / E, step = arch::blocks() * arch::threads();
+  const int64_t rank = arch::block() * arch::threads() + arch::thread();
+  Granule* const vectors = reinterpret_cast<Granule*>(data - shift);
+  for (int64_t i = first + rank; i < end; i += step) {
+    // Not by the path of constant data: it is written here.
+    Granule g = arch::load_written(vectors + i);
+    if constexpr (sizeof(T) == 8) {
+      double x[2];
+      memcpy(x, &g, 16);
+      x[0] *= factor, x[1] *= factor;
+      memcpy(&g, x, 16);
+    } else {
+      float x[8];
+      unpack<T>(g, x);
+      KD_UNROLL
+      for (int e = 0; e < E; ++e) x[e] = static_cast<float>(x[e] * factor);
+      g = pack<T>(x);
+    }
+    arch::store(vectors + i, g);
+  }
+  // Before the first vector and behind the last one.
+  int64_t head = first * E - shift, tail = end * E - shift;
+  head = head < a.size ? head : a.size;
+  tail = tail > head ? tail : head;
+  for (int64_t i = rank; i < head + a.size - tail; i += step) {
+    T* const at = data + (i < head ? i : tail + i - head);
+    T value;
+    from_float(value, static_cast<S>(to_float(arch::load_written(at))) * factor);
+    arch::store(at, value);
+  }
+}
+
+}  // namespace cuda
+
+KD_NAMESPACE_END

@@ -1,0 +1,144 @@
+// Which kernel takes a call on a GPU, and how it is launched: a pure function of the shape, the types and the device.
+//
+//   lanes    a few lanes of a warp per row, several rows per warp; everything in registers
+//   block    a block per row, its exponentials in registers: read once, written once
+//   staged   a block per row, the row pair in shared memory; while one row's gradient is written, the next row arrives
+//   sweeps   a block per row, read twice: once for the statistics, then in reverse for the gradient
+//   split    several blocks per row and two launches, for rows that are few or long; in waves of rows whose second read
+//            finds the L2 cache
+//   strided  a thread per row, for classes that are apart in memory
+//
+// The thresholds are designed from the byte and register counts of the kernels; they wait for measurements.
+#pragma once
+
+#include <algorithm>
+
+#include "../problem.h"
+
+namespace kd {
+namespace gpu {
+
+struct Device {
+  int architecture;  // 90 for sm_90
+  int multiprocessors;
+  int64_t shared_per_block, shared_per_multiprocessor, l2;  // bytes; per block: what a kernel may opt in to
+};
+
+enum class Regime : int32_t { lanes, block, staged, sweeps, split, strided };
+constexpr const char* kRegimes[] = {"lanes", "block", "staged", "sweeps", "split", "strided"};
+
+// What the planner looks at.
+struct Shape {
+  int64_t rows, classes;
+  int vector;      // logits that a thread handles at a time
+  int pair_bytes;  // of one student and one teacher logit
+  int kept;        // exponentials that are kept per class
+  bool alike;      // student, teacher and gradient are of one type and begin at the same place in their granules
+  bool strided;    // classes are apart
+  bool wide;       // computed in double, or of mixed types: fewer threads for more registers
+  Pass pass;
+};
+
+struct Plan {
+  Regime regime;
+  int threads;           // per block
+  int64_t blocks;        // per launch; with split, of the largest wave
+  int lanes = 0;         // per row, in regime lanes
+  int64_t wave = 0;      // rows per wave, in regime split
+  int parts = 1;         // of a row
+  int part_vectors = 0;  // vectors of a part
+};
+
+// Registers hold the exponentials of so many classes per thread.
+constexpr int kFewClasses = 8;  // in regime lanes
+constexpr int kept_classes(int kept, int vector) { return (kept > 2 ? 24 : 32) - (vector == 4 ? 8 : 0); }
+template <int kKept, int kVector>
+constexpr int kKeptClasses = kept_classes(kKept, kVector);
+
+constexpr int kFewThreads = 256, kBlockThreads = 192, kLongThreads = 384, kStagedThreads = 768, kWideThreads = 256;
+constexpr int kPartThreads = 192, kScaleThreads = 256;
+constexpr int kMostParts = 64;
+constexpr int64_t kFewRows = 8192;  // so many targets every block counts for itself; more take a launch of their own
+constexpr int64_t kCountThreads = 256, kMostCountBlocks = 128, kMostScaleBlocks = 2048;
+constexpr int64_t kRowOverhead = 4 << 10;  // bytes of shared memory beside the staged row
+
+// One line per choice, first match counts. A GPU's row of the table differs only by what Device says.
+struct Rule {
+  Regime regime;
+  const char* when;
+};
+constexpr Rule kTable[] = {
+    {Regime::strided, "classes are not adjacent"},
+    {Regime::lanes, "alike, classes <= 8 lanes x 8, 16 x 8, 32 x 8: that many lanes per row"},
+    {Regime::block, "alike, classes <= 192 threads x 32 (24 where 3 exponentials are kept, 8 less in float32)"},
+    {Regime::split, "backward: slices of every row; else classes > 8192 and rows < half the multiprocessors"},
+    {Regime::staged, "alike, the row pair fits into a block's shared memory"},
+    {Regime::split, "classes > 8192 and a row pair per multiprocessor exceeds 0.45 of the L2 cache, or rows are fewer"},
+    {Regime::sweeps, "everything else"},
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows whose pairs the L2 cache keeps between the two reads, beside the gradient that streams through it.
+inline int64_t cached_rows(const Shape& x, const Device& d) {
+  return std::max<int64_t>(1, d.l2 * 45 / 100 / (x.classes * x.pair_bytes));
+}
+
+inline Plan split_plan(const Shape& x, const Device& d) {
+  Plan out = {Regime::split, x.wide ? kWideThreads : kPartThreads, 0};
+  const int64_t vectors = std::max<int64_t>(1, x.classes / x.vector);
+  int64_t wave = x.rows, parts;
+  if (x.pass == Pass::backward) {
+    out.threads = static_cast<int>(std::min<int64_t>(out.threads, ceil_div(vectors, 32) * 32));
+    parts = ceil_div(vectors, 4 * out.threads);
+  } else {
+    const int64_t most = cached_rows(x, d);
+    wave = ceil_div(x.rows, ceil_div(x.rows, most));
+    parts = std::min<int64_t>(ceil_div(4 * d.multiprocessors, wave), ceil_div(vectors, 2 * out.threads));
+  }
+  parts = std::max<int64_t>(1, std::min<int64_t>(parts, x.pass == Pass::backward ? vectors : kMostParts));
+  // A grid has at most 2^31 - 1 blocks.
+  wave = std::min(wave, (int64_t(1) << 31) / parts - 1);
+  out.part_vectors = static_cast<int>(ceil_div(vectors, parts));
+  out.parts = static_cast<int>(ceil_div(vectors, out.part_vectors));
+  out.wave = std::max<int64_t>(wave, 1);
+  out.blocks = out.wave * out.parts;
+  return out;
+}
+
+inline Plan plan(const Shape& x, const Device& d) {
+  const auto grid = [&](int64_t blocks, int per_multiprocessor) {
+    return std::max<int64_t>(1, std::min<int64_t>(blocks, int64_t(d.multiprocessors) * per_multiprocessor));
+  };
+  if (x.strided) return {Regime::strided, 128, grid(ceil_div(x.rows, 128), 16)};
+  const int64_t vectors = x.classes / x.vector;
+  if (x.alike) {
+    for (int lanes : {8, 16, 32}) {
+      if (vectors * x.vector > lanes * kFewClasses) continue;
+      Plan out = {Regime::lanes, kFewThreads, grid(ceil_div(x.rows, kFewThreads / lanes), 32)};
+      out.lanes = lanes;
+      return out;
+    }
+    const int per_thread = kept_classes(x.kept, x.vector);
+    const int64_t threads = std::max<int64_t>(1, ceil_div(vectors, 32 * per_thread / x.vector)) * 32;
+    if (threads <= kBlockThreads)
+      return {Regime::block, static_cast<int>(threads), grid(x.rows, 4 * 2048 / static_cast<int>(threads))};
+  }
+  if (x.pass == Pass::backward) return split_plan(x, d);
+  const bool is_long = x.classes > 8192;
+  if (is_long && 2 * x.rows < d.multiprocessors) return split_plan(x, d);
+  const int64_t staged = x.classes * x.pair_bytes + kRowOverhead;
+  if (x.alike && staged <= d.shared_per_block) {
+    const bool two = 2 * (staged + 1024) <= d.shared_per_multiprocessor;
+    return {Regime::staged, two ? kStagedThreads / 2 : kStagedThreads, grid(x.rows, two ? 2 : 1)};
+  }
+  if (is_long && (x.rows < d.multiprocessors || cached_rows(x, d) < d.multiprocessors)) return split_plan(x, d);
+  // As many threads as have two vectors each, and as many blocks as a multiprocessor's threads make.
+  const int64_t most = x.wide ? kWideThreads : kLongThreads, wanted = ceil_div(std::max<int64_t>(vectors, 1), 64) * 32;
+  const int threads = static_cast<int>(std::min(most, wanted));
+  const int64_t resident = std::min<int64_t>(32, most / threads);
+  return {Regime::sweeps, threads, grid(std::min(x.rows, cached_rows(x, d)), static_cast<int>(resident))};
+}
+
+}  // namespace gpu
+}  // namespace kd

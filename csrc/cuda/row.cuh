@@ -1,0 +1,388 @@
+// What every kernel does with a row: open it, sum it up over a team of threads, finish it, write its gradient.
+#pragma once
+
+#include "logits.cuh"
+// The losses come after arch.cuh.
+#include "../losses/list.h"
+
+KD_NAMESPACE_BEGIN
+
+namespace cuda {
+
+constexpr int kMostOutputs = 3;
+
+// A call as the kernels see it. S is the compute type.
+template <class S>
+struct Args {
+  Logits student, teacher, grad;
+  int64_t inner = 0, rows = 0;
+  int classes = 0, loss = 0, outputs = 0;
+  bool has_teacher = false, backward = false, mean = false;
+  const int64_t* target = nullptr;
+  int64_t ignore_index = 0;
+  Scales<S> scales = Scales<S>(1.0);
+  alignas(8) char params[72] = {};  // the loss's own Params<S>
+  S margin = 0;                     // how far a logit may rise above a running pivot
+  const S* row_weight = nullptr;
+  const S* upstream = nullptr;  // (outputs, rows), backward
+  S scale = 1;
+  const S* normalizer = nullptr;
+  const S* stats_in = nullptr;  // (rows, kStatsWidth), backward
+  S* stats_out = nullptr;       // the same, forward
+  S* losses = nullptr;          // (outputs, rows), forward
+  // A reduction: every block's part of the sum, or every row's where parts of rows are blocks, and the total.
+  double* sums = nullptr;
+  int64_t sum_count = 0;
+  S* total = nullptr;
+  uint32_t* counter = nullptr;  // null in launches that are not the last one
+  const double* counts =
+      nullptr;  // rows that are not ignored, by blocks of the launch before; null: every block counts
+  int count_blocks = 0;
+  // Rows in several parts: this launch's rows begin at first_row.
+  int64_t first_row = 0;
+  int parts = 1, part_vectors = 0;
+  S* part_stats = nullptr;  // (rows of a wave, parts, kStatsWidth)
+};
+
+template <class S>
+KD_DEVICE S lowest() {
+  return -infinity<S>();
+}
+
+// ---- sums over threads ----------------------------------------------------------------------------------------------
+
+template <int kLanes, class V>
+KD_DEVICE V lanes_max(V x) {
+  KD_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) x = max_of(x, arch::shfl_xor(x, step));
+  return x;
+}
+template <int kLanes, class V>
+KD_DEVICE V lanes_sum(V x) {
+  KD_UNROLL
+  for (int step = kLanes / 2; step > 0; step /= 2) x += arch::shfl_xor(x, step);
+  return x;
+}
+template <int kLanes, class V>
+KD_DEVICE Pivots<V> lanes_max(const Pivots<V>& p, bool teacher) {
+  const V s = lanes_max<kLanes>(p.s);
+  return {s, teacher ? lanes_max<kLanes>(p.t) : s};
+}
+// From each lane's statistics, relative to its own pivots, to those of all lanes.
+template <class Sums, int kLanes, class S, class Stats>
+KD_DEVICE void lanes_merge(const Scales<S>& scales, Stats& stats, Pivots<S>& pivots) {
+  const Pivots<S> all = lanes_max<kLanes>(pivots, Sums::teacher);
+  stats = Sums::template moved_to<S>(scales, stats, pivots, all);
+  pivots = all;
+  KD_UNROLL
+  for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<kLanes>(stats.v[k]);
+}
+
+// The shared memory of a block beside staged rows.
+template <class Sums, class S>
+struct Scratch {
+  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::kept;
+  arch::Shared<S> parts;    // statistics per warp
+  arch::Shared<S> results;  // coefficients and pivots of the row
+  arch::Shared<double> doubles;
+
+  KD_DEVICE explicit Scratch(arch::Carver& carver) { cut(carver); }
+  static size_t bytes() {
+    arch::Carver carver = arch::Carver::counting();
+    carver.template take<S>(32 * kFields);
+    carver.template take<S>(kResults);
+    carver.template take<double>(33);
+    return carver.bytes();
+  }
+
+ private:
+  KD_DEVICE void cut(arch::Carver& carver) {
+    parts = carver.template take<S>(32 * kFields);
+    results = carver.template take<S>(kResults);
+    doubles = carver.template take<double>(33);
+  }
+};
+
+// The sum over a block, in thread 0, in an order that depends on nothing but the number of threads.
+KD_DEVICE double block_sum(const arch::Shared<double>& doubles, double x) {
+  x = lanes_sum<32>(x);
+  if (arch::lane() == 0) doubles.st(arch::thread() / 32, x);
+  arch::sync_block();
+  x = 0;
+  if (arch::thread() == 0)
+    for (int w = 0; w < arch::threads() / 32; ++w) x += doubles.ld(w);
+  arch::sync_block();
+  return x;
+}
+
+// What multiplies the rows of a reduction: scale, over normalizer, over the number of rows that are not ignored.
+template <class S>
+KD_DEVICE S reduction_factor(const Args<S>& a, const arch::Shared<double>& doubles) {
+  S factor = a.scale;
+  if (a.normalizer) factor /= arch::load(a.normalizer);
+  if (!a.mean) return factor;
+  double counted = 0;
+  if (a.counts) {
+    for (int i = arch::thread(); i < a.count_blocks; i += arch::threads()) counted += arch::load(a.counts + i);
+  } else {
+    for (int64_t i = arch::thread(); i < a.rows; i += arch::threads())
+      counted += arch::load(a.target + i) != a.ignore_index;
+  }
+  counted = block_sum(doubles, counted);
+  if (arch::thread() == 0) doubles.st(32, counted);
+  arch::sync_block();
+  const S n = static_cast<S>(doubles.ld(32));
+  return factor / (n > 1 ? n : S(1));
+}
+
+// Ends a block: adds up the sums once all of them are there.
+template <class S>
+KD_DEVICE void total(const Args<S>& a, const arch::Shared<double>& doubles) {
+  if (!a.counter) return;
+  arch::sync_block();
+  if (arch::thread() == 0) doubles.st(32, arch::last_block(a.counter) ? 1 : 0);
+  arch::sync_block();
+  if (doubles.ld(32) == 0) return;
+  double sum = 0;
+  for (int64_t i = arch::thread(); i < a.sum_count; i += arch::threads()) sum += arch::load_written(a.sums + i);
+  sum = block_sum(doubles, sum);
+  if (arch::thread() == 0) arch::store(a.total, static_cast<S>(sum));
+}
+
+// ---- one row ------------------------------------------------------------------------------------------------------
+
+template <class S>
+struct Open {
+  bool read;
+  int64_t target;  // -1: none, or not allowed
+  S weight;        // NaN where the target is not allowed
+};
+
+template <class S>
+KD_DEVICE Open<S> open(const Args<S>& a, int64_t row) {
+  Open<S> out = {row < a.rows, -1, S(1)};
+  if (!out.read) return out;
+  if (a.row_weight) out.weight = arch::load(a.row_weight + row);
+  out.read = out.weight != 0;
+  if (a.target) {
+    const int64_t y = arch::load(a.target + row);
+    out.read = out.read && y != a.ignore_index;
+    if (y >= 0 && y < a.classes)
+      out.target = y;
+    else
+      out.weight = static_cast<S>(__builtin_nanf(""));
+  }
+  return out;
+}
+
+template <class S>
+KD_DEVICE void split_row(const Args<S>& a, int64_t row, int64_t& outer, int64_t& inner) {
+  outer = a.rows == a.inner ? 0 : row / a.inner;
+  inner = row - outer * a.inner;
+}
+
+template <class F, class S>
+KD_DEVICE Row<F> view(const Args<S>& a, const F& fs, const F& ft, int64_t row, int64_t target) {
+  int64_t outer, inner;
+  split_row(a, row, outer, inner);
+  return Row<F>(fs, ft, a.student, a.teacher, a.grad, a.has_teacher, outer, inner, a.classes, target);
+}
+
+// loss[k] and the coefficients from the sums of a row, by the loss of this call.
+template <class Sums, class S, class Stats, class Coef>
+KD_DEVICE void finish_loss(const Args<S>& a, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
+                           S* loss, Coef& coef) {
+  int index = 0;
+#define KD_FINISH(name, ...)                                                                                           \
+  if constexpr (std::is_same_v<typename __VA_ARGS__::Sums, Sums>)                                                      \
+    if (a.loss == index)                                                                                               \
+      __VA_ARGS__::finish(*reinterpret_cast<const typename __VA_ARGS__::template Params<S>*>(a.params), stats, pivots, \
+                          s_y, t_y, g, loss, coef);                                                                    \
+  ++index;
+#define KD_FINISH_TWO(name, Loss) \
+  if constexpr (Sums::two) {      \
+    KD_FINISH(name, Loss<true>)   \
+  } else {                        \
+    KD_FINISH(name, Loss<false>)  \
+  }
+  KD_LOSSES(KD_FINISH, KD_FINISH_TWO)
+#undef KD_FINISH
+#undef KD_FINISH_TWO
+}
+
+template <class Sums, class S>
+KD_DEVICE void load_stats(const S* from, Pivots<S>& pivots, typename Sums::template Stats<S>& stats) {
+  pivots = {arch::load(from), arch::load(from + 1)};
+  KD_UNROLL
+  for (int k = 0; k < Sums::count; ++k) stats.v[k] = arch::load(from + 2 + k);
+}
+template <class Sums, class S>
+KD_DEVICE void store_stats(S* to, const Pivots<S>& pivots, const typename Sums::template Stats<S>& stats) {
+  arch::store(to, pivots.s);
+  arch::store(to + 1, pivots.t);
+  KD_UNROLL
+  for (int k = 0; k < kStatsWidth - 2; ++k) arch::store(to + 2 + k, k < Sums::count ? stats.v[k % Sums::count] : S(0));
+}
+
+// Nothing learned from a row that is not read.
+template <class S>
+KD_DEVICE void write_nothing(const Args<S>& a, int64_t row) {
+  for (int k = 0; k < a.outputs; ++k)
+    if (a.losses) arch::store(a.losses + k * a.rows + row, S(0));
+  for (int k = 0; k < kStatsWidth; ++k)
+    if (a.stats_out) arch::store(a.stats_out + row * kStatsWidth + k, S(0));
+}
+
+// The logits of the target; -inf without one. Asked for before the row is summed up, so that nobody waits for them.
+template <class S>
+struct AtTarget {
+  S s, t;
+};
+template <class F, class S>
+KD_DEVICE AtTarget<S> at_target(const Args<S>& a, const F& fs, const F& ft, const char* s, const char* t,
+                                int64_t s_step, int64_t t_step, const Open<S>& open) {
+  AtTarget<S> out = {lowest<S>(), lowest<S>()};
+  if (!open.read || open.target < 0) return out;
+  out.s = fs.get(s, open.target * s_step);
+  if (a.has_teacher) out.t = ft.get(t, open.target * t_step);
+  return out;
+}
+
+// The row's loss times its weight, as part of a sum, and its coefficients. writes: in one thread of the team.
+template <class Sums, class S, class Stats, class Coef>
+KD_DEVICE double finish_row(const Args<S>& a, const AtTarget<S>& y, int64_t row, S weight, const Pivots<S>& pivots,
+                            const Stats& stats, bool writes, Coef& coef) {
+  S g[kMostOutputs], loss[kMostOutputs] = {};
+  KD_UNROLL
+  for (int k = 0; k < kMostOutputs; ++k) {
+    g[k] = weight;
+    if (a.upstream && k < a.outputs) g[k] *= arch::load(a.upstream + k * a.rows + row);
+  }
+  finish_loss<Sums>(a, stats, pivots, y.s, y.t, g, loss, coef);
+  if (!writes || a.backward) return 0;
+  KD_UNROLL
+  for (int k = 0; k < kMostOutputs; ++k)
+    if (a.losses && k < a.outputs) arch::store(a.losses + k * a.rows + row, loss[k] * g[k]);
+  if (a.stats_out) store_stats<Sums>(a.stats_out + row * kStatsWidth, pivots, stats);
+  return static_cast<double>(loss[0] * g[0]);
+}
+
+// ---- the gradient of a row ----------------------------------------------------------------------------------------
+
+// What is needed to write gradients: coefficients of exponentials relative to `pivots`.
+template <class Sums, class S>
+struct Slope {
+  S c[Sums::kept], y;
+  Pivots<S> pivots;
+};
+
+template <class Sums, class S>
+KD_DEVICE S slope_at(const Scales<S>& scales, const Slope<Sums, S>& slope, S s, S t) {
+  const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
+  S e[Sums::kept];
+  KD_UNROLL
+  for (int k = 0; k < Sums::kept; ++k) e[k] = x.e[k];
+  return gradient(e, slope.c);
+}
+
+template <class F>
+KD_DEVICE void write_zeros(const F& f, const Row<F>& row, int begin, int end, int step) {
+  typename F::S zeros[F::kVector];
+  KD_UNROLL
+  for (int e = 0; e < F::kVector; ++e) zeros[e] = 0;
+  for (int i = begin; i < end; i += step) f.put_vector(row.g_base, row.first + i, zeros);
+}
+template <class F>
+KD_DEVICE void write_zero_edges(const F& f, const Row<F>& row, int rank, int size) {
+  for (int j = rank; j < Row<F>::kEdges; j += size)
+    if (row.edge(j) >= 0) f.put(row.g, row.edge(j), 0);
+}
+template <class F>
+KD_DEVICE void write_zero_row(const F& f, const Row<F>& row, int rank, int size) {
+  write_zeros(f, row, rank, row.count, size);
+  write_zero_edges(f, row, rank, size);
+}
+
+// ---- a row in warps -----------------------------------------------------------------------------------------------
+
+// From each warp's statistics to the row's coefficients, known to all threads, relative to the row's pivots. Ends with
+// every thread past a barrier after which nobody reads the warps' statistics again.
+template <class Sums, class S, class Stats>
+KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const AtTarget<S>& y, int64_t row,
+                                 S weight, const Pivots<S>& warp_pivots, const Stats& warp_stats, bool writes,
+                                 Slope<Sums, S>& slope) {
+  using X = Scratch<Sums, S>;
+  const int warps = arch::threads() / 32, warp = arch::thread() / 32, lane = arch::lane();
+  Pivots<S> pivots = warp_pivots;
+  Stats stats = warp_stats;
+  double loss = 0;
+  if (warps > 1) {
+    if (lane == 0) {
+      scratch.parts.st(warp * X::kFields, pivots.s);
+      scratch.parts.st(warp * X::kFields + 1, pivots.t);
+      KD_UNROLL
+      for (int k = 0; k < Sums::count; ++k) scratch.parts.st(warp * X::kFields + 2 + k, stats.v[k]);
+    }
+    arch::sync_block();
+  }
+  if (warp == 0) {
+    if (warps > 1) {
+      pivots = {lowest<S>(), lowest<S>()};
+      stats = {};
+      if (lane < warps) {
+        pivots = {scratch.parts.ld(lane * X::kFields), scratch.parts.ld(lane * X::kFields + 1)};
+        KD_UNROLL
+        for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.parts.ld(lane * X::kFields + 2 + k);
+      }
+      lanes_merge<Sums, 32>(a.scales, stats, pivots);
+    }
+    typename Sums::template Coef<S> coef;
+    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, writes && lane == 0, coef);
+    if (lane == 0) {
+      KD_UNROLL
+      for (int k = 0; k < Sums::kept; ++k) scratch.results.st(k, coef.c[k]);
+      scratch.results.st(Sums::kept, coef.y);
+      scratch.results.st(Sums::kept + 1, usable(pivots.s));
+      scratch.results.st(Sums::kept + 2, usable(pivots.t));
+    }
+  }
+  arch::sync_block();
+  KD_UNROLL
+  for (int k = 0; k < Sums::kept; ++k) slope.c[k] = scratch.results.ld(k);
+  slope.y = scratch.results.ld(Sums::kept);
+  slope.pivots = {scratch.results.ld(Sums::kept + 1), scratch.results.ld(Sums::kept + 2)};
+  if (warps == 1) arch::sync_block();  // the next row's results may come before another barrier
+  return loss;
+}
+
+// ---- running statistics -------------------------------------------------------------------------------------------
+
+// One thread's statistics of logits that arrive in order. The pivots are what the first logits make them; they follow
+// when a logit rises so far above them that sums would lose their scale, hardly ever after the first vector.
+template <class Sums, class S>
+struct Running {
+  Pivots<S> pivots;
+  typename Sums::template Stats<S> stats;
+
+  KD_DEVICE Running() : pivots{lowest<S>(), lowest<S>()}, stats{} {}
+
+  template <int kCount>
+  KD_DEVICE void add(const Args<S>& a, const S (&s)[kCount], const S (&t)[kCount]) {
+    Pivots<S> top = {s[0], t[0]};
+    top = {max_of(lowest<S>(), top.s), max_of(lowest<S>(), top.t)};  // NaN is no pivot
+    KD_UNROLL
+    for (int e = 1; e < kCount; ++e) top = {max_of(top.s, s[e]), max_of(top.t, t[e])};
+    if (top.s > pivots.s + a.margin || top.t > pivots.t + a.margin) {
+      top = {max_of(pivots.s, top.s), max_of(pivots.t, top.t)};
+      stats = Sums::template moved_to<S>(a.scales, stats, pivots, top);
+      pivots = top;
+    }
+    const S from_s = usable(pivots.s), from_t = usable(pivots.t);
+    KD_UNROLL
+    for (int e = 0; e < kCount; ++e) Sums::add(stats, Sums::template exps<S>(a.scales, s[e] - from_s, t[e] - from_t));
+  }
+};
+
+}  // namespace cuda
+
+KD_NAMESPACE_END

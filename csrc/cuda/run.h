@@ -1,0 +1,137 @@
+// A call on a GPU, from its description to launches: what the binding and the tests' emulation share.
+#pragma once
+
+#include "../losses/list.h"
+#include "../stored.h"
+#include "plan.h"
+
+namespace kd {
+namespace gpu {
+
+struct Call {
+  Problem problem;
+  // A reduction, Pass::forward_grad: what its sum is divided by, and where it goes, in the compute type.
+  const void* normalizer = nullptr;
+  bool mean = false;
+  void* total = nullptr;
+  void* scratch = nullptr;      // scratch_bytes(), aligned to 16
+  uint32_t* counter = nullptr;  // 0 before and after the call; nobody else's meanwhile
+  void* stream = nullptr;
+};
+
+// One function per set of logit types, each compiled on its own: 0, or an error code of the runtime.
+int run_f32(const Call&, const Plan&);
+int run_f16(const Call&, const Plan&);
+int run_bf16(const Call&, const Plan&);
+int run_mixed(const Call&, const Plan&);
+int run_f64(const Call&, const Plan&);
+
+// A dense gradient, multiplied in place by a number on the device of the type of the loss.
+struct ScaleCall {
+  void* data;
+  DType dtype;
+  int64_t size;
+  const void* factor;
+  bool in_double;  // the factor's type
+  void* stream;
+};
+int scale_f32(const ScaleCall&);
+int scale_f16(const ScaleCall&);
+int scale_bf16(const ScaleCall&);
+int scale_f64(const ScaleCall&);
+
+#define KD_FACTS(name, ...) {#name, __VA_ARGS__::outputs, __VA_ARGS__::Sums::teacher, false},
+#define KD_FACTS_TWO(name, Loss) {#name, Loss<true>::outputs, Loss<true>::Sums::teacher, true},
+constexpr LossFacts kLosses[] = {KD_LOSSES(KD_FACTS, KD_FACTS_TWO)};
+#undef KD_FACTS
+#undef KD_FACTS_TWO
+constexpr int kLossCount = sizeof(kLosses) / sizeof(kLosses[0]);
+
+// Exponentials kept per class by a loss with these parameters.
+inline int kept_by(int loss, const double* params) {
+  int index = 0;
+  (void)params;
+#define KD_KEPT(name, ...) \
+  if (loss == index++) return __VA_ARGS__::kept;
+#define KD_KEPT_TWO(name, Loss) \
+  if (loss == index++) return Loss<false>::two_temperatures(params) ? Loss<true>::kept : Loss<false>::kept;
+  KD_LOSSES(KD_KEPT, KD_KEPT_TWO)
+#undef KD_KEPT
+#undef KD_KEPT_TWO
+  return 0;
+}
+
+// Whether every row of two tensors begins at the same place between two 16-byte boundaries.
+inline bool lie_alike(const Problem& p, const Logits& a, const Logits& b) {
+  if (!b.data) return true;
+  const int64_t size = bytes_of(a.dtype);
+  const auto differ = [](int64_t x) { return x % 16 != 0; };
+  return a.dtype == b.dtype && b.class_stride == a.class_stride &&
+         !differ(reinterpret_cast<intptr_t>(a.data) - reinterpret_cast<intptr_t>(b.data)) &&
+         !(p.outer > 1 && differ((a.outer_stride - b.outer_stride) * size)) &&
+         !(p.inner > 1 && differ((a.inner_stride - b.inner_stride) * size));
+}
+
+inline Shape shape_of(const Problem& p) {
+  const auto strided = [&](const Logits& x) { return x.data && x.class_stride != 1 && p.classes > 1; };
+  const bool teacher = kLosses[p.loss].teacher;
+  Shape out = {};
+  out.rows = p.rows_total();
+  out.classes = p.classes;
+  out.wide = p.in_double() || (teacher && p.teacher.dtype != p.student.dtype);
+  out.vector = p.in_double() ? 2 : out.wide ? 8 : static_cast<int>(16 / bytes_of(p.student.dtype));
+  out.pair_bytes = static_cast<int>(bytes_of(p.student.dtype) + (teacher ? bytes_of(p.teacher.dtype) : 0));
+  out.kept = kept_by(p.loss, p.params);
+  out.alike = !out.wide && lie_alike(p, p.student, p.teacher) && lie_alike(p, p.student, p.grad);
+  out.strided = strided(p.student) || strided(p.teacher) || strided(p.grad);
+  out.pass = p.pass;
+  return out;
+}
+
+// Scratch memory: counts, sums and statistics of parts, in this order.
+inline int64_t count_blocks(const Call& c) {
+  const int64_t rows = c.problem.rows_total();
+  return c.mean && rows > kFewRows ? std::min(kMostCountBlocks, ceil_div(rows, 16 * kCountThreads)) : 0;
+}
+inline int64_t sum_count(const Call& c, const Plan& plan) {
+  if (!c.total) return 0;
+  return plan.regime == Regime::split ? c.problem.rows_total() : plan.blocks;
+}
+inline int64_t part_stats_offset(const Call& c, const Plan& plan) {
+  return ceil_div((count_blocks(c) + sum_count(c, plan)) * 8, 16) * 16;
+}
+inline int64_t scratch_bytes(const Call& c, const Plan& plan) {
+  const bool parts = plan.regime == Regime::split && c.problem.pass != Pass::backward;
+  const int64_t stats = parts ? plan.wave * plan.parts * kStatsWidth * (c.problem.in_double() ? 8 : 4) : 0;
+  return part_stats_offset(c, plan) + stats;
+}
+
+inline int run(const Call& c, const Plan& plan) {
+  const Problem& p = c.problem;
+  if (p.in_double()) return run_f64(c, plan);
+  if (plan.regime == Regime::strided || shape_of(p).wide) return run_mixed(c, plan);
+  switch (p.student.dtype) {
+    case DType::f16:
+      return run_f16(c, plan);
+    case DType::bf16:
+      return run_bf16(c, plan);
+    default:
+      return run_f32(c, plan);
+  }
+}
+
+inline int scale(const ScaleCall& c) {
+  switch (c.dtype) {
+    case DType::f64:
+      return scale_f64(c);
+    case DType::f16:
+      return scale_f16(c);
+    case DType::bf16:
+      return scale_bf16(c);
+    default:
+      return scale_f32(c);
+  }
+}
+
+}  // namespace gpu
+}  // namespace kd
