@@ -1,12 +1,21 @@
 # Every target makes its environment first: .venv, from the versions in constraints.txt.
 # ENV=current uses the Python at hand instead, installs nothing, and builds the extension in place.
 #   make demo | test | bench     run the example, the tests, the benchmark (ARGS=... is passed on)
-#   make lint | format | check   style and types; apply the style; lint and test
+#   make lint | format           style and types; apply the style
+#   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
 #   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
+# Of the CUDA kernels, only the architecture at hand; and their emulation, which only tests need.
+ifeq ($(KDKERNELS_CUDA_ARCHS),)
+KDKERNELS_CUDA_ARCHS := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),native,90)
+endif
+ifneq ($(filter-out demo bench asan,$(or $(MAKECMDGOALS),build)),)
+KDKERNELS_SIMT ?= 1
+endif
+export KDKERNELS_CUDA_ARCHS KDKERNELS_SIMT
 
 ifeq ($(ENV),current)
 PY := $(PYTHON)
@@ -25,8 +34,11 @@ CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # The whole suite has to end within 10 minutes; an interrupt lets pytest still report.
 LIMIT := $(if $(shell command -v timeout),timeout --foreground -s INT -k 20 590)
+# Memory tests suffer from more processes; the tests of a file share what was costly to compile.
+# ENV=current may lack pytest-xdist.
+WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test bench gpu-check lint format check asan clean distclean
+.PHONY: build demo test bench gpu-check lint format gate check asan clean distclean
 .DEFAULT_GOAL := build
 
 .venv/.tools: constraints.txt
@@ -51,7 +63,7 @@ bench: build
 	$(PY) bench/cpu.py $(ARGS)
 
 test: build
-	$(LIMIT) $(PY) -m pytest -q $(ARGS)
+	$(LIMIT) $(PY) -m pytest -q $(WORKERS) $(ARGS)
 
 gpu-check: build
 	$(PY) tests/gpu_check.py $(ARGS)
@@ -67,22 +79,25 @@ format: $(TOOLS)
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP_FILES)
 
-check: lint test
+gate: export KDKERNELS_GATE_ARCHS ?= 80,90,100
+gate: build
+	$(PY) -m pytest -q -m gate tests/test_cuda_compiled.py $(ARGS)
+
+check: lint gate
 
 # Python itself is not instrumented, so the runtimes are preloaded (libstdc++ too, for exceptions), and
 # its own leaks are not looked at. pythonpath puts the instrumented copy of the package before this one;
 # --capture=sys lets the report of a crash through.
 ASAN_TESTS ?= tests/test_fuzz.py
 asan: $(PACKAGE)
-	CXX="$(CXX)" KDKERNELS_BUILD=cpu KDKERNELS_SANITIZE=address,undefined \
+	CXX="$(CXX)" KDKERNELS_BUILD=cpu KDKERNELS_SIMT=0 KDKERNELS_SANITIZE=address,undefined \
 	    $(PY) setup.py -q build --build-lib build/asan
 	PYTHONPATH="$(CURDIR)/build/asan" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(PY) -m pytest -q --capture=sys -o pythonpath=build/asan $(ASAN_TESTS) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info kdkernels/_build.json kdkernels/_C.*so kdkernels/_host.*so \
-	    kdkernels/triton_kernels
+	rm -rf build dist *.egg-info kdkernels/_build.json kdkernels/*.so kdkernels/triton_kernels
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f .venv/.package
 

@@ -1,11 +1,14 @@
-"""Builds kdkernels._C (the operators) and kdkernels._host (for tests), or neither.
+"""Builds kdkernels._C (the CPU's operators), kdkernels._host (for tests) and kdkernels._cuda.
 
-KDKERNELS_BUILD     auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
-KDKERNELS_SANITIZE  a value for -fsanitize
-CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
+KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
+KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
+                      TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
+KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host (for tests)
+KDKERNELS_SANITIZE    a value for -fsanitize
+NVCC, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
 
-The kernels are compiled once per instruction set and one is chosen at run time, so a build does not
-depend on the machine it runs on. The outcome goes to kdkernels/_build.json, for backends().
+The CPU kernels are compiled once per instruction set and one is chosen at run time, so a build does
+not depend on the machine it runs on. The outcome goes to kdkernels/_build.json, for backends().
 """
 
 import functools
@@ -20,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -48,6 +52,19 @@ if SANITIZE:
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 STABLE_PYTHON = not sysconfig.get_config_var("Py_GIL_DISABLED")
 PYTHON_ABI = "-DPy_LIMITED_API=0x030a0000" if STABLE_PYTHON else ""
+
+NVCC_OLDEST = (12, 8)  # the first that knows sm_100 and sm_120
+ARCH_OLDEST = 80  # the first with bfloat16
+ARCHS = ("80", "86", "89", "90", "100", "120")
+NVCC_COMPILE = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden"
+# torch has a CUDA runtime too, and puts it where every module looks for symbols first. With this
+# one's symbols hidden, all of its calls stay inside.
+CUDART_LINK = "-Wl,--exclude-libs,ALL -ldl -lrt -lpthread"
+KERNELS = "csrc/cuda/kernels.cu"
+# The kernels are compiled once for each set of logit types; the slowest first.
+KD_TYPES = ("mixed", "f64", "f32", "f16", "bf16")
+SIMT_SOURCES = ("simt", "faults", "module")
+SIMT = os.environ.get("KDKERNELS_SIMT", "0") not in ("", "0")
 
 
 def find_torch():
@@ -82,19 +99,134 @@ def missing_tool():
     return None
 
 
+class NoCuda(Exception):
+    """Why there is no CUDA backend in this build."""
+
+
+class BadArchs(Exception):
+    """A value in the environment that no build can follow."""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    nvcc: list[str]
+    version: str
+    include: Path
+    runtime: Path
+    archs: list[str]  # "80", "90a", ...
+    ptx: list[str]  # those of them that are also there as PTX
+
+    @functools.cached_property
+    def names(self):
+        return [*(f"sm_{x}" for x in self.archs), *(f"compute_{x}" for x in self.ptx)]
+
+    def gencode(self):
+        return [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in self.names]
+
+
+def find_nvcc():
+    """(command, the line of its version)."""
+    tried = ["nvcc"]
+    if os.environ.get("CUDA_HOME"):
+        tried.insert(0, shlex.quote(str(Path(os.environ["CUDA_HOME"], "bin", "nvcc"))))
+    if os.environ.get("NVCC"):
+        tried = [os.environ["NVCC"]]
+    for name in tried:
+        try:
+            shown = output([*shlex.split(name), "--version"])
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        version = next((line for line in shown.splitlines() if "release" in line), "unknown")
+        return shlex.split(name), version
+    raise NoCuda(f"no nvcc at build time (tried {', '.join(tried)})")
+
+
+def output(command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def find_cuda():
+    """The toolkit and what to compile for."""
+    nvcc, version = find_nvcc()
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if not release or tuple(map(int, release.groups())) < NVCC_OLDEST:
+        oldest = ".".join(map(str, NVCC_OLDEST))
+        raise NoCuda(f"CUDA >= {oldest} is needed, {nvcc[-1]} says: {version}")
+    listed = re.findall(r"compute_(\d+)", output([*nvcc, "--list-gpu-arch"]))
+    archs, ptx = choose_archs([x for x in listed if int(x) >= ARCH_OLDEST])
+    # nvcc may be a script or a link: where its toolkit lies is what it would tell its compilers.
+    dry = [*nvcc, "--dryrun", "-x", "cu", "-c", "any.cu"]
+    shown = subprocess.run(dry, capture_output=True, text=True).stderr
+    facts = dict(re.findall(r"^#\$ (\w+)=(.*)$", shown, re.MULTILINE))
+    top = Path(facts.get("TOP", "")).resolve()
+    tops = [top / facts.get("_TARGET_DIR_", ""), top]
+
+    def find(*names):
+        for path in (folder / name for folder in tops for name in names):
+            if path.exists():
+                return path
+        raise NoCuda(f"the CUDA toolkit of {nvcc[-1]}, {top}, has no {names[0]}")
+
+    include = find("include/cuda_runtime.h").parent
+    runtime = find("lib/libcudart_static.a", "lib64/libcudart_static.a")
+    return Cuda(nvcc, version, include, runtime, archs, ptx)
+
+
+def choose_archs(listed):
+    """(architectures, those also as PTX), of `listed`, which this nvcc knows."""
+    for variable in ("KDKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        value = os.environ.get(variable, "")
+        words = re.split(r"[,;\s]+", value.strip(" ,;"))
+        if words != [""]:
+            break
+    else:
+        archs = sorted((x for x in ARCHS if x in listed), key=int)
+        return archs, archs[-1:]
+    if words == ["native"]:
+        words = native_archs(variable)
+    archs, ptx = [], []
+    for word in words:
+        found = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", word)
+        arch = found and found[1] + found[2]
+        # The list for torch itself may reach further back than these kernels do.
+        if found and variable == "TORCH_CUDA_ARCH_LIST" and int(arch) < ARCH_OLDEST:
+            continue
+        if arch not in listed:
+            raise BadArchs(
+                f"{variable}={os.environ[variable]!r}: {word!r} is not among what this nvcc can "
+                f"compile for: {', '.join(listed)}; with a or f after it, or +PTX; or native"
+            )
+        archs.append(arch + found[3])
+        ptx += [archs[-1]] if found[4] else []
+    if not archs:
+        raise NoCuda(f"{variable}={os.environ[variable]!r} names nothing from {ARCH_OLDEST} on")
+    return list(dict.fromkeys(archs)), list(dict.fromkeys(ptx))
+
+
+def native_archs(variable):
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = sorted(set(output(command).split()))
+    except OSError:
+        raise BadArchs(f"{variable}=native, but there is no nvidia-smi to ask") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stdout + error.stderr).strip()
+        raise BadArchs(f"{variable}=native, but nvidia-smi fails: {said}") from None
+    if not found:
+        raise BadArchs(f"{variable}=native, but nvidia-smi lists no GPU")
+    return found
+
+
 def decide():
-    """(outcome, reason for each backend that is not built, what stops the build or None)."""
+    """(outcome, Cuda or None, reason for each backend not built, what stops the build or None)."""
     mode = os.environ.get("KDKERNELS_BUILD", "auto")
-    cuda = "this version has no CUDA sources"
     if mode not in MODES:
-        return "none", {}, f"KDKERNELS_BUILD={mode!r}; allowed: {', '.join(MODES)}"
-    if mode == "cuda":
-        return "none", {}, f"KDKERNELS_BUILD=cuda, but {cuda}; allowed now: auto, cpu, none"
+        return "none", None, {}, f"KDKERNELS_BUILD={mode!r}; allowed: {', '.join(MODES)}"
     if mode == "none":
-        return "none", dict.fromkeys(("cuda", "cpu"), "built with KDKERNELS_BUILD=none"), None
+        return "none", None, dict.fromkeys(("cuda", "cpu"), "built with KDKERNELS_BUILD=none"), None
     if reason := missing_tool():
-        error = f"KDKERNELS_BUILD=cpu, but {reason}" if mode == "cpu" else None
-        return "none", {"cuda": cuda, "cpu": reason}, error
+        error = f"KDKERNELS_BUILD={mode}, but {reason}" if mode != "auto" else None
+        return "none", None, dict.fromkeys(("cuda", "cpu"), reason), error
     error = None
     if TORCH is None:
         error = (
@@ -104,12 +236,21 @@ def decide():
         )
     elif tuple(map(int, re.findall(r"\d+", TORCH[1])[:2])) < (2, 10):
         error = f"torch >= 2.10 is needed, this environment has {TORCH[1]}"
-    return "cpu", {"cuda": cuda}, error
+    if mode == "cpu":
+        return "cpu", None, {"cuda": "built with KDKERNELS_BUILD=cpu"}, error
+    try:
+        return "cuda", find_cuda(), {}, error
+    except NoCuda as reason:
+        if mode == "cuda":
+            error = error or f"KDKERNELS_BUILD=cuda, but {reason}"
+        return "cpu", None, {"cuda": str(reason)}, error
+    except BadArchs as reason:
+        return "cpu", None, {"cuda": str(reason)}, error or str(reason)
 
 
 os.chdir(Path(__file__).resolve().parent)
 TORCH, COMPILER = find_torch(), find_compiler()
-OUTCOME, REASONS, ERROR = decide()
+OUTCOME, CUDA, REASONS, ERROR = decide()
 
 
 @functools.cache
@@ -117,24 +258,32 @@ def check():
     """For the commands that build or install; a source archive needs no torch and no compiler."""
     if ERROR:
         raise SystemExit(f"\nkdkernels cannot be built: {ERROR}\n")
-    what = ", ".join(ISAS) if OUTCOME == "cpu" else f"pure Python; {REASONS['cpu']}"
+    if OUTCOME == "none":
+        what = f"pure Python; {REASONS['cpu']}"
+    else:
+        what = ", ".join([*(CUDA.names if CUDA else ()), *ISAS])
+        what += "" if CUDA else f"; CUDA: {REASONS['cuda']}"
     print(f"kdkernels: building {OUTCOME} ({what})", file=sys.stderr)
 
 
 def record(package):
-    """Writes the build record; without an extension, removes those of an earlier build."""
+    """Writes the build record, and removes the extensions that only an earlier build had."""
     built = OUTCOME != "none"
     facts = {
         "outcome": OUTCOME,
         "compiler": COMPILER[1] if built else None,
         "isas": list(ISAS) if built else [],
         "torch": TORCH[1] if built else None,
+        "nvcc": CUDA.version if CUDA else None,
+        "archs": CUDA.archs if CUDA else [],
+        "ptx": CUDA.ptx if CUDA else [],
         "reasons": REASONS,
     }
     (package / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
-    if not built:
-        for stale in [*package.glob("_C.*so"), *package.glob("_host.*so")]:
-            stale.unlink()
+    kept = {extension.name.split(".")[1] for extension in EXTENSIONS}
+    for path in package.glob("*.so"):
+        if path.name.split(".")[0] not in kept:
+            path.unlink()
 
 
 def link_packages():
@@ -146,7 +295,7 @@ def link_packages():
 
 
 def compile_modules(folder):
-    """Compiles every object once, links both modules. Paths are relative, so __FILE__ is too."""
+    """Compiles every object once, links the modules. Paths are relative, so __FILE__ is too."""
     torch = TORCH[0]
     cxx = [*COMPILER[0], *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE.split()]
     cxx += [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
@@ -161,23 +310,69 @@ def compile_modules(folder):
         steps.append(("compile", out, [source], command))
         return out
 
-    def link(name, *inputs):
+    def compile_cuda(name, source, *flags):
+        out = str(folder / f"{name}.o")
+        command = [*CUDA.nvcc, *CUDA.gencode(), *ccbin(), *NVCC_COMPILE.split(), *flags]
+        command += ["-MD", "-MF", f"{out}.d", "-c", source, "-o", out]
+        steps.append(("compile", out, [source], command))
+        return out
+
+    def link(name, *inputs, libraries=()):
         out = str(folder / f"{name}.so")
         flags = [*LINK.split(), *shlex.split(os.environ.get("LDFLAGS", ""))]
-        steps.append(("link", out, inputs, [*COMPILER[0], *inputs, *flags, "-o", out]))
+        command = [*COMPILER[0], *inputs, *libraries, *flags, "-o", out]
+        steps.append(("link", out, inputs, command))
+
+    def torch_libraries(*names):
+        found = [torch / "lib" / f"lib{x}.{'dylib' if MACOS else 'so'}" for x in names]
+        return [str(path) for path in found if path.exists()]
 
     # The slow ones first.
+    if CUDA:
+        threads = nvcc_threads()
+        cuda = [compile_cuda(f"cuda_{x}", KERNELS, f"-DKD_TYPES={x}", *threads) for x in KD_TYPES]
     shared = [
         compile(f"kernels_{isa}", "csrc/cpu/kernels.cpp", *flags.split(), f"-DKD_ISA={isa}")
         for isa, flags in ISAS.items()
     ]
+    if SIMT:
+        # The same source, without the toolkit.
+        flags = ["-x", "c++", "-O1"]
+        simt = [compile(f"simt_{x}", KERNELS, *flags, f"-DKD_TYPES={x}") for x in KD_TYPES]
+        simt += [compile(f"simt_{x}", f"csrc/simt/{x}.cpp", *python) for x in SIMT_SOURCES]
+    binding = [TORCH_ABI, *PYTHON_ABI.split(), *python]
+    if CUDA:
+        flags = ["-DUSE_CUDA", "-I", str(CUDA.include)]  # -isystem /usr/include would break g++
+        cuda.append(compile("ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags))
+        cuda.append(compile_cuda("device", "csrc/cuda/device.cu"))
     shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp"))
-    ops = compile("ops", "csrc/ops.cpp", TORCH_ABI, *PYTHON_ABI.split(), *python)
+    ops = compile("ops", "csrc/ops.cpp", *binding)
     host = compile("host", "csrc/host.cpp", *python)
-    link("_C", ops, *shared, str(torch / "lib" / f"libtorch_cpu.{'dylib' if MACOS else 'so'}"))
+    link("_C", ops, *shared, libraries=torch_libraries("torch_cpu"))
     link("_host", host, *shared)
+    if CUDA:
+        libraries = [str(CUDA.runtime), *CUDART_LINK.split()]
+        # A torch without CUDA lacks some symbols. That links; backend.py leaves the module alone.
+        libraries += torch_libraries("torch_cpu", "torch_cuda")
+        link("_cuda", *cuda, libraries=libraries)
+    if SIMT:
+        link("_simt", *simt)
     folder.mkdir(parents=True, exist_ok=True)
     run(steps, folder / "build.ninja")
+
+
+def ccbin():
+    """The compiler of the user's choice, without what stands before it (ccache) or after."""
+    if not os.environ.get("CXX"):
+        return []
+    return ["-ccbin", [word for word in COMPILER[0] if not word.startswith("-")][-1]]
+
+
+def nvcc_threads():
+    """Several architectures at a time, where there are more cores than compilations of kernels."""
+    cores = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    threads = min(len(CUDA.names), cores // len(KD_TYPES))
+    return [f"--threads={threads}"] if threads > 1 else []
 
 
 def run(steps, script):
@@ -235,12 +430,21 @@ class DistInfo(dist_info):
         super().run()
 
 
-operators = Extension("kdkernels._C", ["csrc/ops.cpp"], py_limited_api=STABLE_PYTHON)
-host = Extension("kdkernels._host", ["csrc/host.cpp"])
+EXTENSIONS = []
+if OUTCOME != "none":
+    EXTENSIONS += [
+        Extension("kdkernels._C", ["csrc/ops.cpp"], py_limited_api=STABLE_PYTHON),
+        Extension("kdkernels._host", ["csrc/host.cpp"]),
+    ]
+    if CUDA:
+        source = "csrc/ops_cuda.cpp"
+        EXTENSIONS.append(Extension("kdkernels._cuda", [source], py_limited_api=STABLE_PYTHON))
+    if SIMT:
+        EXTENSIONS.append(Extension("kdkernels._simt", ["csrc/simt/module.cpp"]))
 setup(
     license="Apache-2.0",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    ext_modules=[operators, host] if OUTCOME != "none" else [],
+    ext_modules=EXTENSIONS,
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "dist_info": DistInfo},
 )

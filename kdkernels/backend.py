@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Defines the operators, before any extension registers kernels for them.
-from kdkernels import ops
+from kdkernels import ops  # noqa: F401
 
 
 class Availability(NamedTuple):
@@ -54,24 +54,23 @@ def _build_record() -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def _has_kernels(key: str) -> bool:
-    fused = ops.FUSED
-    names = (fused.forward, fused.backward, fused.reduced, fused.scale_)
-    return all(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for op in names)
-
-
 def _probe() -> dict[str, Availability]:
     build = _build_record()
     reasons = build.pop("reasons", {})
-    load_error = _import_error("kdkernels._C", "")
 
-    def compiled(name: str, key: str) -> Availability:
-        if _has_kernels(key):
-            return Availability(True, "compiled kernels are loaded", MappingProxyType(build))
-        missing = reasons.get(name, f"this installation has no {key} kernels")
-        return Availability(False, load_error or f"not built: {missing}", MappingProxyType(build))
+    def compiled(name: str, module: str) -> Availability:
+        missing = reasons.get(name, f"this installation has no {name} kernels")
+        error = _import_error(module, f"not built: {missing}")
+        how = error or "compiled kernels are loaded"
+        return Availability(error is None, how, MappingProxyType(build))
 
-    def with_device(entry: Availability) -> Availability:
+    def cuda() -> Availability:
+        module = "kdkernels._cuda"
+        if torch.version.cuda is None and importlib.util.find_spec(module):
+            # Loaded all the same, it would bring a second CUDA runtime that nobody asked for.
+            why = f"{module} is built, but this PyTorch ({torch.__version__}) has no CUDA"
+            return Availability(False, why, MappingProxyType(build))
+        entry = compiled("cuda", module)
         if entry.available and not torch.cuda.is_available():
             return entry._replace(available=False, reason=_NO_DEVICE)
         return entry
@@ -85,9 +84,9 @@ def _probe() -> dict[str, Availability]:
         return Availability(error is None, error or how)
 
     return {
-        "cuda": with_device(compiled("cuda", "CUDA")),
+        "cuda": cuda(),
         "triton": triton(),
-        "cpu": compiled("cpu", "CPU"),
+        "cpu": compiled("cpu", "kdkernels._C"),
         "reference": Availability(True, "plain PyTorch, always there"),
     }
 

@@ -1,4 +1,4 @@
-"""The sources as such: what may include what, device code, and the outcomes of a build."""
+"""The sources as such: what may include what; and the outcomes of a build."""
 
 import json
 import os
@@ -12,8 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-NVCC = shutil.which("nvcc")
-ARCHITECTURES = (80, 90)
+# The only files that see torch, and the only ones that see the GPU's machinery.
+BINDING = {CSRC / "ops.cpp", CSRC / "ops_cuda.cpp", CSRC / "binding.h"}
+MACHINE = {CSRC / "cuda" / "arch.cuh", CSRC / "cuda" / "device.cu"}
+# Everywhere else in csrc/cuda: what the emulation on the host knows, too.
+COMMON = {"__global__", "__device__", "__host__", "__forceinline__", "__restrict__"}
+COMMON |= {"__launch_bounds__", "__CUDACC__", "__VA_ARGS__", "__builtin_nanf"}
 
 
 # ---- layers ---------------------------------------------------------------------------------
@@ -33,103 +37,24 @@ def names(path: Path) -> str:
     return str(path.relative_to(CSRC))
 
 
-@pytest.mark.parametrize("path", sources("**/*.h", "**/*.cpp"), ids=names)
-def test_only_the_binding_sees_torch(path):
-    torch_headers = [x for x in includes(path) if re.match(r"(torch|ATen|c10|caffe2)\b", x)]
-    assert bool(torch_headers) == (path == CSRC / "ops.cpp")
+@pytest.mark.parametrize("path", sources("**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"), ids=names)
+def test_only_the_bindings_see_torch(path):
+    found = [x for x in includes(path) if re.match(r"(torch|ATen|c10|caffe2)\b|.*binding\.h$", x)]
+    assert not found or path in BINDING, found
 
 
-@pytest.mark.parametrize("path", sources("*.h", "losses/*.h"), ids=names)
+@pytest.mark.parametrize("path", sources("cuda/*.cu", "cuda/*.cuh"), ids=names)
+def test_kernels_reach_the_machine_through_one_header(path):
+    """What stands in arch.cuh can be emulated; an intrinsic elsewhere could not be."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+    found = set(re.findall(r"\basm\b|\b__\w+|\bcuda\w+", text)) - COMMON
+    assert not found or path in MACHINE, found
+
+
+@pytest.mark.parametrize("path", sources("lane.h", "stats.h", "losses/*.h"), ids=names)
 def test_the_algebra_depends_on_nothing_but_itself(path):
     for name in includes(path):
         assert name == "math.h" or (path.parent / name).is_file(), name
-
-
-# ---- device code ----------------------------------------------------------------------------
-
-# A row per warp, with every function of the algebra: each lane sweeps its classes, the statistics
-# are merged over the lanes, the row is finished, its coefficients are rebased to the lane's pivots.
-PROBE = r"""
-#include "losses/list.h"
-
-using namespace kd;
-using Logits = const float*;
-
-template <class Loss>
-__global__ void probe(typename Loss::template Params<float> params, Logits s, Logits t, int classes,
-                      int target, const float* upstream, float* loss, float* grad) {
-  using Sums = typename Loss::Sums;
-  const Scales<float> scales(params);
-  Pivots<float> mine = {-infinity<float>(), -infinity<float>()};
-  for (int c = threadIdx.x; c < classes; c += 32)
-    if (c != target) mine = {max_of(mine.s, s[c]), max_of(mine.t, t[c])};
-  const auto exps = [&](int c) {
-    return Sums::template exps<float>(scales, s[c] - usable(mine.s), t[c] - usable(mine.t));
-  };
-  typename Sums::template Stats<float> stats = {};
-  for (int c = threadIdx.x; c < classes; c += 32)
-    if (c != target) Sums::add(stats, exps(c));
-  Pivots<float> row = mine;
-  for (int step = 16; step > 0; step /= 2) {
-    const auto from = [&](float x) { return __shfl_xor_sync(~0u, x, step); };
-    typename Sums::template Stats<float> other;
-    for (int k = 0; k < Sums::count; ++k) other.v[k] = from(stats.v[k]);
-    Sums::merge(scales, stats, row, other, Pivots<float>{from(row.s), from(row.t)});
-  }
-  float g[Loss::outputs], value[Loss::outputs];
-  for (int k = 0; k < Loss::outputs; ++k) g[k] = upstream[k];
-  typename Sums::template Coef<float> coef;
-  Loss::finish(params, stats, row, s[target], t[target], g, value, coef);
-  Sums::rebase(scales, coef, row, mine);
-  for (int c = threadIdx.x; c < classes; c += 32)
-    grad[c] = c == target ? coef.y : gradient(exps(c).e, coef.c);
-  if (threadIdx.x == 0)
-    for (int k = 0; k < Loss::outputs; ++k) loss[k] = value[k];
-}
-
-#define PROBE_ONE(name, ...)                                               \
-  template __global__ void probe<__VA_ARGS__>(__VA_ARGS__::Params<float>,  \
-                                              Logits, Logits, int, int,    \
-                                              Logits, float*, float*);
-#define PROBE_TWO(name, Loss) PROBE_ONE(name, Loss<false>) PROBE_ONE(name, Loss<true>)
-KD_LOSSES(PROBE_ONE, PROBE_TWO)
-"""
-
-
-def kernels_in_list() -> int:
-    text = (CSRC / "losses" / "list.h").read_text()
-    return len(re.findall(r"^ +KD_LOSS\(", text, re.M)) + 2 * len(
-        re.findall(r"^ +KD_LOSS_TWO\(", text, re.M)
-    )
-
-
-def compile_probe(folder: Path, *flags: str) -> str:
-    (folder / "probe.cu").write_text(PROBE)
-    command = [NVCC, "-std=c++17", "-O3", "-I", str(CSRC), "-Werror", "all-warnings", "probe.cu"]
-    done = subprocess.run([*command, *flags], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
-def test_every_loss_is_device_code_without_spills(tmp_path):
-    flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
-    shown = compile_probe(tmp_path, "-c", "-o", "probe.o", "-Xptxas", "-v", *flags)
-    compiled = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", shown)
-    assert len(set(compiled)) == kernels_in_list() * len(ARCHITECTURES)
-    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", shown)
-    assert len(memory) >= len(compiled)
-    assert set(memory) == {("0", "0")}, shown
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
-def test_float_lanes_compute_in_float(tmp_path):
-    """One constant that is a double would make a GPU many times slower."""
-    compile_probe(tmp_path, "-ptx", "-o", "probe.ptx", f"-arch=sm_{ARCHITECTURES[0]}")
-    code = (tmp_path / "probe.ptx").read_text()
-    assert "fma.rn.f32" in code and ".f64" not in code
 
 
 # ---- building -------------------------------------------------------------------------------
@@ -152,12 +77,15 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def build(checkout: Path, before: str = "", **environment: str) -> subprocess.CompletedProcess:
-    script = f"import runpy, sys; {before}\nsys.argv = ['setup.py', '-q', 'build']\n"
+OURS = ("KDKERNELS_", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "NVCC", "MAX_JOBS")
+
+
+def build(
+    checkout: Path, before: str = "", command: str = "build", **environment: str
+) -> subprocess.CompletedProcess:
+    script = f"import runpy, sys; {before}\nsys.argv = ['setup.py', '-q', {command!r}]\n"
     script += "runpy.run_path('setup.py', run_name='__main__')"
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_") and k != "PYTHONPATH"
-    }
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
     return subprocess.run(
         [sys.executable, "-c", script],
         cwd=checkout,
@@ -180,7 +108,11 @@ u.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
     [
         ("", {"KDKERNELS_BUILD": "gpu"}, "KDKERNELS_BUILD='gpu'; allowed: auto, cuda, cpu, none"),
         ("", {"KDKERNELS_BUILD": "cpu", "CXX": "no-such-c++"}, "KDKERNELS_BUILD=cpu, but no C"),
-        ("", {"CXXFLAGS": "-include no_such_header.h"}, "the C++ build failed"),
+        (
+            "",
+            {"KDKERNELS_BUILD": "cpu", "CXXFLAGS": "-include no_such_header.h"},
+            "the C++ build failed",
+        ),
         (NO_TORCH, {}, "pip install --no-build-isolation"),
     ],
     ids=["mode", "no-compiler", "compile-error", "no-torch"],
@@ -219,3 +151,176 @@ def test_a_pure_python_build_works_and_tells_its_reason(checkout, environment, r
         text=True,
     )
     assert shown.stdout.strip() == f"not built: {reason}", shown.stderr
+
+
+# ---- building for CUDA ----------------------------------------------------------------------
+
+NVCC = r"""#!/bin/sh
+case "$*" in
+*--version*) echo "Cuda compilation tools, release $RELEASE, V$RELEASE.1"; echo "Build r.1" ;;
+*--list-gpu-arch*) printf 'compute_%s\n' 75 80 86 90 100 103 ;;
+*--dryrun*) echo '#$ _TARGET_DIR_=' >&2; echo '#$ TOP='"${0%/*}"/.. >&2 ;;
+*) echo "what does not compile"; exit 1 ;;
+esac
+"""
+NVIDIA_SMI = r"""#!/bin/sh
+if [ -z "$GPUS" ]; then echo "No devices were found"; exit 6; fi
+printf '%s\n' $GPUS
+"""
+
+
+def add_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def toolkit(checkout) -> Path:
+    """Enough of a CUDA toolkit to be found, by a PATH that holds nothing else."""
+    add_program(checkout / "toolkit/bin/nvcc", NVCC)
+    for name in ("include/cuda_runtime.h", "lib/libcudart_static.a"):
+        path = checkout / "toolkit" / name
+        path.parent.mkdir()
+        path.touch()
+    return checkout / "toolkit"
+
+
+CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler on PATH")
+
+
+def decided(checkout: Path, **environment: str) -> tuple[dict, str]:
+    """What a build would be: the record, and what is printed; nothing is compiled."""
+    path = str(checkout / "toolkit" / "bin")
+    environment = {"PATH": path, "CXX": CXX or "", "RELEASE": "13.0", **environment}
+    done = build(checkout, command="build_py", **environment)
+    if done.returncode:
+        return {}, done.stderr
+    (record,) = (checkout / "build").glob("lib*/kdkernels/_build.json")
+    return json.loads(record.read_text()), done.stderr
+
+
+DEFAULT = "sm_80, sm_86, sm_90, sm_100, compute_100, baseline"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "printed", "archs", "ptx"),
+    [
+        ({}, DEFAULT, "80 86 90 100", "100"),
+        ({"KDKERNELS_CUDA_ARCHS": " "}, DEFAULT, "80 86 90 100", "100"),
+        ({"KDKERNELS_CUDA_ARCHS": "90"}, "sm_90, baseline", "90", ""),
+        (
+            {"KDKERNELS_CUDA_ARCHS": "80,90a;10.0+PTX 80", "TORCH_CUDA_ARCH_LIST": "8.6"},
+            "sm_80, sm_90a, sm_100, compute_100, baseline",
+            "80 90a 100",
+            "100",
+        ),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "7.0;8.0;9.0+PTX"},
+            "sm_80, sm_90, compute_90, baseline",
+            "80 90",
+            "90",
+        ),
+        (
+            {"KDKERNELS_CUDA_ARCHS": "native", "GPUS": "9.0 8.0 9.0"},
+            "sm_80, sm_90, baseline",
+            "80 90",
+            "",
+        ),
+    ],
+    ids=["default", "blank", "one", "list", "torch", "native"],
+)
+def test_architectures(checkout, toolkit, environment, printed, archs, ptx):
+    add_program(toolkit / "bin" / "nvidia-smi", NVIDIA_SMI)
+    record, said = decided(checkout, **environment)
+    assert f"kdkernels: building cuda ({printed}" in said
+    assert record["outcome"] == "cuda" and record["reasons"] == {}
+    assert (record["archs"], record["ptx"]) == (archs.split(), ptx.split())
+    assert record["nvcc"] == "Cuda compilation tools, release 13.0, V13.0.1"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"KDKERNELS_CUDA_ARCHS": "80 95"},
+            "KDKERNELS_CUDA_ARCHS='80 95': '95' is not among what this nvcc can compile for: "
+            "80, 86, 90, 100, 103;",
+        ),
+        ({"KDKERNELS_CUDA_ARCHS": "75"}, "KDKERNELS_CUDA_ARCHS='75': '75' is not among"),
+        ({"KDKERNELS_CUDA_ARCHS": "hopper"}, "KDKERNELS_CUDA_ARCHS='hopper': 'hopper' is not"),
+        ({"TORCH_CUDA_ARCH_LIST": "12.0"}, "TORCH_CUDA_ARCH_LIST='12.0': '12.0' is not among"),
+        (
+            {"KDKERNELS_CUDA_ARCHS": "native"},
+            "KDKERNELS_CUDA_ARCHS=native, but nvidia-smi fails: No devices were found",
+        ),
+        (
+            {"KDKERNELS_CUDA_ARCHS": "native", "GPUS": "12.0"},
+            "KDKERNELS_CUDA_ARCHS='native': '12.0' is not among",
+        ),
+    ],
+    ids=["unknown", "too-old", "name", "torch", "no-gpu", "newer-gpu"],
+)
+def test_architectures_that_cannot_be_are_refused(checkout, toolkit, environment, message):
+    add_program(toolkit / "bin" / "nvidia-smi", NVIDIA_SMI)
+    record, said = decided(checkout, **environment)
+    assert not record and message in said, said
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_native_needs_nvidia_smi(checkout, toolkit):
+    record, said = decided(checkout, KDKERNELS_CUDA_ARCHS="native")
+    assert not record and "=native, but there is no nvidia-smi to ask" in said, said
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("missing", "environment", "reason"),
+    [
+        ("bin/nvcc", {}, "no nvcc at build time (tried nvcc)"),
+        ("bin/nvcc", {"NVCC": "my-nvcc"}, "no nvcc at build time (tried my-nvcc)"),
+        ("", {"RELEASE": "12.4"}, "CUDA >= 12.8 is needed, nvcc says: Cuda compilation tools"),
+        ("lib/libcudart_static.a", {}, "has no lib/libcudart_static.a"),
+        ("", {"TORCH_CUDA_ARCH_LIST": "7.5"}, "TORCH_CUDA_ARCH_LIST='7.5' names nothing from 80"),
+    ],
+    ids=["no-nvcc", "other-nvcc", "old-nvcc", "no-runtime", "old-gpu"],
+)
+def test_without_cuda_the_build_degrades_or_is_refused(
+    checkout, toolkit, missing, environment, reason
+):
+    if missing:
+        (toolkit / missing).unlink()
+    record, said = decided(checkout, **environment)
+    assert "kdkernels: building cpu" in said and reason in said, said
+    assert record["outcome"] == "cpu" and reason in record["reasons"]["cuda"]
+    record, said = decided(checkout, **environment, KDKERNELS_BUILD="cuda")
+    assert not record and "KDKERNELS_BUILD=cuda, but " in said and reason in said, said
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_without_cuda_on_request(checkout, toolkit):
+    """And nothing stays behind of a build that had it."""
+    decided(checkout)
+    (package,) = (checkout / "build").glob("lib*/kdkernels")
+    for name in ("_C", "_cuda", "_simt"):
+        (package / f"{name}.abi3.so").touch()
+    record, _ = decided(checkout, KDKERNELS_BUILD="cpu")
+    assert record["reasons"] == {"cuda": "built with KDKERNELS_BUILD=cpu"}
+    assert [path.name for path in package.glob("*.so")] == ["_C.abi3.so"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_an_nvcc_that_fails_fails_the_build(checkout, toolkit):
+    nvcc, path = toolkit / "bin" / "nvcc", os.environ["PATH"]
+    done = build(checkout, CUDA_HOME=str(nvcc.parents[1]), RELEASE="13.0", MAX_JOBS="1", PATH=path)
+    assert done.returncode != 0 and "the C++ build failed" in done.stderr
+    assert "what does not compile" in done.stdout + done.stderr

@@ -1,0 +1,640 @@
+"""The CUDA kernels as nvcc compiled them, without a device: registers, accesses, exponentials.
+
+By default of the build at hand, for sm_90. `make gate` compiles anew, for KDKERNELS_GATE_ARCHS.
+
+    python tests/test_cuda_compiled.py [80 90 100]    a table; with architectures, compiles for them
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "gate"
+MAIN = "90"
+BUILT = "built"
+GATE = re.findall(r"\w+", os.environ.get("KDKERNELS_GATE_ARCHS", "80,90,100"))
+
+
+# ---- facts of the sources -------------------------------------------------------------------
+
+
+def fact(path: str, pattern: str) -> str:
+    found = re.search(pattern, (ROOT / path).read_text())
+    assert found, f"{path} has no {pattern}"
+    return found[1]
+
+
+def number(name: str) -> int:
+    return int(fact("csrc/cuda/plan.h", rf"\b{name} = (\d+)"))
+
+
+NVCC_FLAGS = fact("setup.py", r'NVCC_COMPILE = "(.*)"').split()
+KD_TYPES = re.findall(r"\w+", fact("setup.py", r"KD_TYPES = \((.*)\)").replace('"', ""))
+KEPT_CLASSES = [
+    int(fact("csrc/cuda/plan.h", rf"return \(kept > 2 \? {x}\) - \(vector == 4 \? {y} : 0\)"))
+    for x, y in ((r"(\d+) : \d+", r"\d+"), (r"\d+ : (\d+)", r"\d+"), (r"\d+ : \d+", r"(\d+)"))
+]
+FEW_CLASSES = number("kFewClasses")
+LANES = [
+    int(x) for x in fact("csrc/cuda/plan.h", r"int lanes : \{([\d, ]+)\}").split(",")
+]  # a kernel each
+UNROLL = [
+    int(fact("csrc/cuda/kernels.cuh", rf"kUnroll = F::wide \? {x};"))
+    for x in (
+        r"(\d+) : kPart \? \d+ : \d+",
+        r"1 : kPart \? (\d+) : \d+",
+        r"1 : kPart \? \d+ : (\d+)",
+    )
+]  # wide, in parts, else
+
+
+# ---- kernels --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sums:
+    tensors: int
+    exps: int  # of a class, for the sums
+    kept: int  # those of them that its gradient needs
+    finish: int  # at most, per row, by all losses that sum so; of float kernels
+
+
+# nkd, the only loss that takes a cross-entropy, has a shorter finish than the others together.
+SUMS = {
+    "StudentSums": Sums(1, 1, 1, 3),
+    "PairSums<0,0>": Sums(2, 2, 2, 11),
+    "PairSums<0,1>": Sums(2, 2, 2, 3),
+    "PairSums<1,0>": Sums(2, 3, 3, 11),
+    "PairSums<1,1>": Sums(2, 4, 3, 3),
+}
+TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
+FORMATS = ("Format<float>", "Format<F16>", "Format<BF16>", "AnyFormat<float>", "AnyFormat<double>")
+BYTES = {"float": 4, "F16": 2, "BF16": 2, "double": 8}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    sums: str = ""
+    format: str = ""  # of scale: the types of the gradient and of the factor
+    lanes: int = 0
+    arch: str = field(default="", compare=False)
+    registers: int = field(default=0, compare=False)
+    stack: int = field(default=0, compare=False)
+    local: int = field(default=0, compare=False)
+    shared: int = field(default=0, compare=False)
+    most_threads: int = field(default=0, compare=False)
+    ops: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        lanes = [str(self.lanes)] if self.lanes else []
+        inner = ", ".join(filter(None, [self.sums, self.format, *lanes]))
+        return f"{self.name}<{inner}>" if inner else self.name
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose whole name fits."""
+        return sum(n for op, n in self.ops.items() if re.fullmatch(pattern, op))
+
+    @property
+    def wide(self) -> bool:
+        return self.format.startswith("Any")
+
+    @property
+    def in_double(self) -> bool:
+        return "double" in self.format
+
+    @property
+    def itemsize(self) -> int:
+        return BYTES[re.findall(r"\w+", self.format)[-1]]
+
+    @property
+    def vector(self) -> int:
+        """Logits of a vector."""
+        return {4: 8, 8: 2}[self.itemsize] if self.wide else 16 // self.itemsize
+
+    @property
+    def granules(self) -> int:
+        """Of a stored vector, at most."""
+        return self.vector * self.itemsize // 16
+
+    @property
+    def vectors(self) -> int:
+        """That a thread has at a time."""
+        if self.name == "few":
+            return FEW_CLASSES // self.vector
+        if self.name == "block":
+            kept = KEPT_CLASSES[SUMS[self.sums].kept <= 2]
+            return (kept - (KEPT_CLASSES[2] if self.vector == 4 else 0)) // self.vector
+        if self.name == "staged":
+            return 1
+        return UNROLL[0 if self.wide else 1 if self.name in ("partial", "slope") else 2]
+
+    @property
+    def edges(self) -> int:
+        """Edge logits that a thread has, of each tensor."""
+        return -(-2 * self.vector // self.lanes) if self.name == "few" else 1
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of logits in the code of one sweep."""
+        if self.name == "strided":
+            return 1
+        return self.vectors * self.vector + self.edges
+
+
+def expected() -> set[Kernel]:
+    narrow = ["block", "staged", "sweeps", "partial", "slope"]
+    found = {Kernel("count")}
+    for sums in SUMS:
+        for form in FORMATS:
+            wide = form.startswith("Any")
+            names = ["strided", "sweeps", "partial", "slope"] if wide else narrow
+            found |= {Kernel(name, sums, form) for name in names}
+            found |= {Kernel("few", sums, form, x) for x in LANES if not wide}
+    for data in ("float", "F16", "BF16"):
+        found |= {Kernel("scale", "", f"{data}, {x}") for x in ("float", "double")}
+    return found | {Kernel("scale", "", "double, double")}
+
+
+MANGLED = re.compile(
+    r"_ZN2kd\d+\w+?4cuda\d+(?P<name>[a-z]+)I"
+    r"(?:NS0_\d+(?P<sums>StudentSums|PairSumsILb\dELb\dEE)E)?"
+    r"(?:NS\d_\d+(?P<format>Format|AnyFormat)I(?:NS0_)?(?P<type>f|d|3F16|4BF16)E?EE)?"
+    r"(?:(?:NS0_)?(?P<data>f|d|3F16E|4BF16E)(?P<factor>[fd])E)?"
+    r"(?:Li(?P<number>\d+)E)?"
+)
+
+
+def kernel(mangled: str) -> Kernel:
+    x = MANGLED.match(mangled)
+    assert x, f"{mangled} is no kernel's name"
+    types = {short: name for name, short in TYPES.items()}
+    sums = re.sub(r"ILb(\d)ELb(\d)EE", r"<\1,\2>", x["sums"] or "")
+    form = f"{x['format']}<{types[x['type']]}>" if x["format"] else ""
+    if x["data"]:
+        form = f"{types[x['data'].removesuffix('E')]}, {types[x['factor']]}"
+    lanes = int(x["number"]) if x["name"] == "few" else 0
+    return Kernel(x["name"], sums, form, lanes)
+
+
+# ---- tools ----------------------------------------------------------------------------------
+
+
+def tools() -> dict[str, str]:
+    """Triton brings them along, without importing it: that would take seconds."""
+    spec = importlib.util.find_spec("triton")
+    path = os.environ["PATH"]
+    if spec and spec.origin:
+        path = f"{Path(spec.origin).parent / 'backends/nvidia/bin'}{os.pathsep}{path}"
+    found = {name: shutil.which(name, path=path) for name in ("cuobjdump", "nvdisasm")}
+    if missing := [name for name, at in found.items() if at is None]:
+        pytest.skip(f"no {' and no '.join(missing)}: neither the Triton package nor a toolkit")
+    return found
+
+
+def output(*command: str, **options: Any) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{shlex.join(command)}:\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z]\w*(?:\.\w+)*)", re.M)
+
+
+def read_cubin(path: Path, arch: str) -> list[Kernel]:
+    tool = tools()
+    usage = output(tool["cuobjdump"], "--dump-resource-usage", str(path))
+    info = output(tool["cuobjdump"], "-elf", str(path))
+    sass = output(tool["nvdisasm"], "-c", str(path))
+    threads = {}
+    for name, text in re.findall(r"^\.nv\.info\.(\w+)\n(.*?)(?=^\.[a-z])", info, re.M | re.S):
+        if x := re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x(\w+)", text):
+            threads[name] = int(x[1], 16)
+    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-|\Z)", sass, re.M | re.S))
+    found = []
+    for name, text in re.findall(r"Function (\w+):\n(.*)", usage):
+        has = {key: int(x) for key, x in re.findall(r"([A-Z]+):(\d+)", text)}
+        known = asdict(kernel(name)) | {"arch": arch, "most_threads": threads.get(name, 0)}
+        known |= {x: has[y] for x, y in (("registers", "REG"), ("stack", "STACK"))}
+        known |= {"local": has["LOCAL"], "shared": has["SHARED"]}
+        known["ops"] = dict(Counter(INSTRUCTION.findall(code[name])))
+        found.append(Kernel(**known))
+    return found
+
+
+def cached(key: str, make: Callable[[], list[Kernel]]) -> list[Kernel]:
+    """What `make` gives, made once: the workers of a test run wait for each other."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    path = CACHE / f"{key}.json"
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            text = json.dumps([asdict(x) for x in make()])
+            part = path.with_suffix(".part")
+            part.write_text(text)
+            part.replace(path)
+    return [Kernel(**x) for x in json.loads(path.read_text())]
+
+
+def digest(*parts: bytes | str) -> str:
+    whole = hashlib.sha256(Path(__file__).read_bytes())
+    for x in parts:
+        whole.update(b"\0" + (x.encode() if isinstance(x, str) else x))
+    return whole.hexdigest()[:16]
+
+
+def read_cubins(paths: Iterable[Path], arch: str) -> list[Kernel]:
+    with ThreadPoolExecutor(2) as pool:
+        biggest = sorted(paths, key=lambda x: -x.stat().st_size)
+        found = {x: x for each in pool.map(lambda x: read_cubin(x, arch), biggest) for x in each}
+    return list(found.values())
+
+
+def from_build() -> list[Kernel]:
+    record = ROOT / "kdkernels" / "_build.json"
+    facts = json.loads(record.read_text()) if record.exists() else {}
+    if facts.get("outcome") != "cuda":
+        pytest.skip(
+            f"built without CUDA: {facts.get('reasons', {}).get('cuda', 'no build record')}"
+        )
+    if MAIN not in facts["archs"]:
+        pytest.skip(f"built for {', '.join(facts['archs'])}, not for {MAIN}")
+    tool = tools()
+    (module,) = (ROOT / "kdkernels").glob("_cuda*.so")
+
+    def make() -> list[Kernel]:
+        with tempfile.TemporaryDirectory() as folder:
+            output(tool["cuobjdump"], "-xelf", f".sm_{MAIN}.", str(module), cwd=folder)
+            return read_cubins(Path(folder).glob("*.cubin"), MAIN)
+
+    return cached(f"built-{digest(module.read_bytes())}", make)
+
+
+# ---- compilation ----------------------------------------------------------------------------
+
+STRICT = ["-Werror", "all-warnings", "-Xptxas", "-warn-spills"]
+
+
+def find_nvcc() -> list[str]:
+    home = os.environ.get("CUDA_HOME")
+    names = [os.environ.get("NVCC"), home and shlex.quote(f"{home}/bin/nvcc"), "nvcc"]
+    for words in (shlex.split(x) for x in names if x):
+        if shutil.which(words[0]):
+            return words
+    pytest.skip("no nvcc")
+
+
+def known_to(nvcc: list[str], arch: str) -> None:
+    if f"compute_{re.sub('[af]', '', arch)}\n" not in output(*nvcc, "--list-gpu-arch"):
+        pytest.skip(f"this nvcc does not know {arch}")
+
+
+def compile_cuda(nvcc: list[str], arch: str, source: str, out: Path, *flags: str) -> None:
+    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = [*nvcc, code, *NVCC_FLAGS, *STRICT, *flags, str(CSRC / "cuda" / source)]
+    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "warning" not in said.lower(), said[-4000:]
+
+
+def compiled(arch: str) -> list[Kernel]:
+    nvcc = find_nvcc()
+    tools()
+    known_to(nvcc, arch)
+    text = [x.read_bytes() for x in sorted(CSRC.rglob("*")) if x.suffix in (".h", ".cuh", ".cu")]
+    flags = shlex.join([*nvcc, *NVCC_FLAGS, *STRICT])
+
+    def make() -> list[Kernel]:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+            paths = [Path(folder, f"{x}.cubin") for x in KD_TYPES]
+            jobs = [
+                pool.submit(
+                    compile_cuda,
+                    nvcc,
+                    arch,
+                    "kernels.cu",
+                    path,
+                    "-cubin",
+                    f"-DKD_TYPES={path.stem}",
+                )
+                for path in paths
+            ]
+            for job in jobs:
+                job.result()
+            return read_cubins(paths, arch)
+
+    key = digest(*text, flags, output(*nvcc, "--version"), os.environ.get("NVCC_APPEND_FLAGS", ""))
+    return cached(f"sm_{arch}-{key}", make)
+
+
+SOURCES = [BUILT, *(pytest.param(x, marks=[pytest.mark.gate, pytest.mark.slow]) for x in GATE)]
+
+
+@pytest.fixture(scope="session", params=SOURCES)
+def kernels(request: pytest.FixtureRequest) -> Iterator[list[Kernel]]:
+    yield from_build() if request.param == BUILT else compiled(request.param)
+
+
+@pytest.mark.gate
+@pytest.mark.slow
+def test_device_compiles_without_a_warning(tmp_path):
+    nvcc = find_nvcc()
+    compile_cuda(nvcc, MAIN, "device.cu", tmp_path / "device.o", "-c")
+
+
+# ---- checks ---------------------------------------------------------------------------------
+
+# Each gives what is wrong with a kernel, or nothing.
+Check = Callable[[Kernel], Iterator[str]]
+
+
+def check(kernels: list[Kernel], wrong: Check) -> None:
+    said = [f"{x} for sm_{x.arch}: {what}" for x in kernels for what in wrong(x)]
+    assert not said, f"{len(said)} findings\n" + "\n".join(sorted(said))
+
+
+def threads_and_blocks(x: Kernel) -> list[tuple[int, int]]:
+    """How many blocks of how many threads the planner counts on per multiprocessor."""
+    if x.name == "few":
+        return [(number("kFewThreads"), 2)]
+    if x.name == "block":
+        return [(number("kBlockThreads"), 2)]
+    if x.name == "staged":
+        return [(number("kStagedThreads"), 1), (number("kStagedThreads") // 2, 2)]
+    if x.name == "strided":
+        return [(int(fact("csrc/cuda/plan.h", r"\{Regime::strided, (\d+), ")), 4)]
+    if x.name in ("count", "scale"):
+        return [(number("kCountThreads" if x.name == "count" else "kScaleThreads"), 4)]
+    if x.wide:
+        return [(number("kWideThreads"), 1)]
+    return [(number("kLongThreads"), 1)] if x.name == "sweeps" else [(number("kPartThreads"), 2)]
+
+
+def spills(x: Kernel) -> Iterator[str]:
+    if x.stack or x.local:
+        yield f"stack {x.stack}, local {x.local}"
+    if n := x.count(r"(LDL|STL)(\..*)?"):
+        yield f"{n} accesses of local memory"
+
+
+def too_large(x: Kernel) -> Iterator[str]:
+    """Four partitions of 16384 registers; a warp takes them by the 256."""
+    warp = -(-x.registers // 8) * 8 * 32
+    fitting = 4 * (16384 // warp)
+    for threads, blocks in threads_and_blocks(x):
+        if threads > x.most_threads:
+            yield f"launched with {threads} threads, compiled for {x.most_threads}"
+        if threads * blocks > 32 * fitting:
+            yield f"{x.registers} registers, {blocks} x {threads} threads do not fit"
+
+
+def logits_read(x: Kernel) -> int:
+    """How often the code reads a logit of its own, edges and targets, all tensors together."""
+    if x.name in ("count", "scale"):
+        return 0
+    reads = 2 if x.name in ("sweeps", "staged", "strided") else 1
+    target = 0 if x.name == "partial" else 1
+    return SUMS[x.sums].tensors * (reads * (1 if x.name == "strided" else x.edges) + target)
+
+
+# Loads of what a row or a call has beside its logits, as the compiler unrolls them.
+OTHER_LOADS = 32
+
+
+def scalar_loads(x: Kernel) -> Iterator[str]:
+    most = logits_read(x)
+    halves, words = x.count(r"LDG\.E\.[US]16.*"), x.count(r"LDG\.E(\.CONSTANT)?")
+    doubles = x.count(r"LDG\.E\.64(\.CONSTANT)?")
+    if x.name == "scale":  # its edges
+        most = 1
+    if halves > most * (2 if x.wide else 1):  # float16 or bfloat16
+        yield f"{halves} loads of 2 bytes, {most} logits"
+    if words > most + OTHER_LOADS or doubles > most + OTHER_LOADS:
+        yield f"{words} loads of 4 bytes and {doubles} of 8, {most} logits"
+    if n := x.count(r"LDG\..*[US]8\b.*"):
+        yield f"{n} loads of a byte"
+
+
+def vector_loads(x: Kernel) -> Iterator[str]:
+    """A tensor that lies otherwise is read in a granule more per vector."""
+    loads = x.count(r"LDG\.E\..*\b128\b.*")
+    if x.name in ("count", "strided"):
+        wanted = 0
+    elif x.name == "scale":
+        wanted = 1
+    elif x.name == "staged":
+        wanted = 0
+        copies, reads = x.count(r"LDGSTS\..*\b128\b.*"), x.count(r"LDS\..*\b128\b.*")
+        if copies < 2 * SUMS[x.sums].tensors or reads < 2 * SUMS[x.sums].tensors:
+            yield f"{copies} copies of granules, {reads} loads of them"
+        if n := x.count(r"LDGSTS.*") - copies:
+            yield f"{n} copies of less than a granule"
+    else:
+        granules = 1 if x.name in ("few", "block") else x.granules + 1
+        sweeps = 2 if x.name == "sweeps" else 1
+        wanted = sweeps * SUMS[x.sums].tensors * x.vectors * granules
+    if loads != wanted:
+        yield f"{loads} loads of 16 bytes, not {wanted}"
+
+
+def vector_stores(x: Kernel) -> Iterator[str]:
+    stores = x.count(r"STG\.E\..*\b128\b.*")
+    halves = x.count(r"STG\.E\.[US]16.*")
+    if x.name in ("count", "strided", "partial"):
+        wanted = 0
+    elif x.name == "scale":
+        wanted = 1
+    else:  # gradients, and zeros where a row is ignored
+        wanted = x.granules * (x.vectors + 1)
+    if stores < wanted or (stores and not wanted):
+        yield f"{stores} stores of 16 bytes, not {wanted}"
+    # The edges: of the gradient, and of zeros in a loop that is unrolled.
+    edges = x.edges if x.sums else 1
+    most = (2 * edges + 6) * (2 if x.wide else 1)
+    if halves > most:
+        yield f"{halves} stores of 2 bytes"
+
+
+def ex2_model(x: Kernel) -> tuple[int, int]:
+    """(exponentials of a pair, most of the row beside), as they stand in the code."""
+    s = SUMS[x.sums]
+    moves = 1 + x.vectors + 2  # an edge, vectors, merges of the lanes and of the warps
+    if x.name == "few":
+        return s.exps, s.finish
+    if x.name == "block":  # forward and, from saved statistics, backward: two pieces of code
+        return s.exps + s.kept, s.exps + s.kept + s.finish
+    if x.name == "slope":  # merges parts in a loop that is unrolled
+        return s.kept, 12 * s.exps + s.finish
+    if x.name == "partial":
+        return s.exps, moves * s.exps
+    if x.name == "strided":
+        return s.exps + s.kept, s.exps + s.finish
+    return s.exps + s.kept, moves * s.exps + s.finish
+
+
+def exponentials(x: Kernel) -> Iterator[str]:
+    ex2 = x.count(r"MUFU\.EX2.*")
+    if not x.sums or x.in_double:
+        if ex2:
+            yield f"{ex2} exponentials"
+        return
+    each, row = ex2_model(x)
+    if not each * x.pairs <= ex2 <= each * x.pairs + row:
+        yield f"{ex2} exponentials, not {each} x {x.pairs} pairs and up to {row}"
+
+
+# Of float kernels: losses are summed up in double, and a flag lies among those numbers.
+IN_DOUBLE = r"DADD|DSETP\.(NEU|EQ)\.AND"
+MOST_IN_DOUBLE = 112  # the sums of few and strided: unrolled over warps, twice
+
+
+def opcodes(x: Kernel) -> Iterator[str]:
+    if n := x.count(r"(LD|ST|ATOM)(\..*)?"):
+        yield f"{n} accesses of an address of any kind"
+    atomics = {op for op in x.ops if re.match(r"(RED|ATOM[GS]?)\b", op)}
+    if others := {op for op in atomics if not re.fullmatch(r"ATOMG?\.E\.INC\..*GPU", op)}:
+        yield f"atomics: {', '.join(sorted(others))}"
+    if x.in_double:
+        return
+    double = {
+        op: n for op, n in x.ops.items() if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU.*64", op)
+    }
+    if others := {op for op in double if not re.fullmatch(IN_DOUBLE, op)}:
+        yield f"in double: {', '.join(sorted(others))}"
+    if sum(double.values()) > MOST_IN_DOUBLE:
+        yield f"{double}"
+
+
+def test_every_kernel_is_there(kernels):
+    assert set(map(str, kernels)) == set(map(str, expected()))
+    assert len(kernels) == len(expected())
+
+
+def test_no_kernel_spills_registers(kernels):
+    check(kernels, spills)
+
+
+def test_as_many_blocks_fit_as_are_planned(kernels):
+    check(kernels, too_large)
+
+
+def test_logits_are_loaded_as_vectors(kernels):
+    check(kernels, vector_loads)
+
+
+def test_scalar_loads_are_edges_and_targets(kernels):
+    check(kernels, scalar_loads)
+
+
+def test_gradients_are_stored_as_vectors(kernels):
+    check(kernels, vector_stores)
+
+
+def test_no_exponential_is_computed_twice(kernels):
+    check(kernels, exponentials)
+
+
+def test_instructions_are_those_expected(kernels):
+    check(kernels, opcodes)
+
+
+# ---- the checks themselves ------------------------------------------------------------------
+
+
+def test_names_are_read():
+    long = "_ZN2kd6scalar4cuda"
+    assert kernel(
+        f"{long}3fewINS0_8PairSumsILb0ELb1EEENS1_6FormatINS0_4BF16EEELi8EEEvNS1_4ArgsE"
+    ) == (Kernel("few", "PairSums<0,1>", "Format<BF16>", 8))
+    assert kernel(f"{long}5slopeINS0_11StudentSumsENS1_9AnyFormatIdEEEEvNS1_4ArgsE") == (
+        Kernel("slope", "StudentSums", "AnyFormat<double>")
+    )
+    assert kernel(f"{long}5scaleINS0_3F16EfEEvNS1_9ScaleArgsE") == Kernel("scale", "", "F16, float")
+    assert kernel(f"{long}5scaleIddEEvNS1_9ScaleArgsE") == Kernel("scale", "", "double, double")
+    assert kernel(f"{long}5countILi256EEEvNS1_9CountArgsE") == Kernel("count")
+
+
+# A good kernel, and what would be wrong with it.
+GOOD = Kernel(
+    *("sweeps", "PairSums<0,1>", "Format<BF16>"),
+    **{"arch": MAIN, "registers": 168, "most_threads": 384},
+    ops={
+        "LDG.E.128.CONSTANT": 16,
+        "LDG.E.U16.CONSTANT": 6,
+        "STG.E.EF.128": 3,
+        "MUFU.EX2": 81,
+        "DADD": 72,
+        "ATOMG.E.INC.STRONG.GPU": 1,
+    },
+)
+CHECKS = [spills, too_large, vector_loads, scalar_loads, vector_stores, exponentials, opcodes]
+FAULTS: list[tuple[Check, dict[str, Any]]] = [
+    (spills, {"stack": 8}),
+    (spills, {"ops": {"LDL.64": 1}}),
+    (too_large, {"registers": 169}),
+    (too_large, {"most_threads": 352}),
+    (vector_loads, {"ops": {"LDG.E.128.CONSTANT": 15}}),
+    (scalar_loads, {"ops": {"LDG.E.U16.CONSTANT": 7}}),
+    (scalar_loads, {"ops": {"LDG.E.CONSTANT": 39}}),
+    (vector_stores, {"ops": {"STG.E.EF.128": 2}}),
+    (vector_stores, {"ops": {"STG.E.U16": 16}}),
+    (exponentials, {"ops": {"MUFU.EX2": 90}}),
+    (exponentials, {"ops": {"MUFU.EX2": 67}}),
+    (opcodes, {"ops": {"RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}}),
+    (opcodes, {"ops": {"ATOMG.E.ADD.F64.RN.STRONG.GPU": 1}}),
+    (opcodes, {"ops": {"DFMA": 1}}),
+    (opcodes, {"ops": {"LD.E": 1}}),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "change"), FAULTS, ids=[f"{x.__name__}-{i}" for i, (x, _) in enumerate(FAULTS)]
+)
+def test_every_check_finds_its_fault(wrong, change):
+    for each in CHECKS:
+        check([GOOD], each)
+    bad = Kernel(**asdict(GOOD) | change | {"ops": GOOD.ops | change.get("ops", {})})
+    with pytest.raises(AssertionError, match=r"1 findings\n *sweeps<PairSums<0,1>, Format<BF16>>"):
+        check([bad], wrong)
+
+
+# ---- as a script ----------------------------------------------------------------------------
+
+
+def main() -> None:
+    print("kernel\tarch\tregisters\tshared\tex2\tpairs\tex2 per pair")
+    for arch in sys.argv[1:] or [BUILT]:
+        found = from_build() if arch == BUILT else compiled(arch)
+        for x in sorted(found, key=str):
+            ex2 = x.count(r"MUFU\.EX2.*")
+            each = ""
+            if x.sums and not x.in_double:
+                s = SUMS[x.sums]
+                # What a pair takes for loss and gradient: block has code for either pass.
+                each = str(s.exps if x.name == "block" else ex2_model(x)[0])
+            pairs = x.pairs if x.sums else ""
+            print(x, x.arch, x.registers, x.shared, ex2, pairs, each, sep="\t")
+
+
+if __name__ == "__main__":
+    main()
