@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -64,14 +65,79 @@ std::string plan(const std::string& isa, int64_t rows, int64_t classes, bool cla
   return names[static_cast<int>(kd::plan(build_of(isa), p).regime)];
 }
 
+namespace gpu = kd::gpu;
+
+const gpu::Device& gpu_device(const std::string& name) {
+  std::string names;
+  for (const gpu::KnownDevice& known : gpu::kDevices) {
+    if (name == known.name) return known.device;
+    names += (names.empty() ? "" : ", ") + std::string(known.name);
+  }
+  throw py::value_error("device: '" + name + "' is not known here; allowed: " + names);
+}
+
+py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int itemsize, bool teacher, int kept,
+                  bool alike, bool strided, bool wide, bool backward) {
+  gpu::Shape x = {rows,
+                  classes,
+                  wide ? 32 / itemsize : 16 / itemsize,
+                  teacher ? 2 * itemsize : itemsize,
+                  kept,
+                  alike,
+                  strided,
+                  wide,
+                  backward ? kd::Pass::backward : kd::Pass::forward_grad};
+  if (wide) x.vector = itemsize == 8 ? 2 : 8;
+  const gpu::Plan plan = gpu::plan(x, gpu_device(device));
+  py::dict out;
+  out["regime"] = gpu::kRegimes[static_cast<int>(plan.regime)];
+  out["threads"] = plan.threads;
+  out["blocks"] = plan.blocks;
+  out["lanes"] = plan.lanes;
+  out["wave"] = plan.wave;
+  out["parts"] = plan.parts;
+  out["part_vectors"] = plan.part_vectors;
+  out["vector"] = x.vector;
+  return out;
+}
+
+// The rules, and what they make of 4096 rows of a student and a teacher on a device.
+std::string gpu_table(const std::string& device) {
+  std::ostringstream out;
+  out << "rules, the first that applies:\n";
+  for (const gpu::Rule& rule : gpu::kTable)
+    out << "  " << gpu::kRegimes[static_cast<int>(rule.regime)] << ": " << rule.when << "\n";
+  out << device << ", 4096 rows, one temperature:\n  classes  16 bit  32 bit\n";
+  for (int64_t classes : {10, 100, 200, 1000, 4096, 8192, 16384, 32000, 50257, 65536, 128256, 151936, 262144}) {
+    out << "  " << classes;
+    for (int itemsize : {2, 4}) {
+      const gpu::Shape x = {4096, classes, 16 / itemsize, 2 * itemsize, 2, true, false, false, kd::Pass::forward_grad};
+      const gpu::Plan plan = gpu::plan(x, gpu_device(device));
+      out << "  " << gpu::kRegimes[static_cast<int>(plan.regime)] << " " << plan.threads << " x " << plan.blocks;
+    }
+    out << "\n";
+  }
+  return out.str();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about the CPU build, and its lane functions for tests.";
+  m.doc() = "Facts about the build and the planners, and the CPU's lane functions, for tests.";
   m.def("isas", &isas, "Instruction sets built in and supported by this processor, best last.");
   m.def("losses", &losses, "The C++ list of losses: name -> {outputs, teacher, two_temperatures}.");
   m.def("plan", &plan, py::arg("isa"), py::arg("rows"), py::arg("classes"), py::arg("class_strided") = false,
         "The regime the planner picks.");
+  m.def("gpu_devices", [] {
+    std::vector<std::string> names;
+    for (const gpu::KnownDevice& known : gpu::kDevices) names.push_back(known.name);
+    return names;
+  });
+  m.def("gpu_plan", &gpu_plan, py::kw_only(), py::arg("device"), py::arg("rows"), py::arg("classes"),
+        py::arg("itemsize") = 2, py::arg("teacher") = true, py::arg("kept") = 2, py::arg("alike") = true,
+        py::arg("strided") = false, py::arg("wide") = false, py::arg("backward") = false,
+        "What the CUDA planner picks on a known device, for logits of so many bytes.");
+  m.def("gpu_table", &gpu_table, py::arg("device") = "H200", "The CUDA planner's rules and some of its choices.");
   m.def("stats_width", [] { return kd::kStatsWidth; });
   m.def("exp2_f32", [](const std::string& isa, py::array_t<float, py::array::c_style> x) {
     return map<float>(x, build_of(isa).exp2_f32);

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from cases import (
     CASES,
     IGNORED,
+    INF,
     LAYOUTS,
     MAIN_CASES,
     SCALAR_CASES,
@@ -26,8 +28,18 @@ from cases import (
     evaluate,
     make_inputs,
 )
-from emulated import emulate
-from test_equivalence import DTYPE_PAIRS, KINDS, REDUCTIONS, Variants, check_reductions, check_rows
+from emulated import DEVICE, EMULATED, emulate
+from test_edges import check_a_weight_of_0
+from test_equivalence import (
+    DTYPE_PAIRS,
+    KINDS,
+    REDUCTIONS,
+    Variants,
+    check_reductions,
+    check_rows,
+)
+
+import kdkernels
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -67,8 +79,8 @@ def all_regimes(seed: int) -> Variants:
 
 # ---- the grid -------------------------------------------------------------------------------
 
-# Fewer classes than a vector; a vector and its neighbours; those of real data; lanes and blocks that
-# are just filled; rows of several vectors per thread.
+# Fewer classes than a vector; a vector and its neighbours; those of real data; lanes and blocks
+# that are just filled; rows of several vectors per thread.
 CLASSES = (1, 2, 3, 7, 8, 9, 31, 33, 64, 71, 100, 128, 135, 257, 1003)
 
 
@@ -131,3 +143,197 @@ def test_reductions(
     step = SCALAR_CASES.index(case) + 2 * REDUCTIONS.index((reduction, normalizer))
     check_reductions(case, reduction, normalizer, generator, (17, 101), backend="cuda",
                      variants=in_turn(step, 4), shape=(3, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_large_vocabulary(case: Case, generator: torch.Generator) -> None:
+    """As planned, on 3 multiprocessors: rows that are few or many, staged, in sweeps, in waves."""
+    step = MAIN_CASES.index(case)
+    for rows, classes, dtypes, regime in (
+        (1, 16411, (BF16, BF16), "split"),
+        (3, 12345, (F16, F16), "staged"),
+        (2, 9999, (F32, F32), "staged"),
+        (4, 8200, (BF16, F32), "sweeps"),
+    )[step % 2 :: 2]:
+        inputs = make_inputs("normal", rows, classes, dtypes, generator)
+        for seed in (0, 2):
+            with emulate(seed) as done:
+                variants = partial(iter, ["planned"])
+                check_rows(case, *inputs, generator, backend="cuda", variants=variants)
+                if case.teacher:
+                    assert done.runs[0]["regime"] == regime, done.runs[0]
+
+
+def test_long_rows_come_in_waves_that_fit_the_cache(generator: torch.Generator) -> None:
+    inputs = make_inputs("normal", 7, 8300, BF16, generator)
+    small = {**DEVICE, "l2": 4 * 8300 * 5, "shared_per_block": 16 << 10}  # two rows
+    with emulate(1) as done:
+        done.device = small
+        for case in MAIN_CASES:
+            variants = partial(iter, ["planned"])
+            check_rows(case, *inputs, generator, backend="cuda", variants=variants)
+            if case.teacher:
+                assert done.runs[0]["regime"] == "split" and done.runs[0]["wave"] == 2
+                assert done.runs[0]["launches"] == 2 * 4
+            done.runs.clear()
+
+
+# ---- the contracts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_rows_that_do_not_count_are_not_read(case: Case, generator: torch.Generator) -> None:
+    """Ignored rows, and rows of weight 0, full of NaN."""
+    student, teacher, target = make_inputs("normal", 4, 70, F32, generator)
+    dead = torch.tensor([0, 1, 0, 1]).bool()
+    target[3] = IGNORED
+    student[dead] = teacher[dead] = math.nan
+    common = {}
+    if case.outputs == 1:
+        common["row_weight"] = torch.tensor([1.0, 0.0, 2.0, 1.0])
+    else:
+        target[1] = IGNORED
+    for _ in all_regimes(1)():
+        for call in (case.rows, case)[: 2 if case.outputs == 1 else 1]:
+            value, gradient = evaluate(call, student, teacher, target, backend="cuda", **common)
+            assert value.isfinite().all()
+            assert call is case or not value[..., dead].any()
+            assert not gradient[dead].any()
+            assert gradient.isfinite().all() and gradient[~dead].any(-1).all()
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_nan_stays_in_its_row(case: Case, generator: torch.Generator) -> None:
+    if case.loss == "tf_nkd":  # with its own mean
+        case = CASES[CASES.index(case) + 1]
+    clean = make_inputs("normal", 3, 70, F32, generator)
+    others = torch.arange(3) != 2
+    for at in (0, 50, 69):
+        dirty = [x.clone() for x in clean]
+        dirty[0][2, at] = math.nan
+        for _ in all_regimes(at)():
+            value, gradient = evaluate(case.rows, *dirty, backend="cuda")
+            good = evaluate(case.rows, *clean, backend="cuda")
+            assert value[..., 2].isnan().any() and gradient[2].isnan().any()
+            assert_same(value[..., others], good[0][..., others])
+            assert_same(gradient[others], good[1][others])
+
+
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_a_bad_target_makes_its_row_nan(
+    case: Case, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens on a GPU, where nobody looks at targets before the kernel does."""
+    if case.loss == "tf_nkd":
+        case = CASES[CASES.index(case) + 1]
+    monkeypatch.setattr("kdkernels.losses.checks_targets", lambda _: False)
+    student, teacher, target = make_inputs("normal", 3, 70, F32, generator)
+    others = torch.arange(3) != 2
+    for bad in (-1, 70, 2**32 + 1):
+        wrong = torch.where(others, target, bad)
+        for _ in all_regimes(0)():
+            value, gradient = evaluate(case.rows, student, teacher, wrong, backend="cuda")
+            good = evaluate(case.rows, student, teacher, target, backend="cuda")
+            assert value[..., 2].isnan().all() and gradient[2].isnan().all()
+            assert_same(value[..., others], good[0][..., others])
+            assert_same(gradient[others], good[1][others])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("case", SCALAR_CASES[::3], ids=str)
+def test_same_bits_under_every_schedule_and_without_gradient(
+    case: Case, regime: str, generator: torch.Generator
+) -> None:
+    inputs = make_inputs("normal", 7, 70, BF16, generator, ignored=0.2)
+    results = []
+    for seed in SEEDS:
+        with emulate(seed, **REGIMES[regime]):
+            results.append(evaluate(case, *inputs, backend="cuda"))
+            assert_same(case(*inputs, backend="cuda"), results[0][0])
+            rows = evaluate(case.rows, *inputs, backend="cuda")
+            results[-1] += rows
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert_same(x, y)
+
+
+@pytest.mark.parametrize("loss", [kdkernels.dkd_loss, kdkernels.aekt_loss])
+def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object) -> None:
+    for _ in all_regimes(0)():
+        check_a_weight_of_0(loss, 70, "cuda")
+
+
+@pytest.mark.parametrize("temperature", [1e-60, 1e-30, 1e30, 1e150])
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> None:
+    if "temperature" not in case.options:
+        return
+    case = replace(case, options={**case.options, "temperature": temperature})
+    inputs = make_inputs("normal", 3, 70)
+    for _ in all_regimes(0)():
+        value, gradient = evaluate(case.rows, *inputs, backend="cuda")
+        assert not value.isnan().any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("low", [-INF, torch.finfo(F32).min])
+def test_rows_without_logits_above_the_lowest(low: float, regime: str) -> None:
+    """Every class masked but the target, whole vectors masked, and the largest one last."""
+    student = torch.full((4, 203), low)
+    student[0, 5] = 1.0
+    student[1, 150:] = torch.arange(53) - 20.0
+    student[2] = torch.arange(203) * 10.0  # rises by more than a running pivot allows
+    student[3] = torch.arange(203) * -10.0
+    target = torch.tensor([5, 160, 3, 7])
+    case = Case("kd", {"temperature": 1.0, "ce_weight": 1.0})
+    with emulate(2, **REGIMES[regime]):
+        value, gradient = evaluate(case.rows, student, student.clone(), target, backend="cuda")
+    truth, truth_gradient = evaluate(
+        case.rows, student.double(), student.double(), target, backend="reference"
+    )
+    torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), truth_gradient, rtol=1e-5, atol=1e-5)
+
+
+# ---- the operators --------------------------------------------------------------------------
+
+
+def test_few_classes_take_one_launch(generator: torch.Generator) -> None:
+    """Count of the rows, losses, gradient and the sum; many rows are counted by a second one."""
+    for rows, launches in ((40, 1), (8200, 2)):
+        inputs = make_inputs("normal", rows, 10, F32, generator, ignored=0.3)
+        with emulate() as done:
+            value, gradient = evaluate(MAIN_CASES[0], *inputs, backend="cuda")
+            assert [x["launches"] for x in done.runs] == [launches]
+        truth = evaluate(MAIN_CASES[0], *inputs, backend="cpu")
+        torch.testing.assert_close(value, truth[0])
+        torch.testing.assert_close(gradient, truth[1])
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+def test_scale(dtype: torch.dtype, generator: torch.Generator) -> None:
+    whole = torch.randn(300, generator=generator).to(dtype)
+    for first, last in ((0, 300), (1, 299), (3, 4), (5, 7), (8, 264), (7, 64)):
+        for factor in (torch.tensor(-2.5), torch.tensor(0.3, dtype=F64)):
+            if dtype == F64 and factor.dtype == F32:
+                continue
+            ours = whole.clone()
+            EMULATED.scale_(ours[first:last], factor)
+            expected = whole.clone()
+            expected[first:last] = (whole[first:last].to(factor.dtype) * factor).to(dtype)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["forward", "reduced", "backward"])
+def test_opcheck(name: str, generator: torch.Generator) -> None:
+    student, teacher, target = make_inputs("normal", (2, 3), 5, F32, generator)
+    inputs = (student, teacher, target, torch.rand(2, 3))
+    params = [4.0, 1.0, 1.0, 8.0]
+    rows, stats = EMULATED.forward("dkd", *inputs, params, IGNORED)
+    leaves = (student.clone().requires_grad_(), *inputs[1:])
+    arguments = {
+        "forward": ("dkd", *leaves, params, IGNORED),
+        "reduced": ("dkd", *leaves, 0.5, None, True, params, IGNORED, True),
+        "backward": ("dkd", torch.randn_like(rows), *inputs, stats, params, IGNORED),
+    }[name]
+    torch.library.opcheck(getattr(EMULATED, name), arguments)

@@ -45,13 +45,7 @@ struct Tile {
         for (int e = 0; e < E; ++e) s[k][e] = t[k][e] = lowest<S>();
         continue;
       }
-      f.values(raw_s[k], s[k]);
-      if (Sums::teacher) f.values(raw_t[k], t[k]);
-      KD_UNROLL
-      for (int e = 0; e < E; ++e) {
-        if (row.first + i == row.hot_vector && e == row.hot_lane) s[k][e] = t[k][e] = lowest<S>();
-        if (!Sums::teacher) t[k][e] = s[k][e];
-      }
+      values_of<Sums>(f, f, row, row.first + i, raw_s[k], raw_t[k], s[k], t[k]);
     }
   }
 
@@ -94,10 +88,8 @@ struct Tile {
       if (i >= row.count) continue;
       S out[E];
       KD_UNROLL
-      for (int e = 0; e < E; ++e) {
-        out[e] = gradient(x[k][e], coef.c);
-        if (row.first + i == row.hot_vector && e == row.hot_lane) out[e] = coef.y;
-      }
+      for (int e = 0; e < E; ++e) out[e] = gradient(x[k][e], coef.c);
+      row.at_target(row.first + i, out, coef.y);
       f.put_vector(row.g_base, row.first + i, out);
     }
     KD_UNROLL
@@ -127,7 +119,7 @@ few(KD_ARGUMENT(Args<typename F::S>) a) {
     const bool exists = row < a.rows;
     const Open<S> opened = open(a, row);
     const Row<F> at = view(a, f, f, exists ? row : base, opened.target);
-    const AtTarget<S> y = at_target(a, f, f, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits(a, f, f, at.s, at.t, 1, 1, opened);
     Tile<Sums, F, kVectors, kEdgeCount> tile;
     tile.load(f, at, opened.read, opened.target, rank, kLanes);
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
@@ -176,7 +168,7 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
       if (at.g) write_zero_row(f, at, arch::thread(), arch::threads());
       continue;
     }
-    const AtTarget<S> y = at_target(a, f, f, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits(a, f, f, at.s, at.t, 1, 1, opened);
     Tile<Sums, F, kVectors, 1> tile;
     tile.load(f, at, true, opened.target, arch::thread(), arch::threads());
     Pivots<S> pivots;
@@ -221,13 +213,7 @@ struct Stride {
   }
   // Vector k as values, the target at -inf.
   KD_DEVICE void values(const F& fs, const F& ft, const Row<F>& row, int k, int vector, S (&s)[E], S (&t)[E]) {
-    fs.values(raw_s[k], s);
-    if (Sums::teacher) ft.values(raw_t[k], t);
-    KD_UNROLL
-    for (int e = 0; e < E; ++e) {
-      if (vector == row.hot_vector && e == row.hot_lane) s[e] = t[e] = lowest<S>();
-      if (!Sums::teacher) t[e] = s[e];
-    }
+    values_of<Sums>(fs, ft, row, vector, raw_s[k], raw_t[k], s, t);
   }
 };
 
@@ -236,10 +222,8 @@ KD_DEVICE void write_vector(const Args<S>& a, const F& f, const Row<F>& row, int
                             const S (&t)[F::kVector], const Slope<Sums, S>& slope) {
   S out[F::kVector];
   KD_UNROLL
-  for (int e = 0; e < F::kVector; ++e) {
-    out[e] = slope_at<Sums>(a.scales, slope, s[e], t[e]);
-    if (vector == row.hot_vector && e == row.hot_lane) out[e] = slope.y;
-  }
+  for (int e = 0; e < F::kVector; ++e) out[e] = slope_at<Sums>(a.scales, slope, s[e], t[e]);
+  row.at_target(vector, out, slope.y);
   f.put_vector(row.g_base, vector, out);
 }
 
@@ -330,7 +314,7 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
       continue;
     }
     Running<Sums, S> running;
-    const AtTarget<S> y = at_target(a, fs, ft, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits(a, fs, ft, at.s, at.t, 1, 1, opened);
     Edge<Sums, F>(fs, ft, at, opened.target, rank).add(a, running);
     sweep<Sums, false>(a, fs, ft, at, rank, size, at.count, running);
     lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
@@ -368,19 +352,11 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
     if (Sums::teacher) arch::copy_async(t_slots, i, granules(row.t_place.base) + row.first + i);
   };
   const auto values = [&](const Row<F>& row, int i, S(&s)[E], S(&t)[E]) {
-    typename F::Vector raw;
-    raw.skew = 0;
-    raw.g[0] = s_slots.ld(i);
-    f.values(raw, s);
-    if (Sums::teacher) {
-      raw.g[0] = t_slots.ld(i);
-      f.values(raw, t);
-    }
-    KD_UNROLL
-    for (int e = 0; e < E; ++e) {
-      if (row.first + i == row.hot_vector && e == row.hot_lane) s[e] = t[e] = lowest<S>();
-      if (!Sums::teacher) t[e] = s[e];
-    }
+    typename F::Vector raw_s, raw_t;
+    raw_s.skew = raw_t.skew = 0;
+    raw_s.g[0] = s_slots.ld(i);
+    if (Sums::teacher) raw_t.g[0] = t_slots.ld(i);
+    values_of<Sums>(f, f, row, row.first + i, raw_s, raw_t, s, t);
   };
 
   double sum = 0;
@@ -406,7 +382,7 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
       continue;
     }
     Running<Sums, S> running;
-    const AtTarget<S> y = at_target(a, f, f, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits(a, f, f, at.s, at.t, 1, 1, opened);
     Edge<Sums, F>(f, f, at, opened.target, rank).add(a, running);
     for (int i = rank; i < at.count; i += size) {
       S s[E], t[E];
@@ -494,7 +470,7 @@ slope(KD_ARGUMENT(Args<typename F::S>) a) {
   const int end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
   double sum = 0;
   if (opened.read) {
-    const AtTarget<S> y = at_target(a, fs, ft, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits(a, fs, ft, at.s, at.t, 1, 1, opened);
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
     typename Sums::template Stats<S> stats = {};
     if (rank < 32) {
@@ -554,7 +530,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
       for (int64_t c = 0; g && c < a.classes; ++c) fs.put(g, c * g_step, 0);
       continue;
     }
-    const AtTarget<S> y = at_target(a, fs, ft, s, t, s_step, t_step, opened);
+    const TargetLogits<S> y = target_logits(a, fs, ft, s, t, s_step, t_step, opened);
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
     typename Sums::template Stats<S> stats = {};
     if (a.backward) {

@@ -24,6 +24,21 @@ struct Device {
   int64_t shared_per_block, shared_per_multiprocessor, l2;  // bytes; per block: what a kernel may opt in to
 };
 
+// What some devices say of themselves, for the tests and for the table that is printed.
+struct KnownDevice {
+  const char* name;
+  Device device;
+};
+constexpr KnownDevice kDevices[] = {
+    {"A100", {80, 108, 163 << 10, 164 << 10, int64_t(40) << 20}},
+    {"RTX 3090", {86, 82, 99 << 10, 100 << 10, int64_t(6) << 20}},
+    {"L40S", {89, 142, 99 << 10, 100 << 10, int64_t(96) << 20}},
+    {"H100", {90, 132, 227 << 10, 228 << 10, int64_t(50) << 20}},
+    {"H200", {90, 132, 227 << 10, 228 << 10, int64_t(60) << 20}},
+    {"B200", {100, 148, 227 << 10, 228 << 10, int64_t(126) << 20}},
+    {"RTX 5090", {120, 170, 99 << 10, 100 << 10, int64_t(96) << 20}},
+};
+
 enum class Regime : int32_t { lanes, block, staged, sweeps, split, strided };
 constexpr const char* kRegimes[] = {"lanes", "block", "staged", "sweeps", "split", "strided"};
 

@@ -188,6 +188,21 @@ KD_DEVICE Row<F> view(const Args<S>& a, const F& fs, const F& ft, int64_t row, i
   return Row<F>(fs, ft, a.student, a.teacher, a.grad, a.has_teacher, outer, inner, a.classes, target);
 }
 
+// The logits of one vector, the target at -inf. Losses without a teacher see the student twice.
+template <class Sums, class F, class S>
+KD_DEVICE void values_of(const F& fs, const F& ft, const Row<F>& row, int vector, typename F::Vector& raw_s,
+                         typename F::Vector& raw_t, S (&s)[F::kVector], S (&t)[F::kVector]) {
+  fs.values(raw_s, s);
+  row.at_target(vector, s, lowest<S>());
+  if (Sums::teacher) {
+    ft.values(raw_t, t);
+    row.at_target(vector, t, lowest<S>());
+  } else {
+    KD_UNROLL
+    for (int e = 0; e < F::kVector; ++e) t[e] = s[e];
+  }
+}
+
 // loss[k] and the coefficients from the sums of a row, by the loss of this call.
 template <class Sums, class S, class Stats, class Coef>
 KD_DEVICE void finish_loss(const Args<S>& a, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
@@ -235,13 +250,13 @@ KD_DEVICE void write_nothing(const Args<S>& a, int64_t row) {
 
 // The logits of the target; -inf without one. Asked for before the row is summed up, so that nobody waits for them.
 template <class S>
-struct AtTarget {
+struct TargetLogits {
   S s, t;
 };
 template <class F, class S>
-KD_DEVICE AtTarget<S> at_target(const Args<S>& a, const F& fs, const F& ft, const char* s, const char* t,
-                                int64_t s_step, int64_t t_step, const Open<S>& open) {
-  AtTarget<S> out = {lowest<S>(), lowest<S>()};
+KD_DEVICE TargetLogits<S> target_logits(const Args<S>& a, const F& fs, const F& ft, const char* s, const char* t,
+                                        int64_t s_step, int64_t t_step, const Open<S>& open) {
+  TargetLogits<S> out = {lowest<S>(), lowest<S>()};
   if (!open.read || open.target < 0) return out;
   out.s = fs.get(s, open.target * s_step);
   if (a.has_teacher) out.t = ft.get(t, open.target * t_step);
@@ -250,7 +265,7 @@ KD_DEVICE AtTarget<S> at_target(const Args<S>& a, const F& fs, const F& ft, cons
 
 // The row's loss times its weight, as part of a sum, and its coefficients. writes: in one thread of the team.
 template <class Sums, class S, class Stats, class Coef>
-KD_DEVICE double finish_row(const Args<S>& a, const AtTarget<S>& y, int64_t row, S weight, const Pivots<S>& pivots,
+KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t row, S weight, const Pivots<S>& pivots,
                             const Stats& stats, bool writes, Coef& coef) {
   S g[kMostOutputs], loss[kMostOutputs] = {};
   KD_UNROLL
@@ -308,9 +323,9 @@ KD_DEVICE void write_zero_row(const F& f, const Row<F>& row, int rank, int size)
 // From each warp's statistics to the row's coefficients, known to all threads, relative to the row's pivots. Ends with
 // every thread past a barrier after which nobody reads the warps' statistics again.
 template <class Sums, class S, class Stats>
-KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const AtTarget<S>& y, int64_t row,
-                                 S weight, const Pivots<S>& warp_pivots, const Stats& warp_stats, bool writes,
-                                 Slope<Sums, S>& slope) {
+KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
+                                 int64_t row, S weight, const Pivots<S>& warp_pivots, const Stats& warp_stats,
+                                 bool writes, Slope<Sums, S>& slope) {
   using X = Scratch<Sums, S>;
   const int warps = arch::threads() / 32, warp = arch::thread() / 32, lane = arch::lane();
   Pivots<S> pivots = warp_pivots;
