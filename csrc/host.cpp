@@ -77,7 +77,7 @@ const gpu::Device& gpu_device(const std::string& name) {
 }
 
 py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int itemsize, bool teacher, int kept,
-                  bool alike, bool strided, bool wide, bool backward) {
+                  bool alike, bool strided, bool wide, bool backward, bool writes) {
   gpu::Shape x = {rows,
                   classes,
                   wide ? 32 / itemsize : 16 / itemsize,
@@ -86,6 +86,7 @@ py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int 
                   alike,
                   strided,
                   wide,
+                  writes,
                   backward ? kd::Pass::backward : kd::Pass::forward_grad};
   if (wide) x.vector = itemsize == 8 ? 2 : 8;
   const gpu::Plan plan = gpu::plan(x, gpu_device(device));
@@ -97,6 +98,8 @@ py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int 
   out["wave"] = plan.wave;
   out["parts"] = plan.parts;
   out["part_vectors"] = plan.part_vectors;
+  out["lane_classes"] = plan.lane_classes;
+  out["stage_slots"] = plan.stage_slots;
   out["vector"] = x.vector;
   return out;
 }
@@ -111,7 +114,8 @@ std::string gpu_table(const std::string& device) {
   for (int64_t classes : {10, 100, 200, 1000, 4096, 8192, 16384, 32000, 50257, 65536, 128256, 151936, 262144}) {
     out << "  " << classes;
     for (int itemsize : {2, 4}) {
-      const gpu::Shape x = {4096, classes, 16 / itemsize, 2 * itemsize, 2, true, false, false, kd::Pass::forward_grad};
+      const gpu::Shape x = {4096, classes, 16 / itemsize, 2 * itemsize, 2,
+                            true, false,   false,         true,         kd::Pass::forward_grad};
       const gpu::Plan plan = gpu::plan(x, gpu_device(device));
       out << "  " << gpu::kRegimes[static_cast<int>(plan.regime)] << " " << plan.threads << " x " << plan.blocks;
     }
@@ -135,7 +139,7 @@ PYBIND11_MODULE(_host, m) {
   });
   m.def("gpu_plan", &gpu_plan, py::kw_only(), py::arg("device"), py::arg("rows"), py::arg("classes"),
         py::arg("itemsize") = 2, py::arg("teacher") = true, py::arg("kept") = 2, py::arg("alike") = true,
-        py::arg("strided") = false, py::arg("wide") = false, py::arg("backward") = false,
+        py::arg("strided") = false, py::arg("wide") = false, py::arg("backward") = false, py::arg("writes") = true,
         "What the CUDA planner picks on a known device, for logits of so many bytes.");
   m.def("gpu_table", &gpu_table, py::arg("device") = "H200", "The CUDA planner's rules and some of its choices.");
   m.def("stats_width", [] { return kd::kStatsWidth; });

@@ -1,14 +1,14 @@
 // The mergeable pieces that losses are made of: what is summed over the classes of a row, target class left out.
 //
-// A class enters through its logits relative to the pivots (ds = s - max s, dt = t - max t, both <= 0). They stay in
+// A class enters through its logits relative to the pivots (ds = s - pivot, dt = t - pivot). They stay in
 // units of logits, temperature not applied: differences t - s are then exact however small or large the temperature is,
 // and one pivot serves every temperature.
 //
 //   Sums::exps(scales, ds, dt)   the exponentials of a class, e[0..kept) are what the gradient needs again
 //   Sums::add(stats, exps)       statistics of one more class
-//   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() makes one of two disjoint sets of
-//   classes Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots gradient(e,
-//   coef)            d loss / d logit of a class: no new exponential
+//   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes
+//   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots
+//   gradient(e, coef)            d loss / d logit of a class: no new exponential
 #pragma once
 
 #include "lane.h"
@@ -17,7 +17,7 @@ KD_NAMESPACE_BEGIN
 
 template <class V>
 struct Pivots {
-  V s, t;  // maxima of the logits; -inf where there is no class
+  V s, t;  // maxima of the logits, or a little less (cuda/row.cuh); -inf where there is no class
 };
 
 // The pivot to subtract: 0 where no class has a finite logit, so that -inf - pivot stays -inf.

@@ -37,6 +37,7 @@ inline uint32_t funnel(uint32_t low, uint32_t high, int shift) {
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -233,20 +234,33 @@ struct Launch {
 };
 
 // 0, or CUDA's error code.
-template <class Args>
-int launch(const Launch& how, void (*kernel)(const Args), const Args& args) {
-  if (how.shared_bytes > (48u << 10)) {  // more must be asked for
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(how.shared_bytes));
-    if (error != cudaSuccess) return static_cast<int>(error);
+template <auto kKernel, class Args>
+int launch(const Launch& how, const Args& args) {
+  const auto failed = [](cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();  // or the next caller who asks is blamed for it
+    return static_cast<int>(error);
+  };
+  if (how.shared_bytes > (48u << 10)) {
+    // More must be asked for, once per device: all that there is, because calls on other threads may need more.
+    static std::atomic<uint64_t> asked{0};
+    int device = 0, most = 0;
+    if (const int error = failed(cudaGetDevice(&device))) return error;
+    const uint64_t bit = uint64_t(1) << (device % 64);
+    if (device >= 64 || !(asked.load() & bit)) {
+      if (const int error = failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)))
+        return error;
+      const void* const kernel = reinterpret_cast<const void*>(kKernel);
+      if (const int error = failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
+        return error;
+      asked |= bit;
+    }
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = static_cast<cudaStream_t>(how.stream);
-  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, args));
+  return failed(cudaLaunchKernelEx(&config, kKernel, args));
 }
 
 }  // namespace arch

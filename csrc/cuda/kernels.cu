@@ -46,7 +46,6 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.classes = static_cast<int>(p.classes);
   a.loss = p.loss;
   a.outputs = Loss::outputs;
-  a.has_teacher = Loss::Sums::teacher;
   a.backward = p.pass == Pass::backward;
   a.mean = c.mean;
   a.target = p.target;
@@ -55,7 +54,8 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   static_assert(sizeof(Params) <= sizeof(a.params), "room for every loss's parameters");
   static_assert(std::is_trivially_copyable_v<Params>, "they are copied to the device");
   memcpy(a.params, &params, sizeof(params));
-  a.margin = static_cast<S>(8 / std::max<double>(params.k, Loss::Sums::two ? kLog2e : 0));
+  // Finite, so that -inf and the margin make -inf.
+  a.margin = static_cast<S>(std::min(1e30, 8 / std::max<double>(params.k, Loss::Sums::two ? kLog2e : 0)));
   a.row_weight = static_cast<const S*>(p.row_weight);
   a.upstream = static_cast<const S*>(p.grad_rows);
   a.scale = static_cast<S>(p.scale);
@@ -64,7 +64,7 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.stats_out = a.backward ? nullptr : static_cast<S*>(p.stats);
   a.losses = static_cast<S*>(p.rows);
   double* const doubles = static_cast<double*>(c.scratch);
-  a.count_blocks = static_cast<int>(count_blocks(c));
+  a.count_blocks = static_cast<int>(count_blocks(c, plan));
   a.counts = a.count_blocks ? doubles : nullptr;
   a.sums = doubles + a.count_blocks;
   a.sum_count = sum_count(c, plan);
@@ -72,48 +72,55 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.counter = c.total ? c.counter : nullptr;
   a.parts = plan.parts;
   a.part_vectors = plan.part_vectors;
+  a.stage_slots = plan.stage_slots;
   a.part_stats = reinterpret_cast<S*>(static_cast<char*>(c.scratch) + part_stats_offset(c, plan));
   return a;
 }
 
 template <class Sums, class F>
-int launch(const Call& c, const Plan& plan, Args<typename F::S> a) {
-  arch::Launch how = {plan.blocks, plan.threads, Scratch<Sums, typename F::S>::bytes(), c.stream};
-  switch (plan.regime) {
-    case Regime::sweeps:
-      return arch::launch(how, sweeps<Sums, F>, a);
-    case Regime::split: {
-      uint32_t* const counter = a.counter;
-      for (; a.first_row < a.rows; a.first_row += plan.wave) {
-        const int64_t rows = std::min(plan.wave, a.rows - a.first_row);
-        a.counter = a.first_row + rows == a.rows ? counter : nullptr;
-        how.blocks = rows * plan.parts;
-        int error = a.backward ? 0 : arch::launch(how, partial<Sums, F>, a);
-        if (!a.grad.data) how.blocks = rows;
-        if (!error) error = arch::launch(how, slope<Sums, F>, a);
-        if (error) return error;
-      }
-      return 0;
-    }
-    default:
-      break;
+int launch_parts(arch::Launch how, const Plan& plan, Args<typename F::S> a) {
+  uint32_t* const counter = a.counter;
+  for (; a.first_row < a.rows; a.first_row += plan.wave) {
+    const int64_t rows = std::min(plan.wave, a.rows - a.first_row);
+    a.counter = a.first_row + rows == a.rows ? counter : nullptr;
+    how.blocks = rows * plan.parts;
+    int error = a.backward ? 0 : arch::launch<part_stats<Sums, F>>(how, a);
+    if (!a.grad.data) how.blocks = rows;
+    if (!error) error = arch::launch<part_gradient<Sums, F>>(how, a);
+    if (error) return error;
   }
+  return 0;
+}
+
+template <class Sums, class F>
+int launch_sweeps(const arch::Launch& how, const Plan& plan, const Args<typename F::S>& a) {
+  if constexpr (!F::wide)
+    if (plan.alike) return arch::launch<sweeps<Sums, F, false>>(how, a);
+  return arch::launch<sweeps<Sums, F, true>>(how, a);
+}
+
+template <class Sums, class F>
+int launch(const Call& c, const Plan& plan, const Args<typename F::S>& a) {
+  arch::Launch how = {plan.blocks, plan.threads, Scratch<Sums, typename F::S>::bytes(), c.stream};
+  if (plan.regime == Regime::split) return launch_parts<Sums, F>(how, plan, a);
+  if (plan.regime == Regime::sweeps) return launch_sweeps<Sums, F>(how, plan, a);
+  if (plan.regime == Regime::strided) return arch::launch<strided<Sums, F>>(how, a);
   if constexpr (F::wide) {
-    return arch::launch(how, strided<Sums, F>, a);
+    return 1;  // the planner gives these no other regime
   } else {
-    switch (plan.regime) {
-      case Regime::lanes:
-        return plan.lanes == 8    ? arch::launch(how, few<Sums, F, 8>, a)
-               : plan.lanes == 16 ? arch::launch(how, few<Sums, F, 16>, a)
-                                  : arch::launch(how, few<Sums, F, 32>, a);
-      case Regime::block:
-        return arch::launch(how, block<Sums, F>, a);
-      default: {
-        const size_t slots = static_cast<size_t>(a.classes / F::kVector) * sizeof(Granule);
-        how.shared_bytes = (how.shared_bytes + 15) / 16 * 16 + (Sums::teacher ? 2 : 1) * slots;
-        return arch::launch(how, staged<Sums, F>, a);
-      }
+    if (plan.regime == Regime::block) return arch::launch<block<Sums, F>>(how, a);
+    if (plan.regime == Regime::staged) {
+      how.shared_bytes = (how.shared_bytes + 15) / 16 * 16 + static_cast<size_t>(plan.stage_slots) * plan.threads *
+                                                                 sizeof(Granule) * (Sums::teacher ? 2 : 1);
+      return arch::launch<staged<Sums, F>>(how, a);
     }
+    if constexpr (Sums::kept < 3)
+      if (plan.lane_classes == kManyRowsClasses)
+        return plan.lanes == 8 ? arch::launch<few<Sums, F, 8, kManyRowsClasses>>(how, a)
+                               : arch::launch<few<Sums, F, 16, kManyRowsClasses>>(how, a);
+    return plan.lanes == 8    ? arch::launch<few<Sums, F, 8, kFewRowsClasses>>(how, a)
+           : plan.lanes == 16 ? arch::launch<few<Sums, F, 16, kFewRowsClasses>>(how, a)
+                              : arch::launch<few<Sums, F, 32, kFewRowsClasses>>(how, a);
   }
 }
 
@@ -124,7 +131,7 @@ int run_one(const Call& c, const Plan& plan) {
     const CountArgs count_args = {a.target, a.rows, a.ignore_index, static_cast<double*>(c.scratch)};
     constexpr int kThreads = kCountThreads;
     const arch::Launch how = {a.count_blocks, kThreads, count_bytes(), c.stream};
-    if (const int error = arch::launch(how, count<kThreads>, count_args)) return error;
+    if (const int error = arch::launch<count<kThreads>>(how, count_args)) return error;
   }
   return launch<typename Loss::Sums, F>(c, plan, a);
 }
@@ -146,7 +153,7 @@ template <class T, class S>
 int launch_scale(const ScaleCall& c) {
   const ScaleArgs<S> a = {c.data, c.size, static_cast<const S*>(c.factor)};
   const int64_t blocks = ceil_div(c.size, kScaleThreads * 4 * (16 / sizeof(T)));
-  return arch::launch({std::min(blocks, kMostScaleBlocks), kScaleThreads, 0, c.stream}, scale<T, S>, a);
+  return arch::launch<scale<T, S>>({std::min(blocks, kMostScaleBlocks), kScaleThreads, 0, c.stream}, a);
 }
 
 // Gradients have the type of the student, which is this set's; losses are double if the teacher alone is.

@@ -21,14 +21,14 @@ struct Tile {
   S s[kVectors][E], t[kVectors][E], x[kVectors][E][Sums::kept];
   S edge_s[kEdgeCount], edge_t[kEdgeCount], edge_x[kEdgeCount][Sums::kept];
 
-  KD_DEVICE void load(const F& f, const Row<F>& row, bool read, int64_t target, int rank, int size) {
+  KD_DEVICE void load(const F& f, const Row<F>& row, bool read, int target, int rank, int size) {
     typename F::Vector raw_s[kVectors], raw_t[kVectors];
     KD_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       const int i = rank + k * size;
       if (!read || i >= row.count) continue;
-      raw_s[k] = f.fetch({row.s_place.base, 0}, row.first + i);
-      if (Sums::teacher) raw_t[k] = f.fetch({row.t_place.base, 0}, row.first + i);
+      raw_s[k] = f.template fetch<false, false>(row.s_place, row.first + i);
+      if (Sums::teacher) raw_t[k] = f.template fetch<false, false>(row.t_place, row.first + i);
     }
     KD_UNROLL
     for (int j = 0; j < kEdgeCount; ++j) {
@@ -81,7 +81,7 @@ struct Tile {
 
   // coef: relative to the pivots of the sweep.
   template <class Coef>
-  KD_DEVICE void write(const F& f, const Row<F>& row, int64_t target, int rank, int size, const Coef& coef) const {
+  KD_DEVICE void write(const F& f, const Row<F>& row, int target, int rank, int size, const Coef& coef) const {
     KD_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       const int i = rank + k * size;
@@ -89,7 +89,7 @@ struct Tile {
       S out[E];
       KD_UNROLL
       for (int e = 0; e < E; ++e) out[e] = gradient(x[k][e], coef.c);
-      row.at_target(row.first + i, out, coef.y);
+      if (row.first + i == row.hot_vector) row.at_target(out, coef.y);
       f.put_vector(row.g_base, row.first + i, out);
     }
     KD_UNROLL
@@ -100,12 +100,12 @@ struct Tile {
   }
 };
 
-// Several rows per warp, kLanes lanes each.
-template <class Sums, class F, int kLanes>
+// Several rows per warp, kLanes lanes each, that keep kClasses classes each.
+template <class Sums, class F, int kLanes, int kClasses>
 KD_KERNEL(kFewThreads, 2)
 few(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
-  constexpr int E = F::kVector, kVectors = kFewClasses / E, kEdgeCount = (2 * E + kLanes - 1) / kLanes;
+  constexpr int E = F::kVector, kVectors = kClasses / E, kEdgeCount = (2 * E + kLanes - 1) / kLanes;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F f(a.student);
@@ -118,8 +118,8 @@ few(KD_ARGUMENT(Args<typename F::S>) a) {
     const int64_t row = base + group;
     const bool exists = row < a.rows;
     const Open<S> opened = open(a, row);
-    const Row<F> at = view(a, f, f, exists ? row : base, opened.target);
-    const TargetLogits<S> y = target_logits(a, f, f, at.s, at.t, 1, 1, opened);
+    const Row<F> at = view<Sums>(a, f, f, exists ? row : base, opened.target);
+    const TargetLogits<S> y = target_logits<Sums>(f, f, at.s, at.t, 1, 1, opened);
     Tile<Sums, F, kVectors, kEdgeCount> tile;
     tile.load(f, at, opened.read, opened.target, rank, kLanes);
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
@@ -162,13 +162,13 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
   double sum = 0;
   for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
     const Open<S> opened = open(a, row);
-    const Row<F> at = view(a, f, f, row, opened.target);
+    const Row<F> at = view<Sums>(a, f, f, row, opened.target);
     if (!opened.read) {
       if (arch::thread() == 0) write_nothing(a, row);
       if (at.g) write_zero_row(f, at, arch::thread(), arch::threads());
       continue;
     }
-    const TargetLogits<S> y = target_logits(a, f, f, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits<Sums>(f, f, at.s, at.t, 1, 1, opened);
     Tile<Sums, F, kVectors, 1> tile;
     tile.load(f, at, true, opened.target, arch::thread(), arch::threads());
     Pivots<S> pivots;
@@ -184,7 +184,7 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
     }
     Slope<Sums, S> slope;
-    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, true, slope);
+    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope);
     if (!at.g) continue;
     Sums::rebase(a.scales, slope, slope.pivots, pivots);
     tile.write(f, at, opened.target, arch::thread(), arch::threads(), slope);
@@ -196,8 +196,8 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
 
 // ---- rows in two sweeps -------------------------------------------------------------------------------------------
 
-// Vectors from .. from + kUnroll * size of a row, rank by rank: all of them are on their way before the first is used.
-template <class Sums, class F, int kUnroll>
+// Vectors i, i + size, .. of a row, kUnroll of them: all are on their way before the first one is looked at.
+template <class Sums, class F, int kUnroll, bool kSkewed, bool kLast>
 struct Stride {
   using S = typename F::S;
   static constexpr int E = F::kVector;
@@ -207,13 +207,21 @@ struct Stride {
     KD_UNROLL
     for (int k = 0; k < kUnroll; ++k) {
       if (i + k * size >= end) continue;
-      raw_s[k] = fs.fetch(row.s_place, row.first + i + k * size);
-      if (Sums::teacher) raw_t[k] = ft.fetch(row.t_place, row.first + i + k * size);
+      raw_s[k] = fs.template fetch<kLast, kSkewed>(row.s_place, row.first + i + k * size);
+      if (Sums::teacher) raw_t[k] = ft.template fetch<kLast, kSkewed>(row.t_place, row.first + i + k * size);
     }
   }
-  // Vector k as values, the target at -inf.
-  KD_DEVICE void values(const F& fs, const F& ft, const Row<F>& row, int k, int vector, S (&s)[E], S (&t)[E]) {
-    values_of<Sums>(fs, ft, row, vector, raw_s[k], raw_t[k], s, t);
+  // use(vector, s, t) for each of them, the target at -inf.
+  template <class Use>
+  KD_DEVICE void each(const F& fs, const F& ft, const Row<F>& row, int i, int size, int end, Use use) {
+    KD_UNROLL
+    for (int k = 0; k < kUnroll; ++k) {
+      if (i + k * size >= end) continue;
+      const int vector = row.first + i + k * size;
+      S s[E], t[E];
+      values_of<Sums>(fs, ft, row, vector, raw_s[k], raw_t[k], s, t);
+      use(vector, s, t);
+    }
   }
 };
 
@@ -223,7 +231,7 @@ KD_DEVICE void write_vector(const Args<S>& a, const F& f, const Row<F>& row, int
   S out[F::kVector];
   KD_UNROLL
   for (int e = 0; e < F::kVector; ++e) out[e] = slope_at<Sums>(a.scales, slope, s[e], t[e]);
-  row.at_target(vector, out, slope.y);
+  if (vector == row.hot_vector) row.at_target(out, slope.y);
   f.put_vector(row.g_base, vector, out);
 }
 
@@ -233,7 +241,7 @@ struct Edge {
   using S = typename F::S;
   int c;
   S s, t;
-  KD_DEVICE Edge(const F& fs, const F& ft, const Row<F>& row, int64_t target, int rank) : s(lowest<S>()), t(s) {
+  KD_DEVICE Edge(const F& fs, const F& ft, const Row<F>& row, int target, int rank) : s(lowest<S>()), t(s) {
     c = rank < Row<F>::kEdges ? row.edge(rank) : -1;
     if (c < 0 || c == target) return;
     s = fs.get(row.s, c);
@@ -243,85 +251,54 @@ struct Edge {
     const S s1[1] = {s}, t1[1] = {t};
     if (c >= 0) running.add(a, s1, t1);
   }
-  KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int64_t target,
-                       const Slope<Sums, S>& slope) const {
+  KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int target, const Slope<Sums, S>& slope) const {
     if (c >= 0) f.put(row.g, c, c == target ? slope.y : slope_at<Sums>(a.scales, slope, s, t));
   }
 };
 
-// Vectors per thread that are on their way at a time.
-template <class F, bool kPart>
-constexpr int kUnroll = F::wide ? 1
-                        : kPart ? 4
-                                : 2;
-template <class F>
-constexpr int kMostThreads = F::wide ? kWideThreads : kLongThreads;
-
-// The statistics of vectors rank, rank + size, .. below `end`.
-template <class Sums, bool kPart, class F, class S>
-KD_DEVICE void sweep(const Args<S>& a, const F& fs, const F& ft, const Row<F>& row, int rank, int size, int end,
-                     Running<Sums, S>& running) {
-  constexpr int U = kUnroll<F, kPart>, E = F::kVector;
-  for (int i = rank; i < end; i += U * size) {
-    Stride<Sums, F, U> stride;
-    stride.fetch(fs, ft, row, i, size, end);
-    KD_UNROLL
-    for (int k = 0; k < U; ++k) {
-      if (i + k * size >= end) continue;
-      S s[E], t[E];
-      stride.values(fs, ft, row, k, row.first + i + k * size, s, t);
-      running.add(a, s, t);
-    }
-  }
-}
-
-// The gradient of vectors begin + rank, .. below `end`, the last ones first: they are what the cache still has.
-template <class Sums, bool kPart, class F, class S>
-KD_DEVICE void sweep_back(const Args<S>& a, const F& fs, const F& ft, const Row<F>& row, int begin, int end, int rank,
-                          int size, const Slope<Sums, S>& slope) {
-  constexpr int U = kUnroll<F, kPart>, E = F::kVector;
-  const int step = U * size, strides = (end - begin + step - 1) / step;
-  for (int n = strides - 1; n >= 0; --n) {
-    const int i = begin + n * step + rank;
-    Stride<Sums, F, U> stride;
-    stride.fetch(fs, ft, row, i, size, end);
-    KD_UNROLL
-    for (int k = 0; k < U; ++k) {
-      if (i + k * size >= end) continue;
-      S s[E], t[E];
-      stride.values(fs, ft, row, k, row.first + i + k * size, s, t);
-      write_vector<Sums>(a, fs, row, row.first + i + k * size, s, t, slope);
-    }
-  }
-}
-
-template <class Sums, class F>
-KD_KERNEL(kMostThreads<F>, 1)
+// Read twice: for the statistics, then in reverse for the gradient, which finds in the cache what was read last.
+template <class Sums, class F, bool kSkewed>
+KD_KERNEL((F::wide ? kWideThreads : kLongThreads), (sizeof(typename F::S) == 8 ? 1
+                                                    : F::wide                  ? 2
+                                                                               : 1))
 sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
+  constexpr int U = F::wide ? 1 : kSkewed ? 2 : 4;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
-  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
   const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
   const int rank = arch::thread(), size = arch::threads();
   double sum = 0;
   for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
     const Open<S> opened = open(a, row);
-    const Row<F> at = view(a, fs, ft, row, opened.target);
+    const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
     if (!opened.read) {
       if (rank == 0) write_nothing(a, row);
       if (at.g) write_zero_row(fs, at, rank, size);
       continue;
     }
     Running<Sums, S> running;
-    const TargetLogits<S> y = target_logits(a, fs, ft, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
     Edge<Sums, F>(fs, ft, at, opened.target, rank).add(a, running);
-    sweep<Sums, false>(a, fs, ft, at, rank, size, at.count, running);
+    for (int i = rank; i < at.count; i += U * size) {
+      Stride<Sums, F, U, kSkewed, false> stride;
+      stride.fetch(fs, ft, at, i, size, at.count);
+      stride.each(fs, ft, at, i, size, at.count,
+                  [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
+    }
     lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
     Slope<Sums, S> slope;
-    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, true, slope);
+    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
     if (!at.g) continue;
-    sweep_back<Sums, false>(a, fs, ft, at, 0, at.count, rank, size, slope);
+    for (int n = (at.count + U * size - 1) / (U * size) - 1; n >= 0; --n) {
+      const int i = n * U * size + rank;
+      Stride<Sums, F, U, kSkewed, true> stride;
+      stride.fetch(fs, ft, at, i, size, at.count);
+      stride.each(fs, ft, at, i, size, at.count, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
+        write_vector<Sums>(a, fs, at, vector, s, t, slope);
+      });
+    }
     Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
   }
   if (!a.total) return;
@@ -331,77 +308,88 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
 
 // ---- rows in shared memory ----------------------------------------------------------------------------------------
 
-// As sweeps, but both sweeps read shared memory. Every thread copies, waits for and reads its own granules only: the
-// copies need no barrier, and a granule makes room for one of the next row as soon as its gradient is written.
+// As sweeps, but both sweeps read shared memory. A thread's slots are a ring that it alone copies to, waits for and
+// reads: no barrier, and the next row arrives as slots are free, the first ones beside the current row, the others as
+// its granules are used for the last time.
 template <class Sums, class F>
 KD_KERNEL(kStagedThreads, 1)
 staged(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
   constexpr int E = F::kVector;
+  const int rank = arch::thread(), size = arch::threads(), slots = a.stage_slots;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
-  const int slots = a.classes / E;
-  const arch::Shared<Granule> s_slots = carver.template take<Granule>(slots);
-  const arch::Shared<Granule> t_slots = carver.template take<Granule>(Sums::teacher ? slots : 0);
+  const arch::Shared<Granule> s_ring = carver.template take<Granule>(slots * size);
+  const arch::Shared<Granule> t_ring = carver.template take<Granule>(Sums::teacher ? slots * size : 0);
   const F f(a.student);
-  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
-  const int rank = arch::thread(), size = arch::threads();
 
-  const auto copy = [&](const Row<F>& row, int i) {
-    arch::copy_async(s_slots, i, granules(row.s_place.base) + row.first + i);
-    if (Sums::teacher) arch::copy_async(t_slots, i, granules(row.t_place.base) + row.first + i);
+  int64_t row = arch::block();
+  Open<S> opened = open(a, row);
+  Row<F> at = view<Sums>(a, f, f, row < a.rows ? row : 0, opened.target);
+  int begin = 0;                                              // the slot of this row's first granule
+  const auto mine = [&](const Open<S>& o, const Row<F>& r) {  // how many granules of a row this thread has
+    return o.read && r.count > rank ? (r.count - rank + size - 1) / size : 0;
   };
-  const auto values = [&](const Row<F>& row, int i, S(&s)[E], S(&t)[E]) {
+  const auto slot = [&](int n) { return (n < slots ? n : n - slots) * size + rank; };
+  const auto copy = [&](const Row<F>& r, int n, int to) {
+    arch::copy_async(s_ring, to, granules(r.s_place.base) + r.first + rank + n * size);
+    if (Sums::teacher) arch::copy_async(t_ring, to, granules(r.t_place.base) + r.first + rank + n * size);
+  };
+  const auto values = [&](int n, S(&s)[E], S(&t)[E]) {
     typename F::Vector raw_s, raw_t;
     raw_s.skew = raw_t.skew = 0;
-    raw_s.g[0] = s_slots.ld(i);
-    if (Sums::teacher) raw_t.g[0] = t_slots.ld(i);
-    values_of<Sums>(f, f, row, row.first + i, raw_s, raw_t, s, t);
+    raw_s.g[0] = s_ring.ld(slot(begin + n));
+    if (Sums::teacher) raw_t.g[0] = t_ring.ld(slot(begin + n));
+    values_of<Sums>(f, f, at, at.first + rank + n * size, raw_s, raw_t, s, t);
   };
 
+  for (int n = 0; n < mine(opened, at); ++n) copy(at, n, slot(n));
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
   double sum = 0;
-  int64_t row = arch::block();
-  if (row < a.rows) {
-    const Open<S> opened = open(a, row);
-    const Row<F> at = view(a, f, f, row, opened.target);
-    for (int i = rank; opened.read && i < at.count; i += size) copy(at, i);
-  }
   for (; row < a.rows; row += arch::blocks()) {
     arch::copy_commit();
-    arch::copy_wait<0>();
-    const Open<S> opened = open(a, row);
-    const Row<F> at = view(a, f, f, row, opened.target);
     const int64_t next_row = row + arch::blocks();
     const Open<S> next_opened = open(a, next_row);
-    const Row<F> next = view(a, f, f, next_opened.read ? next_row : row, next_opened.target);
-    const int coming = next_opened.read ? next.count : 0;
-    if (!opened.read) {
-      for (int i = rank; i < coming; i += size) copy(next, i);
+    const Row<F> next = view<Sums>(a, f, f, next_row < a.rows ? next_row : row, next_opened.target);
+    const int here = mine(opened, at), coming = mine(next_opened, next);
+    int begun = 0;  // copies of the next row
+    for (; begun < coming && here + begun < slots; ++begun) copy(next, begun, slot(begin + here + begun));
+    arch::copy_commit();
+    arch::copy_wait<1>();  // this row is here
+
+    if (opened.read) {
+      Running<Sums, S> running;
+      const TargetLogits<S> y = target_logits<Sums>(f, f, at.s, at.t, 1, 1, opened);
+      Edge<Sums, F>(f, f, at, opened.target, rank).add(a, running);
+      for (int n = 0; n < here; ++n) {
+        S s[E], t[E];
+        values(n, s, t);
+        running.add(a, s, t);
+      }
+      lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
+      Slope<Sums, S> slope;
+      sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
+      if (at.g) {
+        for (int n = 0; n < here; ++n) {
+          S s[E], t[E];
+          values(n, s, t);
+          write_vector<Sums>(a, f, at, at.first + rank + n * size, s, t, slope);
+          if (begun < coming) {
+            copy(next, begun, slot(begin + n));
+            ++begun;
+          }
+        }
+        Edge<Sums, F>(f, f, at, opened.target, rank).write(a, f, at, opened.target, slope);
+      }
+    } else {
       if (rank == 0) write_nothing(a, row);
       if (at.g) write_zero_row(f, at, rank, size);
-      continue;
     }
-    Running<Sums, S> running;
-    const TargetLogits<S> y = target_logits(a, f, f, at.s, at.t, 1, 1, opened);
-    Edge<Sums, F>(f, f, at, opened.target, rank).add(a, running);
-    for (int i = rank; i < at.count; i += size) {
-      S s[E], t[E];
-      values(at, i, s, t);
-      running.add(a, s, t);
-      if (!at.g && i < coming) copy(next, i);
-    }
-    lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
-    Slope<Sums, S> slope;
-    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, true, slope);
-    for (int i = rank; i < at.count || i < coming; i += size) {
-      if (at.g && i < at.count) {
-        S s[E], t[E];
-        values(at, i, s, t);
-        write_vector<Sums>(a, f, at, at.first + i, s, t, slope);
-      }
-      if (i < coming && (at.g || i >= at.count)) copy(next, i);
-    }
-    if (at.g) Edge<Sums, F>(f, f, at, opened.target, rank).write(a, f, at, opened.target, slope);
+    // What is left of the next row goes where this row was: behind it, around the ring.
+    begin = begin + here < slots ? begin + here : begin + here - slots;
+    for (; begun < coming; ++begun) copy(next, begun, slot(begin + begun));
+    opened = next_opened;
+    at = next;
   }
   if (!a.total) return;
   if (rank == 0) arch::store(a.sums + arch::block(), sum);
@@ -410,88 +398,86 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
 
 // ---- rows in parts ------------------------------------------------------------------------------------------------
 
+template <class F>
+constexpr int kPartUnroll = F::wide ? 2 : 4;
+
 // The statistics of one part of a row. The edges belong to the first part.
 template <class Sums, class F>
-KD_KERNEL(kPartThreads, F::wide ? 1 : 2)
-partial(KD_ARGUMENT(Args<typename F::S>) a) {
+KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
+part_stats(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
+  constexpr int U = kPartUnroll<F>;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
-  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
   const int rank = arch::thread(), size = arch::threads();
   const int64_t in_wave = arch::block() / a.parts, row = a.first_row + in_wave;
   const int part = static_cast<int>(arch::block() - in_wave * a.parts);
   const Open<S> opened = open(a, row);
   if (!opened.read) return;
-  const Row<F> at = view(a, fs, ft, row, opened.target);
+  const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
   const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
   Running<Sums, S> running;
-  sweep<Sums, true>(a, fs, ft, at, begin + rank, size, end, running);
   if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).add(a, running);
+  for (int i = begin + rank; i < end; i += U * size) {
+    Stride<Sums, F, U, true, false> stride;
+    stride.fetch(fs, ft, at, i, size, end);
+    stride.each(fs, ft, at, i, size, end,
+                [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
+  }
   lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
-  using X = Scratch<Sums, S>;
-  if (arch::lane() == 0) {
-    const int at_part = rank / 32 * X::kFields;
-    scratch.parts.st(at_part, running.pivots.s);
-    scratch.parts.st(at_part + 1, running.pivots.t);
-    KD_UNROLL
-    for (int k = 0; k < Sums::count; ++k) scratch.parts.st(at_part + 2 + k, running.stats.v[k]);
-  }
-  arch::sync_block();
-  if (rank >= 32) return;
-  Pivots<S> pivots = {lowest<S>(), lowest<S>()};
-  typename Sums::template Stats<S> stats = {};
-  if (rank < size / 32) {
-    pivots = {scratch.parts.ld(rank * X::kFields), scratch.parts.ld(rank * X::kFields + 1)};
-    KD_UNROLL
-    for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.parts.ld(rank * X::kFields + 2 + k);
-  }
-  lanes_merge<Sums, 32>(a.scales, stats, pivots);
-  if (rank == 0) store_stats<Sums>(a.part_stats + arch::block() * kStatsWidth, pivots, stats);
+  warps_merge<Sums>(a, scratch, running.stats, running.pivots);
+  if (rank == 0) store_stats<Sums>(a.part_stats + arch::block() * kStatsWidth, running.pivots, running.stats);
 }
 
 // Finishes a row from the statistics of its parts, or from those of a forward pass, and writes the gradient of a part.
 // The block of the first part writes the loss. The last parts come first: they are what the cache still has.
 template <class Sums, class F>
-KD_KERNEL(kPartThreads, F::wide ? 1 : 2)
-slope(KD_ARGUMENT(Args<typename F::S>) a) {
+KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
+part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
+  constexpr int U = kPartUnroll<F>;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
-  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
   const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
   const int rank = arch::thread(), size = arch::threads(), parts = a.grad.data ? a.parts : 1;
   const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / parts, row = a.first_row + in_wave;
   const int part = static_cast<int>(from_end - in_wave * parts);
   const Open<S> opened = open(a, row);
-  const Row<F> at = view(a, fs, ft, row, opened.target);
-  const int begin = part * a.part_vectors;
-  // Of the last part: what the fewest vectors that a row may have leave over.
-  const int end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
+  const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
+  const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
   double sum = 0;
   if (opened.read) {
-    const TargetLogits<S> y = target_logits(a, fs, ft, at.s, at.t, 1, 1, opened);
+    const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
+    // The last stride, which comes first, is on its way while the row is finished.
+    const int strides = end > begin ? (end - begin + U * size - 1) / (U * size) : 0;
+    int i = begin + (strides - 1) * U * size + rank;
+    Stride<Sums, F, U, true, true> stride;
+    if (at.g && strides) stride.fetch(fs, ft, at, i, size, end);
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
     typename Sums::template Stats<S> stats = {};
-    if (rank < 32) {
-      if (a.backward) {
-        load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
-      } else {
-        for (int i = rank; i < a.parts; i += 32) {
-          Pivots<S> part_pivots;
-          typename Sums::template Stats<S> part_stats;
-          load_stats<Sums>(a.part_stats + (in_wave * a.parts + i) * kStatsWidth, part_pivots, part_stats);
-          merge<Sums>(a.scales, stats, pivots, part_stats, part_pivots);
-        }
-        lanes_merge<Sums, 32>(a.scales, stats, pivots);
+    if (rank < 32 && a.backward) {
+      load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
+    } else if (rank < 32) {
+      for (int n = rank; n < a.parts; n += 32) {
+        Pivots<S> part_pivots;
+        typename Sums::template Stats<S> part_sums;
+        load_stats<Sums>(a.part_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
+        merge<Sums>(a.scales, stats, pivots, part_sums, part_pivots);
       }
+      lanes_merge<Sums, 32>(a.scales, stats, pivots);
     }
     Slope<Sums, S> slope;
-    sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, part == 0, slope);
-    if (at.g) {
-      sweep_back<Sums, true>(a, fs, ft, at, begin, end, rank, size, slope);
-      if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
+    sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope);
+    for (int n = strides - 1; at.g && n >= 0; --n) {
+      stride.each(fs, ft, at, i, size, end, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
+        write_vector<Sums>(a, fs, at, vector, s, t, slope);
+      });
+      i -= U * size;
+      if (n > 0) stride.fetch(fs, ft, at, i, size, end);
     }
+    if (at.g && part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
   } else {
     if (rank == 0 && part == 0) write_nothing(a, row);
     if (at.g) {
@@ -506,14 +492,16 @@ slope(KD_ARGUMENT(Args<typename F::S>) a) {
 
 // ---- classes that are apart ---------------------------------------------------------------------------------------
 
-// A thread per row: neighbours in memory are rows then (images with the classes in the middle).
+// A thread per row: neighbours in memory are rows then (images with the classes in the middle). Several classes are on
+// their way at a time.
 template <class Sums, class F>
-KD_KERNEL(128, 1)
+KD_KERNEL(kStridedThreads, (sizeof(typename F::S) == 8 ? 2 : 4))
 strided(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
+  constexpr int U = F::wide ? 2 : 8;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
-  const F fs(a.student), ft(a.has_teacher ? a.teacher : a.student);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
   const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
   const int64_t s_step = a.student.class_stride, t_step = a.teacher.class_stride, g_step = a.grad.class_stride;
   double sum = 0;
@@ -522,15 +510,24 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
     const Open<S> opened = open(a, row);
     int64_t outer, inner;
     split_row(a, row, outer, inner);
-    const char* const s = row_of(a.student, fs.size(), outer, inner);
-    const char* const t = a.has_teacher ? row_of(a.teacher, ft.size(), outer, inner) : s;
-    char* const g = a.grad.data ? row_of(a.grad, fs.size(), outer, inner) : nullptr;
+    const char* const s_row = row_of(a.student, fs.size(), outer, inner);
+    const char* const t_row = Sums::teacher ? row_of(a.teacher, ft.size(), outer, inner) : s_row;
+    char* const g_row = a.grad.data ? row_of(a.grad, fs.size(), outer, inner) : nullptr;
     if (!opened.read) {
       write_nothing(a, row);
-      for (int64_t c = 0; g && c < a.classes; ++c) fs.put(g, c * g_step, 0);
+      for (int64_t c = 0; g_row && c < a.classes; ++c) fs.put(g_row, c * g_step, 0);
       continue;
     }
-    const TargetLogits<S> y = target_logits(a, fs, ft, s, t, s_step, t_step, opened);
+    // Classes c .. c + U, the target and what is behind the last one at -inf.
+    const auto fetch = [&](int64_t c, S(&s)[U], S(&t)[U]) {
+      KD_UNROLL
+      for (int k = 0; k < U; ++k) {
+        const bool there = c + k < a.classes && c + k != opened.target;
+        s[k] = there ? fs.get(s_row, (c + k) * s_step) : lowest<S>();
+        t[k] = Sums::teacher && there ? ft.get(t_row, (c + k) * t_step) : s[k];
+      }
+    };
+    const TargetLogits<S> y = target_logits<Sums>(fs, ft, s_row, t_row, s_step, t_step, opened);
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
     typename Sums::template Stats<S> stats = {};
     if (a.backward) {
@@ -540,24 +537,29 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
       Running<Sums, S> running;
       for (int64_t from = 0; from < a.classes; from += kChunk) {
         running.stats = {};
-        for (int64_t c = from; c < from + kChunk && c < a.classes; ++c) {
-          if (c == opened.target) continue;
-          const S s1[1] = {fs.get(s, c * s_step)}, t1[1] = {a.has_teacher ? ft.get(t, c * t_step) : s1[0]};
-          running.add(a, s1, t1);
+        for (int64_t c = from; c < from + kChunk && c < a.classes; c += U) {
+          S s[U], t[U];
+          fetch(c, s, t);
+          running.add(a, s, t);
         }
         merge<Sums>(a.scales, stats, pivots, running.stats, running.pivots);
       }
     }
     typename Sums::template Coef<S> coef;
     sum += finish_row<Sums>(a, y, row, opened.weight * factor, pivots, stats, true, coef);
-    if (!g) continue;
+    if (!g_row) continue;
     Slope<Sums, S> slope;
     KD_UNROLL
     for (int k = 0; k < Sums::kept; ++k) slope.c[k] = coef.c[k];
     slope.pivots = {usable(pivots.s), usable(pivots.t)};
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const S s1 = fs.get(s, c * s_step), t1 = a.has_teacher ? ft.get(t, c * t_step) : s1;
-      fs.put(g, c * g_step, c == opened.target ? coef.y : slope_at<Sums>(a.scales, slope, s1, t1));
+    for (int64_t c = 0; c < a.classes; c += U) {
+      S s[U], t[U];
+      fetch(c, s, t);
+      KD_UNROLL
+      for (int k = 0; k < U; ++k)
+        if (c + k < a.classes)
+          fs.put(g_row, (c + k) * g_step,
+                 c + k == opened.target ? coef.y : slope_at<Sums>(a.scales, slope, s[k], t[k]));
     }
   }
   if (!a.total) return;
@@ -585,9 +587,9 @@ KD_KERNEL(kThreads, 1)
 count(KD_ARGUMENT(CountArgs) a) {
   arch::Carver carver = arch::shared();
   const arch::Shared<double> doubles = carver.take<double>(33);
-  double counted = 0;
-  for (int64_t i = arch::block() * arch::threads() + arch::thread(); i < a.rows; i += arch::blocks() * arch::threads())
-    counted += arch::load(a.target + i) != a.ignore_index;
+  const int64_t each = (a.rows + arch::blocks() - 1) / arch::blocks(), begin = arch::block() * each;
+  const int64_t here = begin + each < a.rows ? each : a.rows > begin ? a.rows - begin : 0;
+  double counted = thread_sum<int>(here, [&](int64_t i) { return arch::load(a.target + begin + i) != a.ignore_index; });
   counted = block_sum(doubles, counted);
   if (arch::thread() == 0) arch::store(a.counts + arch::block(), counted);
 }

@@ -100,7 +100,14 @@ KD_DEVICE const Granule* granules(const char* base) { return reinterpret_cast<co
 
 // ---- formats ------------------------------------------------------------------------------------------------------
 
-// Logits of one type that the kernel is compiled for.
+template <bool kLast, class T>
+KD_DEVICE T load(const T* p) {
+  return kLast ? arch::load_streaming(p) : arch::load(p);
+}
+
+// Logits of one type that the kernel is compiled for. A vector is fetched first and looked at later, so that others are
+// on their way meanwhile. kLast: nobody reads it again. Not kSkewed: the
+// call's tensors all lie alike.
 template <class T>
 struct Format {
   using S = float;
@@ -110,12 +117,13 @@ struct Format {
   KD_DEVICE explicit Format(const Logits&) {}
 
   KD_DEVICE int size() const { return sizeof(T); }
+  template <bool kLast, bool kSkewed>
   KD_DEVICE Vector fetch(const Place& from, int vector) const {
     Vector raw;
     const Granule* const g = granules(from.base) + vector;
-    raw.skew = from.skew;
-    raw.g[0] = arch::load(g);
-    if (from.skew) raw.g[1] = arch::load(g + 1);
+    raw.skew = kSkewed ? from.skew : 0;
+    raw.g[0] = load<kLast>(g);
+    if (kSkewed && from.skew) raw.g[1] = load<kLast>(g + 1);
     return raw;
   }
   KD_DEVICE void values(Vector& raw, float* out) const {
@@ -146,6 +154,7 @@ struct AnyFormat {
   KD_DEVICE explicit AnyFormat(const Logits& x) : dtype(x.dtype) {}
 
   KD_DEVICE int size() const { return static_cast<int>(bytes_of(dtype)); }
+  template <bool kLast, bool kSkewed>
   KD_DEVICE Vector fetch(const Place& from, int vector) const {
     Vector raw;
     const int bytes = kVector * size();
@@ -154,7 +163,7 @@ struct AnyFormat {
     raw.skew = static_cast<int>(at % 16);
     KD_UNROLL
     for (int i = 0; i <= kGranules; ++i)
-      if (16 * i < raw.skew + bytes) raw.g[i] = arch::load(g + i);
+      if (16 * i < raw.skew + bytes) raw.g[i] = load<kLast>(g + i);
     return raw;
   }
   KD_DEVICE void values(Vector& raw, S* out) const {
@@ -235,7 +244,7 @@ struct Row {
   int hot_vector, hot_lane;  // the target, if it is in a vector
 
   KD_DEVICE Row(const F& fs, const F& ft, const Logits& student, const Logits& teacher, const Logits& grad,
-                bool has_teacher, int64_t outer, int64_t inner, int row_classes, int64_t target)
+                bool has_teacher, int64_t outer, int64_t inner, int row_classes, int target)
       : classes(row_classes) {
     s = row_of(student, fs.size(), outer, inner);
     t = has_teacher ? row_of(teacher, ft.size(), outer, inner) : s;
@@ -261,15 +270,15 @@ struct Row {
     hot_vector = -1;
     hot_lane = 0;
     if (target >= head && target < tail) {
-      hot_vector = (static_cast<int>(target) + shift) / kVector;
-      hot_lane = (static_cast<int>(target) + shift) % kVector;
+      hot_vector = (target + shift) / kVector;
+      hot_lane = (target + shift) % kVector;
     }
   }
 
-  // Puts `value` at the target if it is in this vector, which a branch finds cheaper than a comparison per class.
+  // Puts `value` at the target, for the vector that has it: a branch around this costs less than a comparison per
+  // class.
   template <class S>
-  KD_DEVICE void at_target(int vector, S (&x)[kVector], S value) const {
-    if (vector != hot_vector) return;
+  KD_DEVICE void at_target(S (&x)[kVector], S value) const {
     KD_UNROLL
     for (int e = 0; e < kVector; ++e) x[e] = e == hot_lane ? value : x[e];
   }

@@ -51,6 +51,7 @@ struct Shape {
   bool alike;      // student, teacher and gradient are of one type and begin at the same place in their granules
   bool strided;    // classes are apart
   bool wide;       // computed in double, or of mixed types: fewer threads for more registers
+  bool writes;     // a gradient
   Pass pass;
 };
 
@@ -59,23 +60,31 @@ struct Plan {
   int threads;           // per block
   int64_t blocks;        // per launch; with split, of the largest wave
   int lanes = 0;         // per row, in regime lanes
+  int lane_classes = 0;  // of a lane
+  int stage_slots = 0;   // vectors of each tensor that a thread has room for, in regime staged
+  bool alike = false;    // as in Shape
   int64_t wave = 0;      // rows per wave, in regime split
   int parts = 1;         // of a row
   int part_vectors = 0;  // vectors of a part
 };
 
 // Registers hold the exponentials of so many classes per thread.
-constexpr int kFewClasses = 8;  // in regime lanes
+constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;  // in regime lanes
 constexpr int kept_classes(int kept, int vector) { return (kept > 2 ? 24 : 32) - (vector == 4 ? 8 : 0); }
 template <int kKept, int kVector>
 constexpr int kKeptClasses = kept_classes(kKept, kVector);
 
-constexpr int kFewThreads = 256, kBlockThreads = 192, kLongThreads = 384, kStagedThreads = 768, kWideThreads = 256;
-constexpr int kPartThreads = 192, kScaleThreads = 256;
+// Threads that a kernel is compiled for, and how many warps of them a multiprocessor's registers hold.
+constexpr int kFewThreads = 256, kBlockThreads = 192, kLongThreads = 384, kStagedThreads = 768, kWideThreads = 192;
+constexpr int kPartThreads = 192, kStridedThreads = 128, kScaleThreads = 256, kCountThreads = 256;
+constexpr int kBlockWarps = 12;
+
+constexpr int64_t kLongClasses = 8192;  // rows from which several blocks are worth a second launch
 constexpr int kMostParts = 64;
-constexpr int64_t kFewRows = 8192;  // so many targets every block counts for itself; more take a launch of their own
-constexpr int64_t kCountThreads = 256, kMostCountBlocks = 128, kMostScaleBlocks = 2048;
-constexpr int64_t kRowOverhead = 4 << 10;  // bytes of shared memory beside the staged row
+constexpr int64_t kSmallestWave = int64_t(8) << 20;  // bytes; below, launches would cost more than missing the cache
+constexpr int64_t kTargetsPerThread = 32;  // that every block counts for itself; more take a launch of their own
+constexpr int64_t kMostCountBlocks = 128, kMostScaleBlocks = 2048;
+constexpr int64_t kRowOverhead = 4 << 10;  // bytes of shared memory beside the staged rows
 
 // One line per choice, first match counts. A GPU's row of the table differs only by what Device says.
 struct Rule {
@@ -84,19 +93,21 @@ struct Rule {
 };
 constexpr Rule kTable[] = {
     {Regime::strided, "classes are not adjacent"},
-    {Regime::lanes, "alike, classes <= 8 lanes x 8, 16 x 8, 32 x 8: that many lanes per row"},
+    {Regime::lanes, "alike, classes <= 64, 128, 256: 8, 16, 32 lanes per row; many rows: <= 128, 256: 8, 16 lanes"},
     {Regime::block, "alike, classes <= 192 threads x 32 (24 where 3 exponentials are kept, 8 less in float32)"},
     {Regime::split, "backward: slices of every row; else classes > 8192 and rows < half the multiprocessors"},
     {Regime::staged, "alike, the row pair fits into a block's shared memory"},
-    {Regime::split, "classes > 8192 and a row pair per multiprocessor exceeds 0.45 of the L2 cache, or rows are fewer"},
+    {Regime::split, "classes > 8192, and rows < multiprocessors or their pairs exceed 0.45 of the L2 cache"},
     {Regime::sweeps, "everything else"},
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows whose pairs the L2 cache keeps between the two reads, beside the gradient that streams through it.
+// Rows whose pairs the L2 cache keeps between the two reads, beside the gradient that streams through it. All of them
+// where nothing is read twice, or where the cache is so small that launches cost more than they save.
 inline int64_t cached_rows(const Shape& x, const Device& d) {
-  return std::max<int64_t>(1, d.l2 * 45 / 100 / (x.classes * x.pair_bytes));
+  const int64_t cached = d.l2 * 45 / 100, row = x.classes * x.pair_bytes;
+  return x.writes && cached >= kSmallestWave ? std::max<int64_t>(1, cached / row) : x.rows;
 }
 
 inline Plan split_plan(const Shape& x, const Device& d) {
@@ -105,13 +116,14 @@ inline Plan split_plan(const Shape& x, const Device& d) {
   int64_t wave = x.rows, parts;
   if (x.pass == Pass::backward) {
     out.threads = static_cast<int>(std::min<int64_t>(out.threads, ceil_div(vectors, 32) * 32));
-    parts = ceil_div(vectors, 4 * out.threads);
+    parts = ceil_div(vectors, 8 * out.threads);
   } else {
-    const int64_t most = cached_rows(x, d);
-    wave = ceil_div(x.rows, ceil_div(x.rows, most));
-    parts = std::min<int64_t>(ceil_div(4 * d.multiprocessors, wave), ceil_div(vectors, 2 * out.threads));
+    wave = ceil_div(x.rows, ceil_div(x.rows, cached_rows(x, d)));
+    // Twice what is resident at a time, rounded down: a block more would be a third round.
+    parts = std::min<int64_t>(4 * d.multiprocessors / wave, ceil_div(vectors, 2 * out.threads));
+    parts = std::min<int64_t>(parts, kMostParts);
   }
-  parts = std::max<int64_t>(1, std::min<int64_t>(parts, x.pass == Pass::backward ? vectors : kMostParts));
+  parts = std::max<int64_t>(1, parts);
   // A grid has at most 2^31 - 1 blocks.
   wave = std::min(wave, (int64_t(1) << 31) / parts - 1);
   out.part_vectors = static_cast<int>(ceil_div(vectors, parts));
@@ -121,38 +133,67 @@ inline Plan split_plan(const Shape& x, const Device& d) {
   return out;
 }
 
+// Room for as much of the next row as the shared memory beside this one has, of one block or of two.
+inline Plan staged_plan(const Shape& x, const Device& d) {
+  const int tensors = x.pair_bytes * x.vector / 16;
+  const auto slots = [&](int threads, int64_t shared) {
+    return static_cast<int>(std::max<int64_t>(0, shared - kRowOverhead) / (16 * tensors * threads));
+  };
+  const int64_t vectors = x.classes / x.vector;
+  Plan out = {Regime::staged, kStagedThreads / 2, 0};
+  int per_multiprocessor = 2;
+  const int64_t half = std::min(d.shared_per_block, d.shared_per_multiprocessor / 2 - 1024);
+  out.stage_slots = slots(out.threads, half);
+  if (int64_t(out.stage_slots) * out.threads < vectors) {
+    per_multiprocessor = 1;
+    out.threads = kStagedThreads;
+    out.stage_slots = slots(out.threads, d.shared_per_block);
+  }
+  if (int64_t(out.stage_slots) * out.threads < vectors) out.stage_slots = 0;  // does not fit
+  out.stage_slots = static_cast<int>(std::min<int64_t>(out.stage_slots, 2 * ceil_div(vectors, out.threads)));
+  out.blocks = std::max<int64_t>(1, std::min<int64_t>(x.rows, int64_t(d.multiprocessors) * per_multiprocessor));
+  return out;
+}
+
 inline Plan plan(const Shape& x, const Device& d) {
+  // Persistent blocks, as many as are resident at a time: what each of them does once is then done seldom.
   const auto grid = [&](int64_t blocks, int per_multiprocessor) {
     return std::max<int64_t>(1, std::min<int64_t>(blocks, int64_t(d.multiprocessors) * per_multiprocessor));
   };
-  if (x.strided) return {Regime::strided, 128, grid(ceil_div(x.rows, 128), 16)};
+  if (x.strided) return {Regime::strided, kStridedThreads, grid(ceil_div(x.rows, kStridedThreads), x.wide ? 2 : 4)};
   const int64_t vectors = x.classes / x.vector;
   if (x.alike) {
-    for (int lanes : {8, 16, 32}) {
-      if (vectors * x.vector > lanes * kFewClasses) continue;
-      Plan out = {Regime::lanes, kFewThreads, grid(ceil_div(x.rows, kFewThreads / lanes), 32)};
+    // Many rows: fewer lanes each, because finishing a row costs as much as its classes.
+    const bool many = x.kept < 3 && x.rows >= int64_t(128) * d.multiprocessors;
+    const int classes = many ? kManyRowsClasses : kFewRowsClasses;
+    for (int lanes : {8, 16, many ? 16 : 32}) {
+      if (vectors * x.vector > lanes * classes) continue;
+      Plan out = {Regime::lanes, kFewThreads, grid(ceil_div(x.rows, kFewThreads / lanes), 2)};
       out.lanes = lanes;
+      out.lane_classes = classes;
       return out;
     }
     const int per_thread = kept_classes(x.kept, x.vector);
     const int64_t threads = std::max<int64_t>(1, ceil_div(vectors, 32 * per_thread / x.vector)) * 32;
     if (threads <= kBlockThreads)
-      return {Regime::block, static_cast<int>(threads), grid(x.rows, 4 * 2048 / static_cast<int>(threads))};
+      return {Regime::block, static_cast<int>(threads), grid(x.rows, kBlockWarps * 32 / static_cast<int>(threads))};
   }
   if (x.pass == Pass::backward) return split_plan(x, d);
-  const bool is_long = x.classes > 8192;
+  const bool is_long = x.classes > kLongClasses;
   if (is_long && 2 * x.rows < d.multiprocessors) return split_plan(x, d);
-  const int64_t staged = x.classes * x.pair_bytes + kRowOverhead;
-  if (x.alike && staged <= d.shared_per_block) {
-    const bool two = 2 * (staged + 1024) <= d.shared_per_multiprocessor;
-    return {Regime::staged, two ? kStagedThreads / 2 : kStagedThreads, grid(x.rows, two ? 2 : 1)};
+  if (x.alike) {
+    const Plan staged = staged_plan(x, d);
+    if (staged.stage_slots) return staged;
   }
-  if (is_long && (x.rows < d.multiprocessors || cached_rows(x, d) < d.multiprocessors)) return split_plan(x, d);
+  if (is_long && (x.rows < d.multiprocessors || cached_rows(x, d) < std::min<int64_t>(x.rows, d.multiprocessors)))
+    return split_plan(x, d);
   // As many threads as have two vectors each, and as many blocks as a multiprocessor's threads make.
   const int64_t most = x.wide ? kWideThreads : kLongThreads, wanted = ceil_div(std::max<int64_t>(vectors, 1), 64) * 32;
   const int threads = static_cast<int>(std::min(most, wanted));
   const int64_t resident = std::min<int64_t>(32, most / threads);
-  return {Regime::sweeps, threads, grid(std::min(x.rows, cached_rows(x, d)), static_cast<int>(resident))};
+  Plan out = {Regime::sweeps, threads, grid(std::min(x.rows, cached_rows(x, d)), static_cast<int>(resident))};
+  out.alike = x.alike;
+  return out;
 }
 
 }  // namespace gpu

@@ -17,7 +17,7 @@ struct Args {
   Logits student, teacher, grad;
   int64_t inner = 0, rows = 0;
   int classes = 0, loss = 0, outputs = 0;
-  bool has_teacher = false, backward = false, mean = false;
+  bool backward = false, mean = false;
   const int64_t* target = nullptr;
   int64_t ignore_index = 0;
   Scales<S> scales = Scales<S>(1.0);
@@ -41,6 +41,7 @@ struct Args {
   // Rows in several parts: this launch's rows begin at first_row.
   int64_t first_row = 0;
   int parts = 1, part_vectors = 0;
+  int stage_slots = 0;      // granules of each tensor that a thread has room for
   S* part_stats = nullptr;  // (rows of a wave, parts, kStatsWidth)
 };
 
@@ -82,7 +83,7 @@ KD_DEVICE void lanes_merge(const Scales<S>& scales, Stats& stats, Pivots<S>& piv
 template <class Sums, class S>
 struct Scratch {
   static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::kept;
-  arch::Shared<S> parts;    // statistics per warp
+  arch::Shared<S> warps;    // statistics per warp
   arch::Shared<S> results;  // coefficients and pivots of the row
   arch::Shared<double> doubles;
 
@@ -97,11 +98,29 @@ struct Scratch {
 
  private:
   KD_DEVICE void cut(arch::Carver& carver) {
-    parts = carver.template take<S>(32 * kFields);
+    warps = carver.template take<S>(32 * kFields);
     results = carver.template take<S>(kResults);
     doubles = carver.template take<double>(33);
   }
 };
+
+// The sum of read(i) over a block's threads, i < n, each thread's own part: several reads are on their way at a time.
+template <class T, class Read>
+KD_DEVICE T thread_sum(int64_t n, Read read) {
+  constexpr int kUnroll = 8;
+  T sum = 0;
+  for (int64_t from = arch::thread(); from < n; from += kUnroll * arch::threads()) {
+    T x[kUnroll];
+    KD_UNROLL
+    for (int k = 0; k < kUnroll; ++k) {
+      const int64_t i = from + k * arch::threads();
+      x[k] = i < n ? read(i) : T(0);
+    }
+    KD_UNROLL
+    for (int k = 0; k < kUnroll; ++k) sum += x[k];
+  }
+  return sum;
+}
 
 // The sum over a block, in thread 0, in an order that depends on nothing but the number of threads.
 KD_DEVICE double block_sum(const arch::Shared<double>& doubles, double x) {
@@ -121,13 +140,11 @@ KD_DEVICE S reduction_factor(const Args<S>& a, const arch::Shared<double>& doubl
   S factor = a.scale;
   if (a.normalizer) factor /= arch::load(a.normalizer);
   if (!a.mean) return factor;
-  double counted = 0;
-  if (a.counts) {
-    for (int i = arch::thread(); i < a.count_blocks; i += arch::threads()) counted += arch::load(a.counts + i);
-  } else {
-    for (int64_t i = arch::thread(); i < a.rows; i += arch::threads())
-      counted += arch::load(a.target + i) != a.ignore_index;
-  }
+  double counted;
+  if (a.counts)
+    counted = thread_sum<double>(a.count_blocks, [&](int64_t i) { return arch::load(a.counts + i); });
+  else
+    counted = thread_sum<int>(a.rows, [&](int64_t i) { return arch::load(a.target + i) != a.ignore_index; });
   counted = block_sum(doubles, counted);
   if (arch::thread() == 0) doubles.st(32, counted);
   arch::sync_block();
@@ -143,8 +160,7 @@ KD_DEVICE void total(const Args<S>& a, const arch::Shared<double>& doubles) {
   if (arch::thread() == 0) doubles.st(32, arch::last_block(a.counter) ? 1 : 0);
   arch::sync_block();
   if (doubles.ld(32) == 0) return;
-  double sum = 0;
-  for (int64_t i = arch::thread(); i < a.sum_count; i += arch::threads()) sum += arch::load_written(a.sums + i);
+  double sum = thread_sum<double>(a.sum_count, [&](int64_t i) { return arch::load_written(a.sums + i); });
   sum = block_sum(doubles, sum);
   if (arch::thread() == 0) arch::store(a.total, static_cast<S>(sum));
 }
@@ -154,8 +170,8 @@ KD_DEVICE void total(const Args<S>& a, const arch::Shared<double>& doubles) {
 template <class S>
 struct Open {
   bool read;
-  int64_t target;  // -1: none, or not allowed
-  S weight;        // NaN where the target is not allowed
+  int target;  // -1: none, or not allowed
+  S weight;    // NaN where the target is not allowed
 };
 
 template <class S>
@@ -168,7 +184,7 @@ KD_DEVICE Open<S> open(const Args<S>& a, int64_t row) {
     const int64_t y = arch::load(a.target + row);
     out.read = out.read && y != a.ignore_index;
     if (y >= 0 && y < a.classes)
-      out.target = y;
+      out.target = static_cast<int>(y);
     else
       out.weight = static_cast<S>(__builtin_nanf(""));
   }
@@ -181,11 +197,11 @@ KD_DEVICE void split_row(const Args<S>& a, int64_t row, int64_t& outer, int64_t&
   inner = row - outer * a.inner;
 }
 
-template <class F, class S>
-KD_DEVICE Row<F> view(const Args<S>& a, const F& fs, const F& ft, int64_t row, int64_t target) {
+template <class Sums, class F, class S>
+KD_DEVICE Row<F> view(const Args<S>& a, const F& fs, const F& ft, int64_t row, int target) {
   int64_t outer, inner;
   split_row(a, row, outer, inner);
-  return Row<F>(fs, ft, a.student, a.teacher, a.grad, a.has_teacher, outer, inner, a.classes, target);
+  return Row<F>(fs, ft, a.student, a.teacher, a.grad, Sums::teacher, outer, inner, a.classes, target);
 }
 
 // The logits of one vector, the target at -inf. Losses without a teacher see the student twice.
@@ -193,14 +209,13 @@ template <class Sums, class F, class S>
 KD_DEVICE void values_of(const F& fs, const F& ft, const Row<F>& row, int vector, typename F::Vector& raw_s,
                          typename F::Vector& raw_t, S (&s)[F::kVector], S (&t)[F::kVector]) {
   fs.values(raw_s, s);
-  row.at_target(vector, s, lowest<S>());
-  if (Sums::teacher) {
-    ft.values(raw_t, t);
-    row.at_target(vector, t, lowest<S>());
-  } else {
-    KD_UNROLL
-    for (int e = 0; e < F::kVector; ++e) t[e] = s[e];
+  if (Sums::teacher) ft.values(raw_t, t);
+  if (vector == row.hot_vector) {
+    row.at_target(s, lowest<S>());
+    row.at_target(t, lowest<S>());
   }
+  KD_UNROLL
+  for (int e = 0; e < F::kVector; ++e) t[e] = Sums::teacher ? t[e] : s[e];
 }
 
 // loss[k] and the coefficients from the sums of a row, by the loss of this call.
@@ -253,13 +268,13 @@ template <class S>
 struct TargetLogits {
   S s, t;
 };
-template <class F, class S>
-KD_DEVICE TargetLogits<S> target_logits(const Args<S>& a, const F& fs, const F& ft, const char* s, const char* t,
-                                        int64_t s_step, int64_t t_step, const Open<S>& open) {
+template <class Sums, class F, class S>
+KD_DEVICE TargetLogits<S> target_logits(const F& fs, const F& ft, const char* s, const char* t, int64_t s_step,
+                                        int64_t t_step, const Open<S>& open) {
   TargetLogits<S> out = {lowest<S>(), lowest<S>()};
   if (!open.read || open.target < 0) return out;
   out.s = fs.get(s, open.target * s_step);
-  if (a.has_teacher) out.t = ft.get(t, open.target * t_step);
+  if (Sums::teacher) out.t = ft.get(t, open.target * t_step);
   return out;
 }
 
@@ -320,40 +335,42 @@ KD_DEVICE void write_zero_row(const F& f, const Row<F>& row, int rank, int size)
 
 // ---- a row in warps -----------------------------------------------------------------------------------------------
 
+// From each warp's statistics to those of the block, in the first warp. The others get nothing.
+template <class Sums, class S, class Stats>
+KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, Stats& stats, Pivots<S>& pivots) {
+  constexpr int kFields = Scratch<Sums, S>::kFields;
+  const int warps = arch::threads() / 32, warp = arch::thread() / 32, lane = arch::lane();
+  if (warps == 1) return;
+  if (lane == 0) {
+    scratch.warps.st(warp * kFields, pivots.s);
+    scratch.warps.st(warp * kFields + 1, pivots.t);
+    KD_UNROLL
+    for (int k = 0; k < Sums::count; ++k) scratch.warps.st(warp * kFields + 2 + k, stats.v[k]);
+  }
+  arch::sync_block();
+  if (warp > 0) return;
+  pivots = {lowest<S>(), lowest<S>()};
+  stats = {};
+  if (lane < warps) {
+    pivots = {scratch.warps.ld(lane * kFields), scratch.warps.ld(lane * kFields + 1)};
+    KD_UNROLL
+    for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.warps.ld(lane * kFields + 2 + k);
+  }
+  lanes_merge<Sums, 32>(a.scales, stats, pivots);
+}
+
 // From each warp's statistics to the row's coefficients, known to all threads, relative to the row's pivots. Ends with
 // every thread past a barrier after which nobody reads the warps' statistics again.
 template <class Sums, class S, class Stats>
 KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                                 int64_t row, S weight, const Pivots<S>& warp_pivots, const Stats& warp_stats,
-                                 bool writes, Slope<Sums, S>& slope) {
-  using X = Scratch<Sums, S>;
-  const int warps = arch::threads() / 32, warp = arch::thread() / 32, lane = arch::lane();
-  Pivots<S> pivots = warp_pivots;
-  Stats stats = warp_stats;
+                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope) {
   double loss = 0;
-  if (warps > 1) {
-    if (lane == 0) {
-      scratch.parts.st(warp * X::kFields, pivots.s);
-      scratch.parts.st(warp * X::kFields + 1, pivots.t);
-      KD_UNROLL
-      for (int k = 0; k < Sums::count; ++k) scratch.parts.st(warp * X::kFields + 2 + k, stats.v[k]);
-    }
-    arch::sync_block();
-  }
-  if (warp == 0) {
-    if (warps > 1) {
-      pivots = {lowest<S>(), lowest<S>()};
-      stats = {};
-      if (lane < warps) {
-        pivots = {scratch.parts.ld(lane * X::kFields), scratch.parts.ld(lane * X::kFields + 1)};
-        KD_UNROLL
-        for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.parts.ld(lane * X::kFields + 2 + k);
-      }
-      lanes_merge<Sums, 32>(a.scales, stats, pivots);
-    }
+  warps_merge<Sums>(a, scratch, stats, pivots);
+  if (arch::thread() < 32) {
+    const bool first = arch::lane() == 0;
     typename Sums::template Coef<S> coef;
-    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, writes && lane == 0, coef);
-    if (lane == 0) {
+    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, first, coef);
+    if (first) {
       KD_UNROLL
       for (int k = 0; k < Sums::kept; ++k) scratch.results.st(k, coef.c[k]);
       scratch.results.st(Sums::kept, coef.y);
@@ -366,7 +383,7 @@ KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scrat
   for (int k = 0; k < Sums::kept; ++k) slope.c[k] = scratch.results.ld(k);
   slope.y = scratch.results.ld(Sums::kept);
   slope.pivots = {scratch.results.ld(Sums::kept + 1), scratch.results.ld(Sums::kept + 2)};
-  if (warps == 1) arch::sync_block();  // the next row's results may come before another barrier
+  if (arch::threads() == 32) arch::sync_block();  // the next row's results may come before another barrier
   return loss;
 }
 

@@ -84,21 +84,23 @@ inline Shape shape_of(const Problem& p) {
   out.kept = kept_by(p.loss, p.params);
   out.alike = !out.wide && lie_alike(p, p.student, p.teacher) && lie_alike(p, p.student, p.grad);
   out.strided = strided(p.student) || strided(p.teacher) || strided(p.grad);
+  out.writes = p.grad.data != nullptr;
   out.pass = p.pass;
   return out;
 }
 
 // Scratch memory: counts, sums and statistics of parts, in this order.
-inline int64_t count_blocks(const Call& c) {
+inline int64_t count_blocks(const Call& c, const Plan& plan) {
   const int64_t rows = c.problem.rows_total();
-  return c.mean && rows > kFewRows ? std::min(kMostCountBlocks, ceil_div(rows, 16 * kCountThreads)) : 0;
+  const bool alone = plan.regime != Regime::split && rows <= kTargetsPerThread * plan.threads;
+  return c.mean && !alone ? std::min(kMostCountBlocks, ceil_div(rows, 16 * kCountThreads)) : 0;
 }
 inline int64_t sum_count(const Call& c, const Plan& plan) {
   if (!c.total) return 0;
   return plan.regime == Regime::split ? c.problem.rows_total() : plan.blocks;
 }
 inline int64_t part_stats_offset(const Call& c, const Plan& plan) {
-  return ceil_div((count_blocks(c) + sum_count(c, plan)) * 8, 16) * 16;
+  return ceil_div((count_blocks(c, plan) + sum_count(c, plan)) * 8, 16) * 16;
 }
 inline int64_t scratch_bytes(const Call& c, const Plan& plan) {
   const bool parts = plan.regime == Regime::split && c.problem.pass != Pass::backward;
@@ -109,7 +111,7 @@ inline int64_t scratch_bytes(const Call& c, const Plan& plan) {
 inline int run(const Call& c, const Plan& plan) {
   const Problem& p = c.problem;
   if (p.in_double()) return run_f64(c, plan);
-  if (plan.regime == Regime::strided || shape_of(p).wide) return run_mixed(c, plan);
+  if (shape_of(p).wide) return run_mixed(c, plan);
   switch (p.student.dtype) {
     case DType::f16:
       return run_f16(c, plan);

@@ -155,17 +155,10 @@ struct Launch {
 };
 
 // 0, or 1 after a fault, which simt::fault() tells.
-template <class Args>
-int launch(const Launch& at, void (*kernel)(const Args), const Args& args) {
-  struct Call {
-    void (*kernel)(const Args);
-    const Args* args;
-  } const call{kernel, &args};
-  const auto body = [](const void* context) {
-    const Call& c = *static_cast<const Call*>(context);
-    c.kernel(*c.args);
-  };
-  return simt::device::run(at.blocks, at.threads, at.shared_bytes, body, &call);
+template <auto kKernel, class Args>
+int launch(const Launch& at, const Args& args) {
+  const auto body = [](const void* context) { kKernel(*static_cast<const Args*>(context)); };
+  return simt::device::run(at.blocks, at.threads, at.shared_bytes, body, &args);
 }
 
 }  // namespace arch

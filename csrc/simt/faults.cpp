@@ -453,7 +453,17 @@ std::string run_fault(const std::string& name, uint64_t seed) {
   now.seed = seed;
   set_options(now);
   const Args args{ok, m.in, m.out, m.partial, &m.counter, &trace};
-  launch(Launch{kBlocks, kThreads, kSharedBytes, nullptr}, kernel, args);
+  struct Call {
+    void (*kernel)(const Args);
+    const Args* args;
+  } const call{kernel, &args};
+  device::run(
+      kBlocks, kThreads, kSharedBytes,
+      [](const void* context) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.kernel(*c.args);
+      },
+      &call);
   set_options(before);
 
   std::string said = fault();

@@ -99,16 +99,20 @@ gpu::Plan forced_plan(const gpu::Shape& x, gpu::Plan plan, const py::dict& force
     switch (out.regime) {
       case gpu::Regime::lanes:
         out.lanes = static_cast<int>(number("lanes", 32));
-        if (x.alike && !x.strided && x.classes / x.vector * x.vector <= out.lanes * gpu::kFewClasses) plan = out;
+        out.lane_classes = static_cast<int>(number("lane_classes", gpu::kFewRowsClasses));
+        if (x.kept > 2) out.lane_classes = gpu::kFewRowsClasses;
+        if (x.alike && !x.strided && x.classes / x.vector * x.vector <= out.lanes * out.lane_classes) plan = out;
         break;
       case gpu::Regime::block:
         while (out.threads * gpu::kept_classes(x.kept, x.vector) < vectors * x.vector) out.threads += 32;
         if (x.alike && !x.strided && out.threads <= gpu::kBlockThreads) plan = out;
         break;
       case gpu::Regime::staged:
+        out.stage_slots = static_cast<int>(gpu::ceil_div(vectors, out.threads) + number("more_slots", 0));
         if (x.alike && !x.strided && x.pass != Pass::backward) plan = out;
         break;
       case gpu::Regime::sweeps:
+        out.alike = x.alike;
         if (!x.strided && x.pass != Pass::backward) plan = out;
         break;
       case gpu::Regime::split:
