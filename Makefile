@@ -8,12 +8,16 @@
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
-# Of the CUDA kernels, only the architecture at hand; and their emulation, which only tests need.
+# Of the CUDA kernels, only the architecture at hand, and none where nothing would use them. Their emulation is for tests.
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep GPU)
 ifeq ($(KDKERNELS_CUDA_ARCHS),)
-KDKERNELS_CUDA_ARCHS := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),native,90)
+KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
 ifneq ($(filter-out demo bench asan,$(or $(MAKECMDGOALS),build)),)
 KDKERNELS_SIMT ?= 1
+else ifeq ($(GPU),)
+KDKERNELS_BUILD ?= $(if $(shell command -v c++ g++ clang++),cpu,auto)
+export KDKERNELS_BUILD
 endif
 export KDKERNELS_CUDA_ARCHS KDKERNELS_SIMT
 

@@ -17,10 +17,9 @@ void check(int error) { STD_TORCH_CHECK(error == 0, "CUDA error: ", kd::gpu::err
 
 // A device attribute never changes; asking for six of them would take as long as a launch.
 const kd::gpu::Device& facts_of(int32_t index) {
-  constexpr int kMostDevices = 256;
-  static std::array<std::optional<kd::gpu::Device>, kMostDevices> known;
+  static std::array<std::optional<kd::gpu::Device>, kd::gpu::kMostDevices> known;
   static std::mutex mutex;
-  STD_TORCH_CHECK(index >= 0 && index < kMostDevices, "device: index ", index, " is out of range");
+  STD_TORCH_CHECK(index >= 0 && index < kd::gpu::kMostDevices, "device: index ", index, " is out of range");
   const std::lock_guard<std::mutex> lock(mutex);
   if (!known[index]) {
     kd::gpu::Device facts;
@@ -74,7 +73,7 @@ void run(Described& d) {
   d.call.scratch = memory;
   if (d.call.total) {
     uint32_t* const offered = captured ? reinterpret_cast<uint32_t*>(memory + (bytes + 15) / 16 * 16) : nullptr;
-    check(kd::gpu::take_counter(d.call.stream, offered, &d.call.counter));
+    check(kd::gpu::take_counter(d.place.index, d.call.stream, offered, &d.call.counter));
   }
   check(kd::gpu::run(d.call, plan));
 }

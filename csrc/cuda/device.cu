@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <atomic>
 
 namespace kd {
@@ -37,16 +38,21 @@ int is_captured(void* stream, bool& out) {
   return static_cast<int>(error);
 }
 
-int take_counter(void* stream, uint32_t* offered, uint32_t** out) {
+int take_counter(int device, void* stream, uint32_t* offered, uint32_t** out) {
   if (offered) {
     *out = offered;
     return static_cast<int>(cudaMemsetAsync(offered, 0, sizeof(uint32_t), static_cast<cudaStream_t>(stream)));
   }
   static std::atomic<uint32_t> next{0};
-  void* ring = nullptr;
-  const cudaError_t error = cudaGetSymbolAddress(&ring, counters);  // of the current device
-  *out = static_cast<uint32_t*>(ring) + next++ % kCounters;
-  return static_cast<int>(error);
+  static std::array<std::atomic<uint32_t*>, kMostDevices> rings;  // asked for once: it takes as long as a launch
+  uint32_t* ring = rings[device].load();
+  if (!ring) {
+    void* found = nullptr;
+    if (const cudaError_t error = cudaGetSymbolAddress(&found, counters)) return static_cast<int>(error);
+    rings[device] = ring = static_cast<uint32_t*>(found);
+  }
+  *out = ring + next++ % kCounters;
+  return 0;
 }
 
 }  // namespace gpu
