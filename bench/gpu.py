@@ -2,9 +2,11 @@
 
     python -m bench.gpu                        KD and NKD in bfloat16 (below 3 minutes)
     python -m bench.gpu --losses dkd aekt --dtypes float32 --shapes 4096x32000
+    python -m bench.gpu --shapes regimes --baselines    every kernel of the CUDA backend
 
 What is timed is the loss with reduction "mean" and `torch.autograd.grad(loss, student)`, with the
-inputs ready and every provider warm, by CUDA events around each call. The device is held up until
+inputs ready and every provider warm, by CUDA events around each call. Providers are the backends
+cuda and triton, those of them that there are, and the baselines. The device is held up until
 the call is queued, so the time is the device's alone; `launch ms` is what the call takes on the
 host, and where that is more, a program with nothing else to do waits for it. Eager NKD waits for
 the device in the middle of the call (a boolean mask), which its time shows.
@@ -25,7 +27,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,36 @@ BACKENDS = ("cuda", "triton")
 BASELINES = ("eager", "compile")
 COPY = ("copy", "")
 LOSSES = ("kd", "nkd", "dkd", "aekt")
-SHAPES = ((4096, 100), (1024, 1000), (4096, 32000), (4096, 128256))
+# Rows, classes, and how logits lie in memory: see LAYOUTS.
+SHAPES = (
+    (4096, 100, "dense"),
+    (1024, 1000, "dense"),
+    (4096, 32000, "dense"),
+    (4096, 128256, "dense"),
+)
+# What each kernel of the CUDA backend is for, in bfloat16 on an H200: csrc/cuda/plan.h.
+REGIMES = (
+    (65536, 10, "dense"),  # lanes: 8
+    (4096, 100, "dense"),  # 16
+    (16384, 200, "dense"),  # 32
+    (1024, 1000, "dense"),  # block
+    (4096, 4000, "dense"),
+    (4096, 10007, "dense"),  # staged, two rows per multiprocessor
+    (4096, 32000, "dense"),  # one row
+    (4096, 8000, "sliced"),  # sweeps
+    (4096, 32000, "sliced"),
+    (4096, 50257, "sliced"),  # sweeps or split: as many rows as the L2 cache keeps
+    (4096, 128256, "dense"),  # split, in waves
+    (8, 128256, "dense"),  # split, few rows
+    (65536, 150, "classes-first"),  # strided
+)
+# From dense tensors to views (rows, classes) of them, by their shape.
+LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
+    "dense": lambda make, rows, classes: make(rows, classes),
+    # The gradient, which is dense, does not lie as the logits do.
+    "sliced": lambda make, rows, classes: make(rows, classes + 1)[:, :-1],
+    "classes-first": lambda make, rows, classes: make(classes, rows).t(),  # as in images
+}
 CHECKED_ROWS = 8
 CHUNK = 1 << 24  # logits of the reference in float64 at a time
 
@@ -68,6 +99,15 @@ SHORT_ROW, OF_COPY, OF_COPY_LONG = 16384, 0.8, 0.6
 RATIOS = {(4096, 128256): {"eager": 10, "compile": 3}}
 
 Key = tuple[str, str]  # loss and provider
+Shape = tuple[int, int, str]
+
+
+def case_name(rows: int, classes: int, layout: str, dtype: str) -> str:
+    return f"{rows}x{classes}{'' if layout == 'dense' else ':' + layout} {dtype}"
+
+
+def case_of(record: dict[str, Any]) -> str:
+    return case_name(record["rows"], record["classes"], record["layout"], record["dtype"])
 
 
 @dataclass
@@ -76,6 +116,7 @@ class Group:
 
     rows: int
     classes: int
+    layout: str
     dtype_name: str
     device: str = "cuda"
     students: list[Tensor] = field(default_factory=list)
@@ -91,14 +132,17 @@ class Group:
         return measure.modelled_bytes(self.rows, self.classes, self.dtype)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.classes} {self.dtype_name}"
+        return case_name(self.rows, self.classes, self.layout, self.dtype_name)
 
     def fill(self, sets: int, seed: int) -> None:
         generator = torch.Generator(self.device).manual_seed(seed)
 
-        def logits() -> Tensor:
-            made = torch.empty((self.rows, self.classes), dtype=self.dtype, device=self.device)
+        def dense(*shape: int) -> Tensor:
+            made = torch.empty(shape, dtype=self.dtype, device=self.device)
             return made.normal_(0, 2, generator=generator)
+
+        def logits() -> Tensor:
+            return LAYOUTS[self.layout](dense, self.rows, self.classes)
 
         for _ in range(sets):
             self.students.append(logits().requires_grad_())
@@ -221,6 +265,7 @@ def records(
         record = {
             "rows": group.rows,
             "classes": group.classes,
+            "layout": group.layout,
             "dtype": group.dtype_name,
             "loss": loss,
             "provider": provider,
@@ -247,7 +292,9 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         share = OF_COPY if row["classes"] <= SHORT_ROW else OF_COPY_LONG
         checks = [("share of copy bandwidth", row["share_of_copy_bandwidth"], share, True)]
-        for other, ratio in RATIOS.get((row["rows"], row["classes"]), {}).items():
+        dense = row["layout"] == "dense"
+        ratios = RATIOS.get((row["rows"], row["classes"]), {}) if dense else {}
+        for other, ratio in ratios.items():
             if f"{other}_over" in row:
                 checks.append((f"{other} / fused", row[f"{other}_over"], ratio, True))
         extra = (row["peak_bytes"] - row["gradient_bytes"] - BYTES_PER_CALL) / row["rows"]
@@ -255,7 +302,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for what, measured, wanted, at_least in checks:
             out.append(
                 {
-                    "case": f"{row['rows']}x{row['classes']} {row['dtype']}",
+                    "case": case_of(row),
                     "what": f"{NAMES[row['loss']]} {row['provider']}: {what}",
                     "measured": measured,
                     "target": f"{'>=' if at_least else '<='} {wanted:g}",
@@ -268,7 +315,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def times_table(rows: Sequence[dict[str, Any]]) -> str:
     lines: list[list[object]] = []
     for row in rows:
-        line = [f"{row['rows']}x{row['classes']} {row['dtype']}", NAMES.get(row["loss"], "copy")]
+        line = [case_of(row), NAMES.get(row["loss"], "copy")]
         line += [row["provider"] or None, spread(row), number(row.get("launch_ms"))]
         line += [f"{row['modelled_gb_per_s']:.0f}", f"{100 * row['share_of_copy_bandwidth']:.0f} %"]
         line += [number(row.get(f"{other}_over")) for other in BASELINES]
@@ -292,13 +339,30 @@ def targets_table(judged: Sequence[dict[str, Any]]) -> str:
     return measure.table(["case", "what", "measured", "target", ""], lines)
 
 
+def shapes_of(text: str) -> tuple[Shape, ...]:
+    """`regimes`, or ROWSxCLASSES or ROWSxCLASSES:LAYOUT."""
+    if text == "regimes":
+        return REGIMES
+    shape, _, layout = text.partition(":")
+    if layout and layout not in LAYOUTS:
+        raise argparse.ArgumentTypeError(f"{layout!r} is none of {', '.join(LAYOUTS)}")
+    return ((*shape_of(shape), layout or "dense"),)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shapes_of,
+        default=[SHAPES],
+        metavar="SHAPE",
+        help=f"ROWSxCLASSES, with :LAYOUT ({', '.join(LAYOUTS)}), or regimes: one or more for each",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES[:2])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all there are")
@@ -326,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     providers = [*backends, *options.baselines]
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
-    groups = [Group(*shape, dtype) for shape in options.shapes for dtype in options.dtypes]
+    shapes = [shape for some in options.shapes for shape in some]
+    groups = [Group(*shape, dtype) for shape in shapes for dtype in options.dtypes]
     with tqdm(total=len(groups) * len(options.losses) * len(providers), file=sys.stderr) as bar:
         for group in groups:
             torch.compiler.reset()

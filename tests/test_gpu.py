@@ -9,8 +9,13 @@ share a kernel: compiling is what takes time here.
 from __future__ import annotations
 
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -31,6 +36,8 @@ from cases import (
 )
 from test_equivalence import DTYPE_PAIRS, KINDS, divisor
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import kdkernels
 from kdkernels.backend import _DEVICE
@@ -43,11 +50,7 @@ pytestmark = [
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DEVICE = "cuda"
-BACKENDS = [
-    name
-    for name in ("cuda", "triton")
-    if _DEVICE[name] == DEVICE and kdkernels.backends()[name].available
-]
+BACKENDS = ("cuda", "triton")
 LOSSES = list(dict.fromkeys(case.loss for case in CASES))
 ONE_NUMBER = [case for case in MAIN_CASES if case.outputs == 1]
 KD, DKD, *_ = MAIN_CASES
@@ -58,24 +61,44 @@ LARGEST = (128256, 151669)
 SPLIT = (2, 20011)  # fewer rows than multiprocessors, longer than a program can hold
 
 
-@pytest.fixture(
-    params=BACKENDS or [pytest.param("none", marks=pytest.mark.skip("no GPU backend available"))]
-)
+def why_not(backend: str) -> str | None:
+    """Why a backend cannot be tested here, or None."""
+    state = kdkernels.backends()[backend]
+    if not state.available:
+        return f"{backend}: {state.reason}"
+    return None if _DEVICE[backend] == DEVICE else f"{backend} runs on {_DEVICE[backend]} tensors"
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, record_property: Callable[..., None]) -> str:
     record_property("backend", request.param)  # gpu_check.py groups by it
+    if reason := why_not(request.param):
+        pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture
+def cuda_backend(record_property: Callable[..., None]) -> str:
+    """For what holds of the CUDA backend alone."""
+    record_property("backend", "cuda")
+    if reason := why_not("cuda"):
+        pytest.skip(reason)
+    return "cuda"
 
 
 def on_device(x: Tensor | None, device: str | torch.device | None = None) -> Tensor | None:
     """The tensor on the device with its very strides, and as far from an aligned address.
 
-    Its memory ends with a whole granule of 16 bytes, as all that an allocator hands out does:
-    kernels read granules whole, and a memory checker goes by the size that was asked for.
+    Its memory ends with a whole granule (of the narrower logits: 8 elements), as all that an
+    allocator hands out does: the Triton kernels read granules whole, and a memory checker goes by
+    the size that was asked for. What is behind the end is written, for initcheck goes by that,
+    and NaN, for it must not count. The CUDA kernels read nothing there.
     """
     if x is None:
         return None
     whole = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
-    padded = whole.new_empty(-(-whole.numel() // 8) * 8, device=device or DEVICE)
+    beyond = math.nan if x.is_floating_point() else IGNORED
+    padded = whole.new_full((-(-whole.numel() // 8) * 8,), beyond, device=device or DEVICE)
     whole = padded[: whole.numel()].copy_(whole)
     return whole.as_strided(x.shape, x.stride(), x.storage_offset())
 
@@ -96,6 +119,80 @@ def assert_same_results(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], wh
 
 def multiprocessors() -> int:
     return torch.cuda.get_device_properties(DEVICE).multi_processor_count
+
+
+def cached_rows(classes: int, itemsize: int) -> int:
+    """Rows of student and teacher that fill 0.45 of the L2 cache: a wave, where they are long."""
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return max(1, cache * 45 // 100 // (2 * classes * itemsize))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Logits that one kernel of the CUDA backend takes on any GPU: see csrc/cuda/plan.h."""
+
+    kernel: str  # of the pass forward, with or without gradient
+    classes: int
+    dtypes: torch.dtype | tuple[torch.dtype, torch.dtype]
+    rows: int
+    rows_per_multiprocessor: int = 0  # on top, that a block takes more than one
+    layout: str = "contiguous"  # of the student; a teacher follows where classes are apart
+
+    def inputs(
+        self, kind: str, generator: torch.Generator, ignored: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Student, teacher and target on the CPU, class-last views."""
+        rows = self.rows + self.rows_per_multiprocessor * multiprocessors()
+        shape = (rows,) if self.layout == "contiguous" else (3, -(-rows // 3))
+        *logits, target = make_inputs(kind, shape, self.classes, self.dtypes, generator, ignored)
+        other = self.layout if self.layout == "classes_second" else "contiguous"
+        views = [LAYOUTS[x](y) for x, y in zip((self.layout, other), logits, strict=True)]
+        student, teacher = (view.movedim(dim, -1) for view, dim in views)
+        return student, teacher, target
+
+    @property
+    def backward(self) -> str:
+        return self.kernel if self.kernel in ("few", "block", "strided") else "part_gradient"
+
+    def mean(self, rows: int) -> list[str]:
+        """The kernels of a mean over so many rows: more than 32 per thread are counted first."""
+        parts = self.kernel == "part_stats"
+        counted = parts or (self.kernel == "few" and rows > 32 * 256)
+        own = [self.kernel, "part_gradient"] if parts else [self.kernel]
+        return ["count", *own] if counted else own
+
+
+# Small enough for a sanitizer, together every kernel of both backends. Triton walks rows of float64
+# in chunks from 2049 classes on, and splits those of few rows. No float16: there the gradient of a
+# reduction is two passes, too, see test_backward_in_float16.
+REGIMES_IN_SHORT = {
+    "8 lanes": Shape("few", 10, BF16, 300),
+    "16 lanes": Shape("few", 100, BF16, 33),
+    "32 lanes": Shape("few", 200, F32, 9),
+    "8 lanes, many rows": Shape("few", 100, BF16, 1, 128),
+    "16 lanes, many rows": Shape("few", 200, BF16, 1, 128),
+    "block of a warp": Shape("block", 1000, BF16, 5),
+    "block": Shape("block", 4001, BF16, 5),
+    "staged": Shape("staged", 8003, BF16, 3, 2),
+    "sweeps of two types": Shape("sweeps", 3000, (BF16, F32), 3, 1),
+    "sweeps in double": Shape("sweeps", 2053, F64, 3, 1),
+    "sweeps, unaligned": Shape("sweeps", 3001, BF16, 6, layout="unaligned"),
+    "split": Shape("part_stats", 16391, BF16, 2),
+    "split in double": Shape("part_stats", 8201, F64, 2),
+    "strided": Shape("strided", 37, F32, 12, layout="classes_second"),
+}
+REGIMES = REGIMES_IN_SHORT | {
+    "1003 classes": Shape("block", 1003, F32, 300),
+    "staged twice": Shape("staged", 10007, BF16, 3, 2),
+    "staged twice in float32": Shape("staged", 10007, F32, 3, 2),
+    "staged, large": Shape("staged", 20011, BF16, 3, 1),
+    "staged, large, float32": Shape("staged", 20011, F32, 3, 1),  # 160 kB: not on all GPUs
+    "unlike rows, many": Shape("sweeps", 8001, BF16, 3, 1, layout="unaligned"),
+    "unlike rows, few": Shape("part_stats", 50257, BF16, 3, layout="next_token"),
+    "split in float32": Shape("part_stats", 50257, F32, 2),
+    "split, two types": Shape("part_stats", 50257, (BF16, F32), 2),
+    "images": Shape("strided", 150, BF16, 3, 1, layout="classes_second"),
+}
 
 
 # ---- equivalence ----------------------------------------------------------------------------
@@ -171,8 +268,12 @@ def test_large_vocabularies(
 ) -> None:
     step = 3 * LOSSES.index(case.loss) + (LARGE + LARGEST).index(classes)
     kind = KINDS[(CASES.index(case) + step) % len(KINDS)]
-    inputs = make_inputs(kind, 2, classes, DTYPE_PAIRS[step % len(DTYPE_PAIRS)], generator)
-    check(case, *inputs, generator, backend)
+    dtypes = DTYPE_PAIRS[step % len(DTYPE_PAIRS)]
+    if classes in LARGEST and F64 in dtypes:
+        kind = (
+            "normal"  # so many equal terms the truth, in float64 too, adds up no better than ours
+        )
+    check(case, *make_inputs(kind, 2, classes, dtypes, generator), generator, backend)
 
 
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
@@ -208,7 +309,7 @@ def test_kinds_of_logits(case: Case, kind: str, backend: str, generator: torch.G
 
 @pytest.mark.parametrize("teacher_layout", ["the same", "contiguous"])
 @pytest.mark.parametrize("student_layout", LAYOUTS)
-@pytest.mark.parametrize("classes", [37, 1003, 16391])
+@pytest.mark.parametrize("classes", [37, 1003, 16391, 50257])
 def test_layouts(
     student_layout: str,
     teacher_layout: str,
@@ -294,6 +395,71 @@ def test_accesses_stay_inside_the_tensors(
         check(case, student, teacher, inputs[2], generator, backend)
 
 
+@pytest.mark.parametrize("shape", REGIMES_IN_SHORT.values(), ids=REGIMES_IN_SHORT)
+@pytest.mark.parametrize("case", [KD, DKD], ids=str)
+def test_every_kernel_once(
+    case: Case, shape: Shape, backend: str, generator: torch.Generator
+) -> None:
+    """What all of compute-sanitizer's tools run: gpu_check.py."""
+    inputs = shape.inputs("normal", generator, ignored=0.1)
+    check(case, *inputs, generator, backend)
+    check(case, *inputs, generator, backend, "mean")
+
+
+@pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES)
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_regimes(case: Case, shape: Shape, backend: str, generator: torch.Generator) -> None:
+    """Forward and backward under a random upstream gradient, and both at once."""
+    step = MAIN_CASES.index(case) + list(REGIMES.values()).index(shape)
+    inputs = shape.inputs(KINDS[step % len(KINDS)], generator, ignored=0.1)
+    check(case, *inputs, generator, backend)
+    if case.outputs == 1:
+        check(case, *inputs, generator, backend, ("mean", "sum")[step % 2])
+
+
+@pytest.mark.parametrize("shape", [(300, 10), (33, 1003), (7, 8003), (2, 20011)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward_in_float16(
+    case: Case, shape: tuple[int, int], backend: str, generator: torch.Generator
+) -> None:
+    check(case, *make_inputs("normal", *shape, F16, generator, ignored=0.1), generator, backend)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(33, 100), (5, 3001), (2, 50257), pytest.param((2, 151669), marks=pytest.mark.slow)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", [case for case in MAIN_CASES if case.teacher], ids=str)
+def test_a_teacher_with_a_padded_vocabulary(
+    case: Case, shape: tuple[int, int], backend: str, generator: torch.Generator
+) -> None:
+    """`wide[:, :classes]`, whose padding is NaN: rows of another stride than the student's."""
+    rows, classes = shape
+    student, teacher, target = make_inputs("normal", rows, classes, BF16, generator, ignored=0.1)
+    wide = torch.full((rows, -(-classes // 64) * 64 + 64), math.nan, dtype=BF16)
+    teacher = wide[:, :classes].copy_(teacher)
+    check(case, student, teacher, target, generator, backend)
+    if case.outputs == 1:
+        check(case, student, teacher, target, generator, backend, "mean")
+
+
+@pytest.mark.parametrize("classes", [50257, 151669])
+@pytest.mark.parametrize("case", [KD, DKD], ids=str)
+def test_long_rows_in_several_waves(case: Case, classes: int, backend: str) -> None:
+    """More rows than the L2 cache keeps between two reads."""
+    check_sampled_rows(case, backend, 2 * cached_rows(classes, BF16.itemsize) + 3, classes)
+
+
+@pytest.mark.parametrize("shape", [(8193, 10), (20_011, 100), (8200, 1003), (600_001, 3)], ids=str)
+@pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
+def test_mean_over_more_rows_than_a_block_counts(
+    case: Case, shape: tuple[int, int], backend: str, generator: torch.Generator
+) -> None:
+    inputs = make_inputs("normal", *shape, F32, generator, ignored=0.2)
+    check(case, *inputs, generator, backend, "mean")
+
+
 def test_more_rows_than_some_dimensions_of_a_grid_take(backend: str) -> None:
     rows, classes = 65_537, 513
     student, teacher = (torch.randn(rows, classes, device=DEVICE, dtype=BF16) for _ in range(2))
@@ -365,14 +531,35 @@ def test_all_rows_ignored(case: Case, backend: str) -> None:
 # ---- the same bits ----------------------------------------------------------------------------
 
 
+@contextmanager
+def busy_device() -> Iterator[None]:
+    """Matrices are multiplied on another stream meanwhile, for some 50 ms or more."""
+    x = torch.randn(2048, 2048, device=DEVICE)
+    out = torch.empty_like(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(300):
+            torch.mm(x, x, out=out)
+    yield
+    stream.synchronize()  # x and out may go
+
+
+@pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_same_bits_every_time(case: Case, backend: str, generator: torch.Generator) -> None:
-    for rows, classes in ((3000, 33), SPLIT, (multiprocessors() + 3, 16411)):
+def test_same_bits_every_time(
+    case: Case, busy: bool, backend: str, generator: torch.Generator
+) -> None:
+    many = multiprocessors() + 3
+    for rows, classes in ((3000, 33), (300, 1003), SPLIT, (many, 10007), (many, 16411)):
         inputs = inputs_on_device("normal", rows, classes, F32, generator, ignored=0.1)
         for call in calls_of(case):
             first = evaluate(call, *inputs, backend=backend)
-            for _ in range(3):
-                assert_same_results(evaluate(call, *inputs, backend=backend), first)
+            with busy_device() if busy else nullcontext():
+                later = [evaluate(call, *inputs, backend=backend) for _ in range(20)]
+            for value, gradient in later:  # compared on the device
+                assert_same(value, first[0])
+                assert_same(gradient, first[1])
 
 
 @pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
@@ -404,28 +591,215 @@ def test_work_goes_to_the_current_stream(case: Case, backend: str) -> None:
         assert_same_results(ours, expected)
 
 
-@pytest.mark.parametrize("shape", [(33, 1003), SPLIT], ids=str)
+def captured(
+    call: Callable[..., Tensor], static: tuple[Tensor, ...], backend: str
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+    """A graph of value and gradient, and where it leaves them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        evaluate(call, *static, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = evaluate(call, *static, backend=backend)
+    return graph, results
+
+
+@pytest.mark.parametrize("shape", [(300, 100), (33, 1003), "staged", SPLIT, (9000, 10)], ids=str)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_a_captured_graph_replays_with_new_inputs(
-    case: Case, shape: tuple[int, int], backend: str, generator: torch.Generator
+    case: Case, shape: tuple[int, int] | str, backend: str, generator: torch.Generator
 ) -> None:
+    shape = (multiprocessors() + 3, 10007) if isinstance(shape, str) else shape
     for call in calls_of(case):
         static = inputs_on_device("normal", *shape, BF16, generator)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            evaluate(call, *static, backend=backend)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = evaluate(call, *static, backend=backend)
-        for ignored in (0.0, 0.3):  # the number of rows that count in the mean changes
-            new = inputs_on_device("offset", *shape, BF16, generator, ignored=ignored)
+        graph, results = captured(call, static, backend)
+        # The number of rows that count in the mean changes.
+        for kind, ignored in (("offset", 0.0), ("normal", 0.3), ("one_hot", 0.1), ("normal", 0.0)):
+            new = inputs_on_device(kind, *shape, BF16, generator, ignored=ignored)
             for x, y in zip(static, new, strict=True):
                 x.copy_(y)
+            for x in results:
+                x.fill_(math.nan)
             graph.replay()
             torch.cuda.synchronize()
-            assert_same_results(captured, evaluate(call, *new, backend=backend), f"{ignored}")
+            assert_same_results(results, evaluate(call, *new, backend=backend), f"{kind} {ignored}")
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alternately", "at once"])
+@pytest.mark.parametrize("shape", [(3000, 100), (300, 1003), SPLIT], ids=str)
+@pytest.mark.parametrize("case", [KD, DKD], ids=str)
+def test_two_graphs(
+    case: Case, shape: tuple[int, int], together: bool, backend: str, generator: torch.Generator
+) -> None:
+    """Replayed in turn, then on two streams at once; eager calls in between take no counter of
+    theirs."""
+    work = []
+    for ignored in (0.0, 0.3):
+        static = inputs_on_device("normal", *shape, BF16, generator, ignored=ignored)
+        expected = evaluate(case, *static, backend=backend)
+        stream = torch.cuda.Stream() if together else torch.cuda.current_stream()
+        work.append((*captured(case, static, backend), static, expected, stream))
+    wrong = [torch.zeros((), dtype=torch.bool, device=DEVICE) for _ in work]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        if together:  # held up until both are queued
+            for *_, stream in work:
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(1_000_000)
+        for (graph, results, static, expected, stream), bad in zip(work, wrong, strict=True):
+            with torch.cuda.stream(stream):
+                for x in results:
+                    x.fill_(math.nan)
+                graph.replay()
+                for x, y in zip(results, expected, strict=True):
+                    bad.logical_or_((x != y).any())
+                if not together:
+                    value = case(*static, backend=backend)
+                    bad.logical_or_(value != expected[0])
+    torch.cuda.synchronize()
+    assert not any(x.item() for x in wrong)
+
+
+FIRST_CALL = """
+import torch
+import kdkernels
+
+rows = torch.cuda.get_device_properties("cuda").multi_processor_count
+student, teacher = (torch.randn(rows, 20011, device="cuda").bfloat16() for _ in range(2))
+target = torch.randint(20011, (rows,), device="cuda")
+student.requires_grad_()
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = kdkernels.dkd_loss(student, teacher, target, backend="cuda").detach()
+for _ in range(2):
+    graph.replay()
+eager = kdkernels.dkd_loss(student, teacher, target, backend="cuda")
+assert captured.isfinite() and torch.equal(captured, eager), (captured, eager)
+"""
+
+
+def test_the_first_call_of_a_process_may_be_captured(cuda_backend: str) -> None:
+    """The module, the kernel and its share of shared memory are then set up during the capture."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_calls_on_several_streams_at_once(backend: str, generator: torch.Generator) -> None:
+    """Blocks of a call find out which of them is the last one: not those of another call."""
+    shapes = ((3000, 100), (300, 1003), (multiprocessors() + 3, 8003), SPLIT)
+    work = []
+    for shape, case in zip(shapes, ONE_NUMBER, strict=False):
+        inputs = inputs_on_device("normal", *shape, BF16, generator, ignored=0.1)
+        expected = evaluate(case, *inputs, backend=backend)
+        wrong = torch.zeros((), dtype=torch.bool, device=DEVICE)
+        work.append((torch.cuda.Stream(), case, inputs, expected, wrong))
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream, *_ in work:  # held up until there is something to interleave
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+        for _ in range(40):
+            for stream, case, inputs, expected, wrong in work:
+                with torch.cuda.stream(stream):
+                    ours = evaluate(case, *inputs, backend=backend)
+                    for x, y in zip(ours, expected, strict=True):
+                        wrong.logical_or_((x != y).any())
+                    wrong.logical_or_(case(*inputs, backend=backend) != expected[0])
+        torch.cuda.synchronize()
+    for _, case, _, _, wrong in work:
+        assert not wrong.item(), str(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(300, 100), (33, 1003)], ids=str)
+def test_more_calls_than_there_are_counters(
+    shape: tuple[int, int], backend: str, generator: torch.Generator
+) -> None:
+    """Each call finds at 0 what the one 65,536 calls ago has left."""
+    inputs = inputs_on_device("normal", *shape, BF16, generator)
+    expected = KD(*inputs, backend=backend)
+    wrong = torch.zeros((), dtype=torch.bool, device=DEVICE)
+    for _ in range(2 * 65_536 + 100):
+        wrong.logical_or_(KD(*inputs, backend=backend) != expected)
+    assert not wrong.item()
+
+
+# ---- launches -----------------------------------------------------------------------------------
+
+
+def kernels_of(call: Callable[[], object]) -> list[str]:
+    """The names of the kernels that a warm call launches."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        result = call()
+        torch.cuda.synchronize()
+    del result
+    names = [x.name for x in recorded.events() if x.device_type == DeviceType.CUDA]
+    if not names:
+        pytest.skip("the profiler sees no kernels here")
+    return [x for x in names if not x.startswith(("Memset", "Memcpy"))]
+
+
+def our_kernels(names: list[str]) -> list[str]:
+    """`few` of `void kd::..::cuda::few<..>(..)`; what is not ours stays as it is."""
+    found = [re.search(r"\bkd::\w+::cuda::(?:\(anonymous namespace\)::)?(\w+)", x) for x in names]
+    return [x if match is None else match[1] for x, match in zip(names, found, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        ((4096, 100), ["few"]),
+        ((1024, 1000), ["block"]),
+        ((8193, 100), ["count", "few"]),
+        (SPLIT, ["count", "part_stats", "part_gradient"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_gradient", [True, False], ids=["gradient", "value"])
+@pytest.mark.parametrize("case", [x for x in ONE_NUMBER if x.loss != "tf_nkd"], ids=str)
+def test_launches_of_a_mean(
+    case: Case, with_gradient: bool, shape: tuple[int, int], kernels: list[str], cuda_backend: str
+) -> None:
+    """tf-NKD looks at all rows once more."""
+    student, teacher, target = inputs_on_device("normal", *shape, BF16)
+    student.requires_grad_(with_gradient)
+    names = kernels_of(lambda: case(student, teacher, target, backend=cuda_backend))
+    assert our_kernels(names) == kernels, names
+
+
+@pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES)
+def test_shapes_reach_the_kernels_they_are_for(
+    shape: Shape, cuda_backend: str, generator: torch.Generator
+) -> None:
+    student, teacher, target = (on_device(x) for x in shape.inputs("normal", generator))
+    pair = student.itemsize + teacher.itemsize
+    if shape.kernel == "staged":
+        device = torch.cuda.get_device_properties(DEVICE)
+        if shape.classes * pair + (4 << 10) > getattr(device, "shared_memory_per_block_optin", 0):
+            pytest.skip("rows do not fit into the shared memory of this GPU")
+    mean = shape.mean(target.numel())
+    forward = [x for x in mean if x != "count"]
+    names = kernels_of(lambda: KD.rows(student, teacher, target, backend=cuda_backend))
+    assert our_kernels(names) == forward, names
+    student.requires_grad_()
+    names = kernels_of(lambda: KD(student, teacher, target, backend=cuda_backend))
+    assert our_kernels(names) == mean, names
+    value = KD.rows(student, teacher, target, backend=cuda_backend)
+    upstream = torch.ones_like(value)
+    names = kernels_of(lambda: torch.autograd.grad(value, student, upstream, retain_graph=True))
+    assert our_kernels(names) == [shape.backward], names
+
+
+# ---- what must not be waited for ----------------------------------------------------------------
 
 
 @contextmanager
@@ -490,7 +864,7 @@ def test_numbers_on_the_device_of_logits_on_the_host_arrive_first() -> None:
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_tensors_of_a_device_that_is_not_the_current_one(case: Case, backend: str) -> None:
     inputs = make_inputs("normal", 33, 100, ignored=0.2)
-    for call in calls_of(case):
+    for call in [*calls_of(case)] * 3:  # in turn
         first, second = (
             evaluate(call, *(on_device(x, device) for x in inputs), backend=backend)
             for device in ("cuda:0", "cuda:1")
@@ -550,7 +924,7 @@ def peak_of(call: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("shape", [(4000, 1003), (8, 151669)], ids=str)
+@pytest.mark.parametrize("shape", [(4000, 1003), (400, 20011), (8, 151669)], ids=str)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_peak_memory_is_the_gradient(
     case: Case, shape: tuple[int, int], dtype: torch.dtype, backend: str
@@ -574,7 +948,8 @@ def test_peak_memory_is_the_gradient(
 def test_more_elements_than_32_bits_can_count(
     case: Case, backend: str, rows: int = 70_000, classes: int = 32_000
 ) -> None:
-    """Rows before, across and after the 2^31st element, and the last one, against the reference."""
+    """Rows before, across and after the 2^31st element, and the last one, against the reference:
+    forward and backward, and both in one sweep."""
     needed = 3 * 2 * rows * classes + (1 << 30)  # student, teacher, gradient in bfloat16
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < needed:
@@ -593,7 +968,8 @@ def check_sampled_rows(case: Case, backend: str, rows: int, classes: int) -> Non
     target = torch.randint(classes, (rows,), device=DEVICE, generator=generator)
     upstream = torch.randn(rows, device=DEVICE, generator=generator)
     few = [x[picked].cpu() for x in (student, teacher, target)]
-    for call in calls_of(case):
+    rows_sum = rows_size = 0.0
+    for call in calls_of(case):  # rows come first
         scalar = call is case
         common = {"reduction": "sum"} if scalar else {}
         given = upstream.new_ones(()) if scalar else upstream
@@ -605,6 +981,9 @@ def check_sampled_rows(case: Case, backend: str, rows: int, classes: int) -> Non
         if not scalar:
             allowed = value_tolerance(case, truth, *few[:2], F32)
             assert_within(value[picked].cpu(), truth, eager, allowed, "value")
+            rows_sum, rows_size = value.double().sum().item(), value.double().abs().sum().item()
+        else:
+            assert abs(value.item() - rows_sum) <= 1e-5 * rows_size
         assert value.isfinite().all()
         allowed = gradient_tolerance(case, truth_gradient, *few, chosen, F32)
         allowed += 0.51 * torch.finfo(BF16).eps * truth_gradient.abs()

@@ -498,7 +498,7 @@ template <class Sums, class F>
 KD_KERNEL(kStridedThreads, (sizeof(typename F::S) == 8 ? 2 : 4))
 strided(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
-  constexpr int U = F::wide ? 2 : 8;
+  constexpr int U = F::wide ? 2 : 4;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
