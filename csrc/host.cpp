@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "cuda/plan.h"
+#include "cuda/plan_dict.h"
 
 namespace py = pybind11;
 
@@ -90,16 +90,7 @@ py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int 
                   backward ? kd::Pass::backward : kd::Pass::forward_grad};
   if (wide) x.vector = itemsize == 8 ? 2 : 8;
   const gpu::Plan plan = gpu::plan(x, gpu_device(device));
-  py::dict out;
-  out["regime"] = gpu::kRegimes[static_cast<int>(plan.regime)];
-  out["threads"] = plan.threads;
-  out["blocks"] = plan.blocks;
-  out["lanes"] = plan.lanes;
-  out["wave"] = plan.wave;
-  out["parts"] = plan.parts;
-  out["part_vectors"] = plan.part_vectors;
-  out["lane_classes"] = plan.lane_classes;
-  out["stage_slots"] = plan.stage_slots;
+  py::dict out = gpu::as_dict(plan);
   out["vector"] = x.vector;
   return out;
 }

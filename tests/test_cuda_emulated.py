@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import contracts
 import pytest
 import torch
 from cases import (
@@ -198,60 +198,21 @@ def test_any_class_may_be_ignored(ignore_index: int, rows: int, generator: torch
 
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_rows_that_do_not_count_are_not_read(case: Case, generator: torch.Generator) -> None:
-    """Ignored rows, and rows of weight 0, full of NaN."""
-    student, teacher, target = make_inputs("normal", 4, 70, F32, generator)
-    dead = torch.tensor([0, 1, 0, 1]).bool()
-    target[3] = IGNORED
-    student[dead] = teacher[dead] = math.nan
-    common = {}
-    if case.outputs == 1:
-        common["row_weight"] = torch.tensor([1.0, 0.0, 2.0, 1.0])
-    else:
-        target[1] = IGNORED
-    for _ in all_regimes(1)():
-        for call in (case.rows, case)[: 2 if case.outputs == 1 else 1]:
-            value, gradient = evaluate(call, student, teacher, target, backend="cuda", **common)
-            assert value.isfinite().all()
-            assert call is case or not value[..., dead].any()
-            assert not gradient[dead].any()
-            assert gradient.isfinite().all() and gradient[~dead].any(-1).all()
+    variants = all_regimes(1)
+    contracts.check_that_rows_that_do_not_count_are_not_read(case, generator, "cuda", variants)
 
 
+@pytest.mark.parametrize("at", [0, 50, 69])
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_nan_stays_in_its_row(case: Case, generator: torch.Generator) -> None:
-    if case.loss == "tf_nkd":  # with its own mean
-        case = CASES[CASES.index(case) + 1]
-    clean = make_inputs("normal", 3, 70, F32, generator)
-    others = torch.arange(3) != 2
-    for at in (0, 50, 69):
-        dirty = [x.clone() for x in clean]
-        dirty[0][2, at] = math.nan
-        for _ in all_regimes(at)():
-            value, gradient = evaluate(case.rows, *dirty, backend="cuda")
-            good = evaluate(case.rows, *clean, backend="cuda")
-            assert value[..., 2].isnan().any() and gradient[2].isnan().any()
-            assert_same(value[..., others], good[0][..., others])
-            assert_same(gradient[others], good[1][others])
+def test_nan_stays_in_its_row(case: Case, at: int, generator: torch.Generator) -> None:
+    contracts.check_that_nan_stays_in_its_row(case, generator, "cuda", all_regimes(at), at)
 
 
+@pytest.mark.parametrize("bad", [-1, 70, 2**32 + 1])
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_a_bad_target_makes_its_row_nan(
-    case: Case, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What happens on a GPU, where nobody looks at targets before the kernel does."""
-    if case.loss == "tf_nkd":
-        case = CASES[CASES.index(case) + 1]
-    monkeypatch.setattr("kdkernels.losses.checks_targets", lambda _: False)
-    student, teacher, target = make_inputs("normal", 3, 70, F32, generator)
-    others = torch.arange(3) != 2
-    for bad in (-1, 70, 2**32 + 1):
-        wrong = torch.where(others, target, bad)
-        for _ in all_regimes(0)():
-            value, gradient = evaluate(case.rows, student, teacher, wrong, backend="cuda")
-            good = evaluate(case.rows, student, teacher, target, backend="cuda")
-            assert value[..., 2].isnan().all() and gradient[2].isnan().all()
-            assert_same(value[..., others], good[0][..., others])
-            assert_same(gradient[others], good[1][others])
+def test_a_bad_target_makes_its_row_nan(case: Case, bad: int, generator: torch.Generator) -> None:
+    variants = all_regimes(0)
+    contracts.check_that_a_bad_target_makes_its_row_nan(case, generator, "cuda", variants, bad)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -278,16 +239,11 @@ def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object) -> None:
         check_a_weight_of_0(loss, 70, "cuda")
 
 
-@pytest.mark.parametrize("temperature", [1e-60, 1e-30, 1e30, 1e150])
+@pytest.mark.parametrize("temperature", contracts.EXTREME_TEMPERATURES)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> None:
-    if "temperature" not in case.options:
-        return
-    case = replace(case, options={**case.options, "temperature": temperature})
-    inputs = make_inputs("normal", 3, 70)
-    for _ in all_regimes(0)():
-        value, gradient = evaluate(case.rows, *inputs, backend="cuda")
-        assert not value.isnan().any() and gradient.isfinite().all()
+    regimes = all_regimes(0)
+    contracts.check_that_extreme_temperatures_give_numbers(case, temperature, 70, "cuda", regimes)
 
 
 @pytest.mark.parametrize("regime", REGIMES)

@@ -12,9 +12,9 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
+import contracts
 import pytest
 import test_fuzz
 import torch
@@ -171,56 +171,23 @@ def test_no_rows(case: Case, classes: int, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_rows_that_do_not_count_are_not_read(case: Case, generator: torch.Generator) -> None:
-    """Ignored rows, and rows of weight 0, full of NaN."""
-    student, teacher, target = make_inputs("normal", 4, 70, torch.float32, generator)
-    dead = torch.tensor([0, 1, 0, 1]).bool()
-    target[3] = IGNORED
-    student[dead] = teacher[dead] = math.nan
-    common = {}
-    if case.outputs == 1:
-        common["row_weight"] = torch.tensor([1.0, 0.0, 2.0, 1.0])
-    else:
-        target[1] = IGNORED
-    for _ in each_plan():
-        value, gradient = evaluate(case.rows, student, teacher, target, backend="triton", **common)
-        assert not value[..., dead].any() and not gradient[dead].any()
-        assert gradient.isfinite().all() and gradient[~dead].any(-1).all()
+    contracts.check_that_rows_that_do_not_count_are_not_read(case, generator, "triton", each_plan)
 
 
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_nan_stays_in_its_row(case: Case, generator: torch.Generator) -> None:
-    if case.loss == "tf_nkd":  # with its own mean
-        case = CASES[CASES.index(case) + 1]
-    clean = make_inputs("normal", 3, 70, torch.float32, generator)
-    dirty = [x.clone() for x in clean]
-    dirty[0][2, 50] = math.nan
-    others = torch.arange(3) != 2
-    for _ in each_plan():
-        value, gradient = evaluate(case.rows, *dirty, backend="triton")
-        good = evaluate(case.rows, *clean, backend="triton")
-        assert value[..., 2].isnan().any() and gradient[2].isnan().any()
-        assert_same(value[..., others], good[0][..., others])
-        assert_same(gradient[others], good[1][others])
+    contracts.check_that_nan_stays_in_its_row(case, generator, "triton", each_plan)
 
 
+@pytest.mark.parametrize(
+    ("bad", "regime"), [(-1, "split"), (70, "sweeps"), (2**32 + 1, "resident")]
+)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_a_bad_target_makes_its_row_nan(
-    case: Case, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    case: Case, bad: int, regime: str, generator: torch.Generator
 ) -> None:
-    """What happens on a GPU, where nobody looks at targets before the kernel does."""
-    if case.loss == "tf_nkd":
-        case = CASES[CASES.index(case) + 1]
-    monkeypatch.setattr("kdkernels.losses.checks_targets", lambda _: False)
-    student, teacher, target = make_inputs("normal", 3, 70, torch.float32, generator)
-    others = torch.arange(3) != 2
-    for bad, regime in ((-1, "split"), (70, "sweeps"), (2**32 + 1, "resident")):
-        wrong = torch.where(others, target, bad)
-        for _ in each_plan([regime]):
-            value, gradient = evaluate(case.rows, student, teacher, wrong, backend="triton")
-            good = evaluate(case.rows, student, teacher, target, backend="triton")
-            assert value[..., 2].isnan().all() and gradient[2].isnan().all()
-            assert_same(value[..., others], good[0][..., others])
-            assert_same(gradient[others], good[1][others])
+    variants = partial(each_plan, [regime])
+    contracts.check_that_a_bad_target_makes_its_row_nan(case, generator, "triton", variants, bad)
 
 
 @pytest.mark.parametrize("case", MAIN_CASES[:-1], ids=str)
@@ -280,15 +247,11 @@ def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object) -> None:
         check_a_weight_of_0(loss, 70, "triton")
 
 
-@pytest.mark.parametrize("temperature", [1e-60, 1e-30, 1e30, 1e150])
+@pytest.mark.parametrize("temperature", contracts.EXTREME_TEMPERATURES)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> None:
-    if "temperature" not in case.options:
-        return
-    case = replace(case, options={**case.options, "temperature": temperature})
-    inputs = make_inputs("normal", 3, 9)
-    value, gradient = evaluate(case.rows, *inputs, backend="triton")
-    assert not value.isnan().any() and gradient.isfinite().all()
+    planned = partial(each_plan, ["as planned"])
+    contracts.check_that_extreme_temperatures_give_numbers(case, temperature, 9, "triton", planned)
 
 
 @pytest.mark.parametrize(

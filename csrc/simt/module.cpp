@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../cuda/plan_dict.h"
 #include "../cuda/run.h"
 #include "faults.h"
 #include "simt.h"
@@ -71,18 +72,6 @@ struct Run {
 gpu::Device device_of(const py::dict& x) {
   return {x["architecture"].cast<int>(), x["multiprocessors"].cast<int>(), x["shared_per_block"].cast<int64_t>(),
           x["shared_per_multiprocessor"].cast<int64_t>(), x["l2"].cast<int64_t>()};
-}
-
-py::dict facts(const gpu::Plan& plan) {
-  py::dict out;
-  out["regime"] = gpu::kRegimes[static_cast<int>(plan.regime)];
-  out["threads"] = plan.threads;
-  out["blocks"] = plan.blocks;
-  out["lanes"] = plan.lanes;
-  out["wave"] = plan.wave;
-  out["parts"] = plan.parts;
-  out["part_vectors"] = plan.part_vectors;
-  return out;
 }
 
 // A plan that the planner would not make: the regime and the numbers that `forced` names, as far as the call allows.
@@ -179,7 +168,7 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
   simt::reset_counters();
   const uint64_t before = simt::counters().launches;
   if (gpu::run(c, plan)) throw std::runtime_error(simt::fault());
-  py::dict out = facts(plan);
+  py::dict out = gpu::as_dict(plan);
   out["launches"] = simt::counters().launches - before;
   out["copies"] = simt::counters().copies;
   return out;
