@@ -51,6 +51,7 @@ REGIMES: dict[str, dict[str, Any]] = {
     "8 lanes, many": {"regime": "lanes", "lanes": 8, "lane_classes": 16, "blocks": 1},
     "16 lanes, many": {"regime": "lanes", "lanes": 16, "lane_classes": 16, "blocks": 2},
     "block": {"regime": "block", "threads": 64, "blocks": 2},
+    "block of 4 warps": {"regime": "block", "threads": 128, "blocks": 1},
     "block of a warp": {"regime": "block", "threads": 32, "blocks": 2},
     "staged": {"regime": "staged", "threads": 64, "blocks": 2},
     "staged, room for 1 more": {"regime": "staged", "blocks": 1, "more_slots": 1},
@@ -103,6 +104,20 @@ def test_shapes(case: Case, classes: int, generator: torch.Generator) -> None:
 def test_types_in_every_regime(case: Case, dtypes: tuple, generator: torch.Generator) -> None:
     inputs = make_inputs("masked", 3, 103, dtypes, generator)
     check_rows(case, *inputs, generator, backend="cuda", variants=all_regimes(0))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_rows_of_several_warps(case: Case, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Each with a maximum of its own, in every regime: what one warp has does not fit another."""
+    student, teacher, target = make_inputs("normal", 2, 1003, dtype, generator)
+    rising = torch.linspace(-12, 12, 1003)
+    inputs = (student + rising.to(dtype), teacher - rising.to(dtype), target)
+    check_rows(case, *inputs, generator, backend="cuda", variants=all_regimes(1))
+    if case.outputs == 1:
+        # Only the one sweep has coefficients to rebase from the row's maxima to a warp's.
+        check_reductions(case, "mean", None, generator, (1003,), backend="cuda",
+                         variants=all_regimes(2), shape=(1, 3))  # fmt: skip
 
 
 @pytest.mark.parametrize("layouts", [(a, b) for a in LAYOUTS for b in LAYOUTS], ids="-".join)
