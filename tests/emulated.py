@@ -24,7 +24,6 @@ except ImportError:
 
 # Small, so that few rows are many; shared memory and cache as on an H200.
 DEVICE = {
-    "architecture": 90,
     "multiprocessors": 3,
     "shared_per_block": 227 << 10,
     "shared_per_multiprocessor": 228 << 10,

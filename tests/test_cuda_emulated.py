@@ -208,6 +208,44 @@ def test_any_class_may_be_ignored(ignore_index: int, rows: int, generator: torch
         torch.testing.assert_close(ours[1], truth[1], rtol=1e-5, atol=1e-7)
 
 
+def test_a_normalizer_may_be_a_tensor(generator: torch.Generator) -> None:
+    """Read on the device; as a number it becomes part of the scale."""
+    inputs = make_inputs("normal", 5, 70, F32, generator, ignored=0.2)
+    for _ in all_regimes(0)():
+        number, tensor = (
+            evaluate(MAIN_CASES[1], *inputs, backend="cuda", normalizer=x)
+            for x in (7.5, torch.tensor(7.5))
+        )
+        for x, y in zip(number, tensor, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32, F64], ids=str)
+def test_kd_without_a_target(dtype: torch.dtype, generator: torch.Generator) -> None:
+    kd = MAIN_CASES[0]
+    assert kd.loss == "kd" and not kd.options["ce_weight"]
+    student, teacher, _ = make_inputs("normal", 3, 101, dtype, generator)
+    exact = (student.double(), teacher.double(), None)
+    for call in (kd.rows, kd):
+        truth = evaluate(call, *exact, backend="reference")
+        for _ in all_regimes(1)():
+            value, gradient = evaluate(call, student, teacher, None, backend="cuda")
+            torch.testing.assert_close(value.double(), truth[0], rtol=1e-5, atol=1e-4)
+            rounded = truth[1].to(dtype).double()
+            torch.testing.assert_close(gradient.double(), rounded, rtol=1e-2, atol=1e-6)
+
+
+def test_one_teacher_row_for_all_and_one_row_alone(generator: torch.Generator) -> None:
+    """Rows that do not move on, and logits without a dimension of rows."""
+    for step, case in enumerate(MAIN_CASES):
+        student, teacher, target = make_inputs("normal", (2, 3), 37, BF16, generator)
+        teacher = teacher[:1, :1].expand_as(teacher)
+        check_rows(case, student, teacher, target, generator, backend="cuda",
+                   variants=all_regimes(step))  # fmt: skip
+        alone = make_inputs("normal", (), 37, F32, generator)
+        check_rows(case, *alone, generator, backend="cuda", variants=all_regimes(step))
+
+
 # ---- the contracts --------------------------------------------------------------------------
 
 
@@ -286,8 +324,10 @@ def test_rows_without_logits_above_the_lowest(low: float, regime: str) -> None:
 
 def test_few_classes_take_one_launch(generator: torch.Generator) -> None:
     """Count of the rows, losses, gradient and the sum; many rows are counted by a second one."""
-    for rows, launches in ((40, 1), (8192, 1), (8193, 2)):
-        inputs = make_inputs("normal", rows, 10, F32, generator, ignored=0.3)
+    for rows, classes, launches in (
+        (40, 10, 1), (8192, 10, 1), (8193, 10, 2), (4096, 100, 1), (1024, 1000, 1),
+    ):  # fmt: skip
+        inputs = make_inputs("normal", rows, classes, F32, generator, ignored=0.3)
         with emulate() as done:
             value, gradient = evaluate(MAIN_CASES[0], *inputs, backend="cuda")
             assert [x["launches"] for x in done.runs] == [launches]

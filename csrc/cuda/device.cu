@@ -16,16 +16,15 @@ __device__ uint32_t counters[kCounters];  // zeros, per device, from the moment 
 }  // namespace
 
 int device_facts(int index, Device& out) {
-  int major = 0, minor = 0, multiprocessors = 0, per_block = 0, per_multiprocessor = 0, l2 = 0;
+  int multiprocessors = 0, per_block = 0, per_multiprocessor = 0, l2 = 0;
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(&value, attribute, index);
   };
   for (const cudaError_t error :
-       {get(major, cudaDevAttrComputeCapabilityMajor), get(minor, cudaDevAttrComputeCapabilityMinor),
-        get(multiprocessors, cudaDevAttrMultiProcessorCount), get(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+       {get(multiprocessors, cudaDevAttrMultiProcessorCount), get(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin),
         get(per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor), get(l2, cudaDevAttrL2CacheSize)})
     if (error != cudaSuccess) return static_cast<int>(error);
-  out = {10 * major + minor, multiprocessors, per_block, per_multiprocessor, l2};
+  out = {multiprocessors, per_block, per_multiprocessor, l2};
   return 0;
 }
 

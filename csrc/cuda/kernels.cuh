@@ -55,8 +55,10 @@ struct Tile {
   KD_DEVICE Pivots<S> top() const {
     Pivots<S> out = {lowest<S>(), lowest<S>()};
     KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) KD_UNROLL
-    for (int e = 0; e < E; ++e) out = {max_of(out.s, s[k][e]), max_of(out.t, t[k][e])};
+    for (int k = 0; k < kVectors; ++k) {
+      KD_UNROLL
+      for (int e = 0; e < E; ++e) out = {max_of(out.s, s[k][e]), max_of(out.t, t[k][e])};
+    }
     KD_UNROLL
     for (int j = 0; j < kEdgeCount; ++j) out = {max_of(out.s, edge_s[j]), max_of(out.t, edge_t[j])};
     return out;
@@ -72,8 +74,10 @@ struct Tile {
       for (int n = 0; n < Sums::kept; ++n) x[n] = exps.e[n];
     };
     KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) KD_UNROLL
-    for (int e = 0; e < E; ++e) one(s[k][e], t[k][e], x[k][e]);
+    for (int k = 0; k < kVectors; ++k) {
+      KD_UNROLL
+      for (int e = 0; e < E; ++e) one(s[k][e], t[k][e], x[k][e]);
+    }
     KD_UNROLL
     for (int j = 0; j < kEdgeCount; ++j) one(edge_s[j], edge_t[j], edge_x[j]);
     return stats;

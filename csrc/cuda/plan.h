@@ -19,7 +19,6 @@ namespace kd {
 namespace gpu {
 
 struct Device {
-  int architecture;  // 90 for sm_90
   int multiprocessors;
   int64_t shared_per_block, shared_per_multiprocessor, l2;  // bytes; per block: what a kernel may opt in to
 };
@@ -30,13 +29,13 @@ struct KnownDevice {
   Device device;
 };
 constexpr KnownDevice kDevices[] = {
-    {"A100", {80, 108, 163 << 10, 164 << 10, int64_t(40) << 20}},
-    {"RTX 3090", {86, 82, 99 << 10, 100 << 10, int64_t(6) << 20}},
-    {"L40S", {89, 142, 99 << 10, 100 << 10, int64_t(96) << 20}},
-    {"H100", {90, 132, 227 << 10, 228 << 10, int64_t(50) << 20}},
-    {"H200", {90, 132, 227 << 10, 228 << 10, int64_t(60) << 20}},
-    {"B200", {100, 148, 227 << 10, 228 << 10, int64_t(126) << 20}},
-    {"RTX 5090", {120, 170, 99 << 10, 100 << 10, int64_t(96) << 20}},
+    {"A100", {108, 163 << 10, 164 << 10, int64_t(40) << 20}},
+    {"RTX 3090", {82, 99 << 10, 100 << 10, int64_t(6) << 20}},
+    {"L40S", {142, 99 << 10, 100 << 10, int64_t(96) << 20}},
+    {"H100", {132, 227 << 10, 228 << 10, int64_t(50) << 20}},
+    {"H200", {132, 227 << 10, 228 << 10, int64_t(60) << 20}},
+    {"B200", {148, 227 << 10, 228 << 10, int64_t(126) << 20}},
+    {"RTX 5090", {170, 99 << 10, 100 << 10, int64_t(96) << 20}},
 };
 
 enum class Regime : int32_t { lanes, block, staged, sweeps, split, strided };

@@ -35,8 +35,8 @@ struct Args {
   int64_t sum_count = 0;
   S* total = nullptr;
   uint32_t* counter = nullptr;  // null in launches that are not the last one
-  const double* counts =
-      nullptr;  // rows that are not ignored, by blocks of the launch before; null: every block counts
+  // Rows that are not ignored, by blocks of the launch before; null: every block counts.
+  const double* counts = nullptr;
   int count_blocks = 0;
   // Rows in several parts: this launch's rows begin at first_row.
   int64_t first_row = 0;
@@ -87,20 +87,14 @@ struct Scratch {
   arch::Shared<S> results;  // coefficients and pivots of the row
   arch::Shared<double> doubles;
 
-  KD_DEVICE explicit Scratch(arch::Carver& carver) { cut(carver); }
+  KD_FN explicit Scratch(arch::Carver& carver)
+      : warps(carver.template take<S>(32 * kFields)),
+        results(carver.template take<S>(kResults)),
+        doubles(carver.template take<double>(33)) {}
   static size_t bytes() {
     arch::Carver carver = arch::Carver::counting();
-    carver.template take<S>(32 * kFields);
-    carver.template take<S>(kResults);
-    carver.template take<double>(33);
+    const Scratch counted(carver);
     return carver.bytes();
-  }
-
- private:
-  KD_DEVICE void cut(arch::Carver& carver) {
-    warps = carver.template take<S>(32 * kFields);
-    results = carver.template take<S>(kResults);
-    doubles = carver.template take<double>(33);
   }
 };
 

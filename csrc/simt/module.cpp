@@ -70,7 +70,7 @@ struct Run {
 };
 
 gpu::Device device_of(const py::dict& x) {
-  return {x["architecture"].cast<int>(), x["multiprocessors"].cast<int>(), x["shared_per_block"].cast<int64_t>(),
+  return {x["multiprocessors"].cast<int>(), x["shared_per_block"].cast<int64_t>(),
           x["shared_per_multiprocessor"].cast<int64_t>(), x["l2"].cast<int64_t>()};
 }
 
