@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "arch.h"
@@ -317,6 +318,430 @@ KD_KERNEL(kThreads, 1) not_counted(KD_ARGUMENT(Args) a) {
   if (thread() == 0 && (a.ok || block() > 0)) last_block(a.counter);
 }
 
+// ---- bulk copies and mbarriers --------------------------------------------------------------
+
+constexpr uint32_t kRow = 512;  // bytes of a bulk copy
+
+struct Landing {
+  Shared<Granule> s;
+  Bars bars;
+};
+
+// Room for bulk copies and messages, and two mbarriers of one arrival each that all blocks of the cluster know.
+Landing landing(bool fence = true) {
+  Carver carver = shared();
+  const Landing at = {carver.take<Granule>(kRow / 16), carver.bars(2)};
+  if (thread() == 0) {
+    bar_init(at.bars, 0, 1);
+    bar_init(at.bars, 1, 1);
+    if (fence) bar_init_fence();
+  }
+  sync_cluster();
+  return at;
+}
+
+void fill(const Landing& at, const Args& a) {
+  if (thread() != 0) return;
+  bar_expect(at.bars, 0, kRow);
+  bulk_load(at.s, 0, a.in, kRow, at.bars, 0);
+}
+
+KD_KERNEL(kThreads, 1) bulk_read_before_its_wait(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  fill(at, a);
+  sync_block();
+  if (a.ok) bar_wait(at.bars, 0, 0);
+  at.s.ld(thread() % 32);
+}
+
+KD_KERNEL(kThreads, 1) bulk_wait_of_the_wrong_parity(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  fill(at, a);
+  sync_block();
+  bar_wait(at.bars, 0, a.ok ? 0 : 1);
+  at.s.ld(thread() % 32);
+}
+
+KD_KERNEL(kThreads, 1) bulk_waited_for_by_another(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  fill(at, a);
+  sync_block();
+  if (thread() == 0) bar_wait(at.bars, 0, 0);
+  if (a.ok) sync_block();
+  at.s.ld(thread() % 32);
+}
+
+KD_KERNEL(kThreads, 1) bulk_refill_before_release(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  fill(at, a);
+  bar_wait(at.bars, 0, 0);
+  at.s.ld(thread() % 32);
+  if (a.ok) sync_block();
+  fill(at, a);
+  bar_wait(at.bars, 0, 1);
+}
+
+KD_KERNEL(kThreads, 1) store_under_a_bulk_copy(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  fill(at, a);
+  if (thread() != 0) return;
+  if (a.ok) bar_wait(at.bars, 0, 0);
+  at.s.st(31, Granule{{5, 6, 7, 8}});
+}
+
+KD_KERNEL(kThreads, 1) store_before_a_bulk_copy(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (!a.ok && thread() == 1) at.s.st(5, Granule{{5, 6, 7, 8}});
+  sync_block();
+  fill(at, a);
+  bar_wait(at.bars, 0, 0);
+}
+
+// One copy of the first thread, waited for by all.
+void bulk_copy(const Landing& at, const Shared<Granule>& to, int i, const void* from, uint32_t bytes,
+               uint32_t expected) {
+  if (thread() == 0) {
+    bar_expect(at.bars, 0, expected);
+    bulk_load(to, i, from, bytes, at.bars, 0);
+  }
+  bar_wait(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) bulk_to_misaligned(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, Shared<Granule>(at.s.offset() + (a.ok ? 16 : 8), 16), 0, a.in, 64, 64);
+}
+
+KD_KERNEL(kThreads, 1) bulk_from_misaligned(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 0, a.in + (a.ok ? 4 : 2), 64, 64);
+}
+
+KD_KERNEL(kThreads, 1) bulk_of_an_odd_size(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 0, a.in, a.ok ? 32 : 24, a.ok ? 32 : 24);
+}
+
+KD_KERNEL(kThreads, 1) bulk_of_nothing(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 0, a.in, a.ok ? 16 : 0, a.ok ? 16 : 0);
+}
+
+KD_KERNEL(kThreads, 1) bulk_from_outside(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 0, a.in + kValues - 8, a.ok ? 32 : 48, a.ok ? 32 : 48);
+}
+
+KD_KERNEL(kThreads, 1) bulk_to_outside(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 30, a.in, a.ok ? 32 : 48, a.ok ? 32 : 48);
+}
+
+KD_KERNEL(kThreads, 1) bulk_from_an_output(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 0, a.ok ? a.in : a.out, 64, 64);
+}
+
+KD_KERNEL(kThreads, 1) bulk_from_what_the_launch_wrote(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  float* const from = a.partial + block() * kThreads;
+  if (!a.ok) store(from + thread(), 1.0f);
+  sync_block();
+  bulk_copy(at, at.s, 0, from, 64, 64);
+}
+
+KD_KERNEL(kThreads, 1) bulk_expects_too_much(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 0, a.in, 64, a.ok ? 64 : 80);
+}
+
+KD_KERNEL(kThreads, 1) bulk_expects_too_little(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  bulk_copy(at, at.s, 0, a.in, 64, a.ok ? 64 : 48);
+}
+
+KD_KERNEL(kThreads, 1) arrives_beyond_the_count(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  fill(at, a);
+  if (thread() == 40 && !a.ok) bar_expect(at.bars, 0, 0);
+  bar_wait(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) next_phase_before_its_wait(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  for (int i = 0; i < 2; ++i) {
+    if (thread() == 0) {
+      bar_expect(at.bars, 0, 64);
+      bulk_load(at.s, 4 * i, a.in, 64, at.bars, 0);
+    }
+    if (a.ok || i == 1) bar_wait(at.bars, 0, static_cast<uint32_t>(i));
+    if (a.ok) sync_block();
+  }
+}
+
+KD_KERNEL(kThreads, 1) bar_outside(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (thread() == 1) bar_expect(at.bars, a.ok ? 1 : 2, 0);
+}
+
+KD_KERNEL(kThreads, 1) bar_before_its_init(KD_ARGUMENT(Args) a) {
+  const Bars bars = shared().bars(2);
+  if (thread() == 0) {
+    bar_init(bars, a.ok ? 1 : 0, 1);
+    bar_init_fence();
+  }
+  sync_block();
+  if (thread() == 1) bar_expect(bars, 1, 0);
+}
+
+KD_KERNEL(kThreads, 1) bar_init_without_a_fence(KD_ARGUMENT(Args) a) {
+  const Landing at = landing(a.ok);
+  if (thread() == 1) bar_expect(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) bulk_without_the_init_fence(KD_ARGUMENT(Args) a) {
+  const Landing at = landing(a.ok);
+  fill(at, a);
+  bar_wait(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) bar_init_without_a_barrier(KD_ARGUMENT(Args) a) {
+  const Bars bars = shared().bars(1);
+  if (thread() == 32) {
+    bar_init(bars, 0, 1);
+    bar_init_fence();
+  }
+  if (a.ok) sync_block();
+  if (thread() == 0) bar_expect(bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) bar_init_twice(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (thread() == 0 && !a.ok) bar_init(at.bars, 1, 1);
+}
+
+KD_KERNEL(kThreads, 1) store_to_an_mbarrier(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (thread() == 0) Shared<float>(at.bars.offset(), 8).st(a.ok ? 5 : 2, 1.0f);
+}
+
+KD_KERNEL(kThreads, 1) exit_with_a_bulk_copy_in_flight(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  fill(at, a);
+  if (a.ok && thread() == 0) bar_wait(at.bars, 0, 0);
+}
+
+// ---- clusters -------------------------------------------------------------------------------
+
+// A message to the other block of the cluster and the expectation of its message. Cluster: 2 blocks.
+void exchange(const Landing& at, int bar) {
+  if (thread() != 0) return;
+  bar_expect(at.bars, bar, 16);
+  st_async(at.s, bar, cluster_rank() ^ 1, Granule{{1, 2, 3, 4}}, at.bars, bar);
+}
+
+KD_KERNEL(kThreads, 1) message_not_waited_for(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  exchange(at, 0);
+  if (a.ok) bar_wait_cluster(at.bars, 0, 0);
+  at.s.ld(0);
+}
+
+KD_KERNEL(kThreads, 1) message_ordered_by_a_barrier(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  exchange(at, 0);
+  sync_cluster();
+  if (a.ok) bar_wait_cluster(at.bars, 0, 0);
+  at.s.ld(0);
+}
+
+KD_KERNEL(kThreads, 1) message_waited_for_by_the_block(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  exchange(at, 0);
+  if (a.ok)
+    bar_wait_cluster(at.bars, 0, 0);
+  else
+    bar_wait(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) message_into_a_slot_in_use(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  const Granule value = {{1, 2, 3, 4}};
+  if (cluster_rank() == 1) {
+    if (thread() == 0) {
+      bar_expect(at.bars, 0, 16);
+      bar_expect(at.bars, 1, 16);
+    }
+    bar_wait_cluster(at.bars, 0, 0);
+    at.s.ld(0);
+    sync_block();
+    if (a.ok && thread() == 0) st_async(at.s, 1, 0, value, at.bars, 0);
+    bar_wait_cluster(at.bars, 1, 0);
+  } else if (thread() == 0) {
+    if (a.ok) bar_expect(at.bars, 0, 16);
+    st_async(at.s, 0, 1, value, at.bars, 0);
+    if (a.ok) bar_wait_cluster(at.bars, 0, 0);
+    st_async(at.s, 0, 1, value, at.bars, 1);
+  }
+}
+
+KD_KERNEL(kThreads, 1) message_back_before_all_have_read(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  exchange(at, 0);
+  bar_wait_cluster(at.bars, 0, 0);
+  at.s.ld(0);
+  if (a.ok) sync_block();
+  exchange(at, 1);  // tells the peer that slot 0 is free
+  bar_wait_cluster(at.bars, 1, 0);
+  exchange(at, 0);
+  bar_wait_cluster(at.bars, 0, 1);
+}
+
+KD_KERNEL(kThreads, 1) order_through_a_peer(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  const Granule value = {{1, 2, 3, 4}};
+  const int peer = cluster_rank() ^ 1;
+  if (thread() == 0) {
+    at.s.st(5, value);
+    bar_expect(at.bars, 0, 16);
+    bar_expect(at.bars, 1, 16);
+  }
+  sync_block();
+  if (thread() == 0) {
+    at.s.ld(5);
+    st_async(at.s, 0, peer, value, at.bars, 0);
+    bar_wait_cluster(at.bars, 0, 0);
+    st_async(at.s, 1, peer, value, at.bars, 1);
+  }
+  if (thread() == 32) {
+    if (a.ok) bar_wait_cluster(at.bars, 1, 0);
+    at.s.st(5, value);
+    if (!a.ok) bar_wait_cluster(at.bars, 1, 0);
+  }
+}
+
+KD_KERNEL(kThreads, 1) message_before_the_phase(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  for (int i = 0; i < 2; ++i) {  // without a wait in between, the second message may count in the first phase
+    if (thread() == 0) {
+      if (cluster_rank() == 1) bar_expect(at.bars, 0, 16);
+      if (cluster_rank() == 0) st_async(at.s, i, 1, Granule{{1, 2, 3, 4}}, at.bars, 0);
+    }
+    if (cluster_rank() == 1) bar_wait_cluster(at.bars, 0, static_cast<uint32_t>(i));
+    if (a.ok) sync_cluster();
+  }
+}
+
+KD_KERNEL(kThreads, 1) messages_of_two_to_one_slot(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  const int rank = cluster_rank();
+  if (thread() == 0 && rank == 0) bar_expect(at.bars, 0, 32);
+  if (thread() == 0 && (rank == 1 || rank == 2)) st_async(at.s, a.ok ? rank : 0, 0, Granule{{1, 2, 3, 4}}, at.bars, 0);
+  if (rank == 0) bar_wait_cluster(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) message_outside(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (thread() == 0) {
+    bar_expect(at.bars, 0, 16);
+    st_async(at.s, a.ok ? 31 : 32, cluster_rank() ^ 1, Granule{{1, 2, 3, 4}}, at.bars, 0);
+  }
+  bar_wait_cluster(at.bars, 0, 0);
+}
+
+// A block may send to itself; bar_wait is enough for that.
+KD_KERNEL(kThreads, 1) phase_missed(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  for (uint32_t i = 0; i < 2; ++i) {
+    if (thread() == 0) {
+      bar_expect(at.bars, 0, 16);
+      st_async(at.s, 0, cluster_rank(), Granule{{1, 2, 3, 4}}, at.bars, 0);
+    }
+    if (a.ok || thread() != 9) bar_wait(at.bars, 0, i);
+    if (a.ok) sync_block();
+  }
+  if (!a.ok && thread() == 9) {
+    for (const uint32_t parity : {1u, 0u}) bar_wait(at.bars, 0, parity);
+    at.s.ld(0);
+  }
+}
+
+KD_KERNEL(kThreads, 1) message_out_of_the_cluster(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (thread() == 0) {
+    bar_expect(at.bars, 0, 16);
+    st_async(at.s, 0, cluster_rank() == 0 ? 1 : a.ok ? 0 : 2, Granule{{1, 2, 3, 4}}, at.bars, 0);
+  }
+  bar_wait_cluster(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) message_to_an_exited_block(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (thread() != 0) return;
+  if (cluster_rank() == 0) return st_async(at.s, 0, 1, Granule{{1, 2, 3, 4}}, at.bars, 0);
+  if (!a.ok) return;
+  bar_expect(at.bars, 0, 16);
+  bar_wait_cluster(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) exit_with_a_message_in_flight(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  exchange(at, 0);
+  if (a.ok) bar_wait_cluster(at.bars, 0, 0);
+  sync_cluster();
+}
+
+KD_KERNEL(kThreads, 1) bar_of_a_peer_without_a_barrier(KD_ARGUMENT(Args) a) {
+  Carver carver = shared();
+  const Landing at = {carver.take<Granule>(1), carver.bars(1)};
+  if (thread() == 0) {
+    bar_init(at.bars, 0, 1);
+    bar_init_fence();
+  }
+  if (a.ok)
+    sync_cluster();
+  else
+    sync_block();
+  exchange(at, 0);
+  bar_wait_cluster(at.bars, 0, 0);
+}
+
+KD_KERNEL(kThreads, 1) exit_before_the_cluster_barrier(KD_ARGUMENT(Args) a) {
+  if (!a.ok && cluster_rank() == 1 && thread() == 5) return;
+  sync_cluster();
+}
+
+KD_KERNEL(kThreads, 1) cluster_barrier_of_one_block(KD_ARGUMENT(Args) a) {
+  if (a.ok || cluster_rank() == 0)
+    sync_cluster();
+  else
+    sync_block();
+}
+
+KD_KERNEL(kThreads, 1) cluster_barrier_of_some_threads(KD_ARGUMENT(Args) a) {
+  if (a.ok || thread() % 2)
+    sync_cluster();
+  else
+    sync_block();
+}
+
+KD_KERNEL(kThreads, 1) absent_at_the_cluster_barrier(KD_ARGUMENT(Args) a) {
+  const Landing at = landing();
+  if (!a.ok && cluster_rank() == 1) bar_wait(at.bars, 1, 0);
+  sync_cluster();
+}
+
+KD_KERNEL(kThreads, 1) partial_of_a_peer(KD_ARGUMENT(Args) a) {
+  store(a.partial + block() * kThreads + thread(), 1.0f);
+  if (a.ok)
+    sync_cluster();
+  else
+    sync_block();
+  load_written(a.partial + (block() ^ 1) * kThreads + thread());
+}
+
+KD_KERNEL(kThreads, 1) nothing(KD_ARGUMENT(Args)) {}
+
 // ---- what is no fault -----------------------------------------------------------------------
 
 KD_KERNEL(kThreads, 1) schedule(KD_ARGUMENT(Args) a) {
@@ -361,14 +786,74 @@ KD_KERNEL(kThreads, 1) results(KD_ARGUMENT(Args) a) {
   if (last.ld(0) && thread() < kBlocks) store(a.out + thread(), load_written(a.partial + thread()));
 }
 
+// Rows of 64 values. Each of two blocks loads its half through a ring of two stages and sums it up; the halves meet in
+// both blocks.
+KD_KERNEL(kThreads, 1) cluster_results(KD_ARGUMENT(Args) a) {
+  constexpr int kRows = 4, kHalf = 32, kGranules = kHalf / 4;
+  Carver carver = shared();
+  const Shared<Granule> ring = carver.take<Granule>(2 * kGranules), sums = carver.take<Granule>(4);
+  const Bars filled = carver.bars(2), sent = carver.bars(2);
+  const int rank = cluster_rank();
+  const int64_t cluster = block() / cluster_blocks();
+  const auto fill = [&](int row) {
+    if (thread() != 0 || row >= kRows) return;
+    bar_expect(filled, row % 2, kHalf * 4);
+    bulk_load(ring, row % 2 * kGranules, a.in + (row * 2 + rank) * kHalf, kHalf * 4, filled, row % 2);
+  };
+  if (thread() == 0) {
+    for (int i = 0; i < 2; ++i) {
+      bar_init(filled, i, 1);
+      bar_init(sent, i, 1);
+    }
+    bar_init_fence();
+  }
+  sync_cluster();
+  fill(0);
+  fill(1);
+  for (int row = 0; row < kRows; ++row) {
+    const uint32_t parity = static_cast<uint32_t>(row / 2 % 2);
+    bar_wait(filled, row % 2, parity);
+    float sum = 0;
+    if (thread() < kGranules) {
+      const Granule g = ring.ld(row % 2 * kGranules + thread());
+      for (const uint32_t w : g.w) {
+        float x;
+        memcpy(&x, &w, sizeof(x));
+        sum += x;
+      }
+    }
+    for (int l = 16; l >= 1; l /= 2) sum += shfl_xor(sum, l);
+    sync_block();  // everyone has read this stage and the sums of the row before
+    fill(row + 2);
+    if (thread() == 0) bar_expect(sent, row % 2, 32);
+    if (thread() < 2) {
+      Granule g = {};
+      memcpy(g.w, &sum, sizeof(sum));
+      st_async(sums, row % 2 * 2 + rank, thread(), g, sent, row % 2);
+    }
+    bar_wait_cluster(sent, row % 2, parity);
+    float total = 0;
+    for (int i = 0; i < 2; ++i) {
+      const Granule g = sums.ld(row % 2 * 2 + i);
+      float x;
+      memcpy(&x, g.w, sizeof(x));
+      total = total / 2 + x * static_cast<float>(1 + cluster);
+    }
+    if (rank == row % 2 && thread() == kThreads - 1) store(a.out + cluster * kRows + row, total);
+  }
+  sync_cluster();
+}
+
 // ---- the table ------------------------------------------------------------------------------
 
 struct Planted {
   const char* name;
   void (*kernel)(const Args);
+  int cluster, broken_cluster;  // the latter with the fault
 };
 
-#define KD_PLANTED(name) {#name, name}
+#define KD_PLANTED(name) {#name, name, 1, 1}
+#define KD_PLANTED_CLUSTER(name) {#name, name, 2, 2}
 const Planted kPlanted[] = {
     KD_PLANTED(read_before_write),
     KD_PLANTED(write_after_read),
@@ -411,8 +896,56 @@ const Planted kPlanted[] = {
     KD_PLANTED(partial_by_the_constant_path),
     KD_PLANTED(counted_twice),
     KD_PLANTED(not_counted),
+    KD_PLANTED(bulk_read_before_its_wait),
+    KD_PLANTED(bulk_wait_of_the_wrong_parity),
+    KD_PLANTED(bulk_waited_for_by_another),
+    KD_PLANTED(bulk_refill_before_release),
+    KD_PLANTED(store_under_a_bulk_copy),
+    KD_PLANTED(store_before_a_bulk_copy),
+    KD_PLANTED(bulk_to_misaligned),
+    KD_PLANTED(bulk_from_misaligned),
+    KD_PLANTED(bulk_of_an_odd_size),
+    KD_PLANTED(bulk_of_nothing),
+    KD_PLANTED(bulk_from_outside),
+    KD_PLANTED(bulk_to_outside),
+    KD_PLANTED(bulk_from_an_output),
+    KD_PLANTED(bulk_from_what_the_launch_wrote),
+    KD_PLANTED(bulk_expects_too_much),
+    KD_PLANTED(bulk_expects_too_little),
+    KD_PLANTED(arrives_beyond_the_count),
+    KD_PLANTED(next_phase_before_its_wait),
+    KD_PLANTED(bar_outside),
+    KD_PLANTED(bar_before_its_init),
+    KD_PLANTED(bar_init_without_a_fence),
+    KD_PLANTED(bulk_without_the_init_fence),
+    KD_PLANTED(bar_init_without_a_barrier),
+    KD_PLANTED(bar_init_twice),
+    KD_PLANTED(store_to_an_mbarrier),
+    KD_PLANTED(exit_with_a_bulk_copy_in_flight),
+    KD_PLANTED_CLUSTER(message_not_waited_for),
+    KD_PLANTED_CLUSTER(message_ordered_by_a_barrier),
+    KD_PLANTED_CLUSTER(message_waited_for_by_the_block),
+    KD_PLANTED_CLUSTER(message_into_a_slot_in_use),
+    KD_PLANTED_CLUSTER(message_back_before_all_have_read),
+    KD_PLANTED_CLUSTER(order_through_a_peer),
+    KD_PLANTED_CLUSTER(message_before_the_phase),
+    {"messages_of_two_to_one_slot", messages_of_two_to_one_slot, 4, 4},
+    KD_PLANTED_CLUSTER(message_outside),
+    KD_PLANTED_CLUSTER(phase_missed),
+    KD_PLANTED_CLUSTER(message_out_of_the_cluster),
+    KD_PLANTED_CLUSTER(message_to_an_exited_block),
+    KD_PLANTED_CLUSTER(exit_with_a_message_in_flight),
+    KD_PLANTED_CLUSTER(bar_of_a_peer_without_a_barrier),
+    KD_PLANTED_CLUSTER(exit_before_the_cluster_barrier),
+    KD_PLANTED_CLUSTER(cluster_barrier_of_one_block),
+    KD_PLANTED_CLUSTER(cluster_barrier_of_some_threads),
+    KD_PLANTED_CLUSTER(absent_at_the_cluster_barrier),
+    KD_PLANTED_CLUSTER(partial_of_a_peer),
+    {"launch_of_half_a_cluster", nothing, 2, 3},
+    {"launch_of_a_large_cluster", nothing, 4, 32},
 };
 #undef KD_PLANTED
+#undef KD_PLANTED_CLUSTER
 
 }  // namespace
 
@@ -426,9 +959,18 @@ std::string run_fault(const std::string& name, uint64_t seed) {
   const std::string twin = "/ok";
   const bool ok = name.size() > twin.size() && name.compare(name.size() - twin.size(), twin.size(), twin) == 0;
   const std::string plain = ok ? name.substr(0, name.size() - twin.size()) : name;
-  void (*kernel)(const Args) = name == "schedule" ? schedule : name == "results" ? results : nullptr;
+  const bool clustered = name == "cluster_results";
+  void (*kernel)(const Args) = name == "schedule"  ? schedule
+                               : name == "results" ? results
+                               : clustered         ? cluster_results
+                                                   : nullptr;
+  int cluster = clustered ? 2 : 1, blocks = kBlocks;
   for (const Planted& p : kPlanted)
-    if (plain == p.name) kernel = p.kernel;
+    if (plain == p.name) {
+      kernel = p.kernel;
+      cluster = ok ? p.cluster : p.broken_cluster;
+      blocks = std::max(kBlocks, cluster);
+    }
   if (!kernel) throw std::invalid_argument("no planted fault is called '" + name + "'");
 
   // Gaps, lest an access that leaves one range lands in the next.
@@ -458,19 +1000,19 @@ std::string run_fault(const std::string& name, uint64_t seed) {
     const Args* args;
   } const call{kernel, &args};
   device::run(
-      kBlocks, kThreads, kSharedBytes,
+      blocks, kThreads, kSharedBytes,
       [](const void* context) {
         const Call& c = *static_cast<const Call*>(context);
         c.kernel(*c.args);
       },
-      &call);
+      &call, cluster);
   set_options(before);
 
   std::string said = fault();
   if (said.empty() && name == "schedule")
     for (const int who : trace) said += std::to_string(who) + " ";
-  if (said.empty() && name == "results")
-    for (int i = 0; i < kBlocks; ++i) {
+  if (said.empty() && (name == "results" || clustered))
+    for (int i = 0; i < (clustered ? 8 : kBlocks); ++i) {
       char text[40];
       snprintf(text, sizeof(text), "%a ", static_cast<double>(m.out[i]));
       said += text;

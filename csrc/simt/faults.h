@@ -13,7 +13,7 @@ namespace simt {
 std::vector<std::string> fault_names();
 
 // What the emulation says of it; "" where it finds nothing. Throws std::invalid_argument for an unknown name.
-// "schedule" gives the order in which threads ran, "results" what a correct kernel computes.
+// "schedule" gives the order in which threads ran, "results" and "cluster_results" what a correct kernel computes.
 std::string run_fault(const std::string& name, uint64_t seed);
 
 }  // namespace simt

@@ -13,8 +13,8 @@
 namespace kd {
 namespace simt {
 
-// The seed decides in which order fibers and blocks run, how many blocks are resident at once, when the bytes of an
-// asynchronous copy arrive, and what unwritten shared memory holds.
+// The seed decides in which order fibers and blocks run, how many clusters are resident at once, when the bytes of an
+// asynchronous copy or a message arrive, and what unwritten shared memory holds.
 struct Options {
   uint64_t seed = 0;
 };
@@ -24,7 +24,8 @@ const Options& options();
 struct Counters {
   uint64_t launches = 0, blocks = 0, switches = 0;
   uint64_t block_barriers = 0, warp_barriers = 0, shuffles = 0;  // each counted once, not once per thread
-  uint64_t copies = 0;
+  uint64_t cluster_barriers = 0;                                 // so are these
+  uint64_t copies = 0, bulk_copies = 0, messages = 0;
   uint64_t schedule = 0;  // a hash of the order in which fibers ran
 };
 const Counters& counters();
@@ -75,7 +76,19 @@ void sync_warp(uint32_t mask);
 uint64_t shuffle_xor(uint64_t bits, int bytes, int lane_mask, uint32_t mask);
 bool last_block(uint32_t* counter);
 
-int run(int64_t blocks, int threads, size_t shared_bytes, void (*body)(const void*), const void* context);
+// Blocks of a cluster, and what they can send each other. mbarrier i of n lies at bars + 8 * i.
+int cluster_rank();
+int cluster_blocks();
+void sync_cluster();
+void bar_init(size_t bars, int n, int i, uint32_t count);
+void bar_init_fence();
+void bar_expect(size_t bars, int n, int i, uint32_t bytes);
+void bar_wait(size_t bars, int n, int i, uint32_t parity, bool of_cluster);
+void bulk_load(size_t array, int size, int i, const void* from, uint32_t bytes, size_t bars, int n, int bar);
+void send(size_t array, int size, int i, int rank, const void* value, size_t bars, int n, int bar);
+
+int run(int64_t blocks, int threads, size_t shared_bytes, void (*body)(const void*), const void* context,
+        int cluster = 1);
 
 }  // namespace device
 }  // namespace simt
