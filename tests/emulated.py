@@ -28,6 +28,7 @@ DEVICE = {
     "shared_per_block": 227 << 10,
     "shared_per_multiprocessor": 228 << 10,
     "l2": 60 << 20,
+    "clusters": [],
 }
 
 
@@ -161,7 +162,9 @@ EMULATED.implement("cpu", forward=forward, backward=backward, reduced=reduced, s
 
 
 @contextlib.contextmanager
-def emulate(seed: int = 0, **forced: Any) -> Iterator[Settings]:
+def emulate(
+    seed: int = 0, *, device: Mapping[str, Any] | None = None, **forced: Any
+) -> Iterator[Settings]:
     """`backend="cuda"` runs emulated; `forced` names a regime and its numbers."""
     with pytest.MonkeyPatch.context() as patch:
         there = backend.Availability(True, "emulated")
@@ -171,4 +174,5 @@ def emulate(seed: int = 0, **forced: Any) -> Iterator[Settings]:
         patch.setattr(settings, "seed", seed)
         patch.setattr(settings, "forced", forced)
         patch.setattr(settings, "runs", [])
+        patch.setattr(settings, "device", device or DEVICE)
         yield settings

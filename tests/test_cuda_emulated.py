@@ -28,7 +28,7 @@ from cases import (
     evaluate,
     make_inputs,
 )
-from emulated import EMULATED, emulate
+from emulated import DEVICE, EMULATED, emulate
 from test_edges import check_a_weight_of_0
 from test_equivalence import (
     DTYPE_PAIRS,
@@ -56,6 +56,12 @@ REGIMES: dict[str, dict[str, Any]] = {
     "staged": {"regime": "staged", "threads": 64, "blocks": 2},
     "staged, room for 1 more": {"regime": "staged", "blocks": 1, "more_slots": 1},
     "staged, room for 2 rows": {"regime": "staged", "blocks": 2, "more_slots": 9},
+    "cluster of 1": {"regime": "cluster", "threads": 64, "clusters": 2},
+    "cluster of 1, a warp": {"regime": "cluster", "clusters": 1, "stages": 1},
+    "cluster of 2": {"regime": "cluster", "parts": 2, "threads": 64, "clusters": 1, "stages": 3},
+    "cluster of 4": {"regime": "cluster", "parts": 4, "clusters": 2, "stages": 2},
+    "cluster of 8": {"regime": "cluster", "parts": 8, "clusters": 3, "stages": 1},
+    "cluster of 16": {"regime": "cluster", "parts": 16, "clusters": 1, "stages": 2},
     "sweeps": {"regime": "sweeps", "threads": 64, "blocks": 2},
     "sweeps of a warp": {"regime": "sweeps", "threads": 32, "blocks": 1},
     "split": {"regime": "split", "threads": 64, "wave": 2, "parts": 3},
@@ -181,6 +187,77 @@ def test_large_vocabulary(case: Case, generator: torch.Generator) -> None:
                 check_rows(case, *inputs, generator, backend="cuda", variants=variants)
                 if case.teacher:
                     assert done.runs[0]["regime"] == regime, done.runs[0]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, 16])
+def test_parts_longer_than_registers_hold(
+    parts: int, stages: int, generator: torch.Generator
+) -> None:
+    """A warp keeps 1536 classes or fewer; the others are computed again for the gradient."""
+    step = parts + stages
+    for i, case in enumerate(MAIN_CASES):
+        dtypes = DTYPE_PAIRS[(step + i) % len(DTYPE_PAIRS)]
+        classes = 2003 if F64 not in dtypes and parts < 16 else 503
+        student, teacher, target = make_inputs("normal", 3, classes, dtypes, generator)
+        rising = torch.linspace(-12, 12, classes)
+        inputs = ((student + rising).to(dtypes[0]), (teacher - rising).to(dtypes[1]), target)
+        forced = {"regime": "cluster", "parts": parts, "stages": stages, "clusters": 2}
+        with emulate(step + i, **forced):
+            check_rows(
+                case, *inputs, generator, backend="cuda", variants=partial(iter, [str(forced)])
+            )
+            if case.outputs == 1:
+                check_reductions(case, "mean", None, generator, (classes,), backend="cuda",
+                                 variants=partial(iter, [str(forced)]), shape=(1, 3))  # fmt: skip
+
+
+def test_clusters_do_not_wait_for_rows_that_are_not_read(generator: torch.Generator) -> None:
+    """Long runs of them, at the beginning and the end; only the others are copied."""
+    student, teacher, target = make_inputs("normal", 150, 70, BF16, generator)
+    target[:40] = target[43:119] = target[140:] = IGNORED
+    truth = evaluate(MAIN_CASES[1], student, teacher, target, backend="cpu")
+    for parts, clusters, stages in ((1, 1, 1), (2, 3, 2), (4, 2, 3), (2, 200, 2)):
+        forced = {"regime": "cluster", "parts": parts, "clusters": clusters, "stages": stages}
+        with emulate(parts, **forced) as done:
+            value, gradient = evaluate(MAIN_CASES[1], student, teacher, target, backend="cuda")
+            assert done.runs[-1]["bulk_copies"] == 2 * parts * int((target != IGNORED).sum())
+        torch.testing.assert_close(value, truth[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, truth[1], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", SCALAR_CASES[::3], ids=str)
+def test_bits_do_not_depend_on_the_number_of_clusters(
+    case: Case, generator: torch.Generator
+) -> None:
+    inputs = make_inputs("normal", 7, 203, BF16, generator, ignored=0.2)
+    results = []
+    for clusters, stages in ((1, 2), (2, 1), (3, 3), (7, 2), (9, 1)):
+        forced = {"regime": "cluster", "parts": 4, "clusters": clusters, "stages": stages}
+        with emulate(clusters, **forced):
+            results.append(evaluate(case, *inputs, backend="cuda"))
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert_same(x, y)
+
+
+def test_long_rows_are_planned_for_clusters(generator: torch.Generator) -> None:
+    """As an H200 would take them, but with few multiprocessors."""
+    device = {**DEVICE, "multiprocessors": 32, "clusters": [32, 16, 8, 4, 2]}
+    for step, (rows, classes, dtypes, parts) in enumerate((
+        (40, 8211, (BF16, BF16), 1),
+        (1, 12301, (F32, F32), 8),
+        (3, 32003, (F16, F16), 8),
+        (2, 30007, (BF16, F32), 8),
+    )):  # fmt: skip
+        case = MAIN_CASES[step]
+        inputs = make_inputs("normal", rows, classes, dtypes, generator)
+        with emulate(step, device=device) as done:
+            check_rows(
+                case, *inputs, generator, backend="cuda", variants=partial(iter, ["planned"])
+            )
+            shown = done.runs[0]
+            assert (shown["regime"], shown["parts"]) == ("cluster", parts), shown
 
 
 def test_long_rows_come_in_waves(generator: torch.Generator) -> None:

@@ -57,33 +57,69 @@ def test_instruction_sets() -> None:
 # ---- the CUDA planner -----------------------------------------------------------------------
 
 
+CUDA_REGIMES = [
+    (4096, 10, {}, ("lanes", 256)),
+    (4096, 100, {}, ("lanes", 256)),
+    (4096, 1000, {}, ("block", 32)),
+    (1024, 1000, {"itemsize": 4}, ("block", 64)),
+    (4096, 6144, {}, ("block", 192)),
+    (4096, 1000, {"alike": False}, ("sweeps", 64)),
+    (4096, 1000, {"wide": True, "alike": False, "itemsize": 8}, ("sweeps", 192)),
+    (4096, 32000, {"backward": True}, ("split", 192)),
+    (4096, 100, {"backward": True, "alike": False}, ("split", 32)),
+    (4096, 21, {"strided": True}, ("strided", 128)),
+]
+# The same shared memory and cache, without clusters: what an A100 gets.
+WITHOUT_CLUSTERS = [
+    (4096, 6144, {"kept": 3}, ("staged", 384)),
+    (4096, 16384, {}, ("staged", 384)),
+    (4096, 32000, {}, ("staged", 768)),
+    (4096, 32000, {"itemsize": 4}, ("split", 192)),
+    (4096, 32000, {"alike": False}, ("sweeps", 384)),
+    (4096, 151936, {}, ("split", 192)),
+    (8, 32000, {}, ("split", 192)),
+    (8, 151936, {}, ("split", 192)),
+]
+
+
 @pytest.mark.parametrize(
-    ("rows", "classes", "options", "expected"),
+    ("device", "rows", "classes", "options", "expected"),
+    [("H200", *x) for x in CUDA_REGIMES] + [("A100", *x) for x in WITHOUT_CLUSTERS],
+)
+def test_cuda_regime(device: str, rows: int, classes: int, options: dict, expected: tuple) -> None:
+    plan = _host.gpu_plan(device=device, rows=rows, classes=classes, **options)
+    assert (plan["regime"], plan["threads"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "classes", "options", "parts", "stages", "blocks"),
     [
-        (4096, 10, {}, ("lanes", 256)),
-        (4096, 100, {}, ("lanes", 256)),
-        (4096, 1000, {}, ("block", 32)),
-        (1024, 1000, {"itemsize": 4}, ("block", 64)),
-        (4096, 6144, {}, ("block", 192)),
-        (4096, 6144, {"kept": 3}, ("staged", 384)),
-        (4096, 16384, {}, ("staged", 384)),
-        (4096, 32000, {}, ("staged", 768)),
-        (4096, 32000, {"itemsize": 4}, ("split", 192)),
-        (4096, 50257, {}, ("staged", 768)),
-        (4096, 50257, {"alike": False}, ("sweeps", 384)),
-        (4096, 151936, {}, ("split", 192)),
-        (8, 32000, {}, ("split", 192)),
-        (8, 151936, {}, ("split", 192)),
-        (4096, 1000, {"alike": False}, ("sweeps", 64)),
-        (4096, 1000, {"wide": True, "alike": False, "itemsize": 8}, ("sweeps", 192)),
-        (4096, 32000, {"backward": True}, ("split", 192)),
-        (4096, 100, {"backward": True, "alike": False}, ("split", 32)),
-        (4096, 21, {"strided": True}, ("strided", 128)),
+        ("H200", 4096, 6144, {"kept": 3}, 1, 3, 264),  # two blocks per multiprocessor
+        ("H200", 4096, 32000, {}, 2, 3, 132),
+        ("H200", 4096, 50257, {}, 2, 2, 132),
+        ("H200", 4096, 128256, {}, 8, 3, 128),
+        ("H200", 4096, 151936, {}, 8, 2, 128),
+        ("H200", 4096, 151669, {"alike": False}, 8, 2, 128),
+        ("H200", 4096, 262144, {}, 16, 3, 128),
+        ("H200", 4096, 262144, {"itemsize": 4}, 16, 1, 128),
+        ("H200", 4096, 151936, {"writes": False}, 8, 2, 128),
+        ("H200", 3, 151936, {}, 16, 3, 48),  # few rows: more blocks for each
+        ("B200", 4096, 151936, {}, 8, 2, 128),
+        ("RTX 5090", 4096, 32000, {}, 4, 2, 164),
+        ("RTX 5090", 4096, 151936, {}, 8, 1, 152),
     ],
 )
-def test_cuda_regime(rows: int, classes: int, options: dict, expected: tuple) -> None:
-    plan = _host.gpu_plan(device="H200", rows=rows, classes=classes, **options)
-    assert (plan["regime"], plan["threads"]) == expected
+def test_clusters(
+    device: str, rows: int, classes: int, options: dict, parts: int, stages: int, blocks: int
+) -> None:
+    plan = _host.gpu_plan(device=device, rows=rows, classes=classes, **options)
+    assert plan["regime"] == "cluster"
+    assert (plan["parts"], plan["stages"], plan["blocks"]) == (parts, stages, blocks)
+
+
+def test_rows_that_no_cluster_holds_are_read_twice() -> None:
+    for device, classes in (("H200", 2_000_000), ("RTX 5090", 262144)):
+        assert _host.gpu_plan(device=device, rows=4096, classes=classes)["regime"] == "split"
 
 
 @pytest.mark.parametrize("device", _host.gpu_devices() if ISAS else [])
@@ -105,13 +141,18 @@ def test_every_cuda_plan_is_possible(device: str, rows: int, itemsize: int) -> N
                     assert vectors * plan["vector"] <= plan["lane_classes"] * plan["lanes"]
                 if plan["regime"] == "staged":
                     assert plan["stage_slots"] * plan["threads"] >= vectors
+                if plan["regime"] == "cluster":
+                    covered = plan["parts"] * plan["part_vectors"]
+                    assert plan["parts"] in (1, 2, 4, 8, 16) and plan["stages"] >= 1
+                    assert covered >= vectors and plan["blocks"] % plan["parts"] == 0
+                    assert device not in ("A100", "RTX 3090", "L40S") and itemsize < 8
                 if plan["regime"] == "split":
                     parts = plan["parts"]
                     assert 1 <= plan["wave"] <= rows and (backward or parts <= 64)
                     covered = parts * plan["part_vectors"]
                     assert covered >= vectors > covered - plan["part_vectors"] or vectors == 0
                     assert plan["blocks"] == plan["wave"] * parts
-                assert not (backward and plan["regime"] in ("staged", "sweeps"))
+                assert not (backward and plan["regime"] in ("staged", "cluster", "sweeps"))
 
 
 def test_waves_are_what_the_cache_keeps() -> None:
@@ -120,8 +161,8 @@ def test_waves_are_what_the_cache_keeps() -> None:
     def plan(device: str, **options: bool) -> dict:
         return _host.gpu_plan(device=device, rows=4096, classes=151936, **options)
 
-    assert 35 <= plan("H200")["wave"] <= 0.45 * (60 << 20) / (4 * 151936)
-    assert plan("H200", writes=False)["regime"] == plan("RTX 3090")["regime"] == "sweeps"
+    assert 20 <= plan("A100")["wave"] <= 0.45 * (40 << 20) / (4 * 151936)
+    assert plan("A100", writes=False)["regime"] == plan("RTX 3090")["regime"] == "sweeps"
 
 
 def test_the_cuda_planner_shows_its_table() -> None:

@@ -13,6 +13,8 @@
 namespace kd {
 namespace arch {
 
+constexpr bool kHasClusters = true, kFewerRegisters = false;
+
 inline void from_halves(uint32_t bits, float& low, float& high) {
   low = to_float(F16{static_cast<uint16_t>(bits)});
   high = to_float(F16{static_cast<uint16_t>(bits >> 16)});
@@ -26,6 +28,17 @@ inline uint32_t stored_pair(float low, float high) {
 }
 inline uint32_t to_halves(float low, float high) { return stored_pair<F16>(low, high); }
 inline uint32_t to_bfloats(float low, float high) { return stored_pair<BF16>(low, high); }
+template <class T>
+inline uint32_t max_pair(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  for (int i = 0; i < 2; ++i) {
+    x[i] = to_float(T{static_cast<uint16_t>(a >> 16 * i)});
+    y[i] = to_float(T{static_cast<uint16_t>(b >> 16 * i)});
+  }
+  return stored_pair<T>(fmaxf(x[0], y[0]), fmaxf(x[1], y[1]));
+}
+inline uint32_t max_halves(uint32_t a, uint32_t b) { return max_pair<F16>(a, b); }
+inline uint32_t max_bfloats(uint32_t a, uint32_t b) { return max_pair<BF16>(a, b); }
 inline uint32_t funnel(uint32_t low, uint32_t high, int shift) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
 }
@@ -50,6 +63,21 @@ inline uint32_t funnel(uint32_t low, uint32_t high, int shift) {
 namespace kd {
 namespace arch {
 
+// Blocks that see each other's shared memory, barriers in memory, bulk copies. Kernels that use them are empty
+// elsewhere.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+// The compiler needs more of them for itself.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kFewerRegisters = true;
+#else
+constexpr bool kFewerRegisters = false;
+#endif
+
 struct alignas(16) Granule {  // what one memory instruction moves
   uint32_t w[4];
 };
@@ -65,49 +93,82 @@ KD_DEVICE int64_t blocks() { return gridDim.x; }
 KD_DEVICE void sync_block() { __syncthreads(); }
 KD_DEVICE void sync_warp(uint32_t mask = ~0u) { __syncwarp(mask); }
 
+// Of this block among the blocks of its cluster.
+KD_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+KD_DEVICE int cluster_blocks() {
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+KD_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 template <class T>
 KD_DEVICE T shfl_xor(T v, int lane_mask, uint32_t mask = ~0u) {
   return __shfl_xor_sync(mask, v, lane_mask);
 }
+KD_DEVICE uint32_t ballot(bool x, uint32_t mask = ~0u) { return __ballot_sync(mask, x); }
+KD_DEVICE int bits(uint32_t x) { return __popc(x); }  // how many are set
 
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
+extern __shared__ __align__(16) char dynamic_shared_memory[];
+
+// An array in the block's shared memory: an offset, which takes one register and not two.
 template <class T>
 class Shared {
  public:
   Shared() = default;
-  __host__ KD_DEVICE explicit Shared(char* data) : data_(reinterpret_cast<T*>(data)) {}
-  KD_DEVICE T ld(int i) const { return data_[i]; }
-  KD_DEVICE void st(int i, const T& v) const { data_[i] = v; }
-  KD_DEVICE T* at(int i) const { return data_ + i; }  // for this file only
+  __host__ KD_DEVICE explicit Shared(uint32_t offset) : offset_(offset) {}
+  KD_DEVICE T ld(int i) const { return *at(i); }
+  KD_DEVICE void st(int i, const T& v) const { *at(i) = v; }
+  template <class U>
+  KD_DEVICE Shared<U> as() const {
+    return Shared<U>(offset_);
+  }
+  KD_DEVICE T* at(int i) const { return reinterpret_cast<T*>(dynamic_shared_memory + offset_) + i; }  // for this file
 
  private:
-  T* data_;
+  uint32_t offset_;
+};
+
+// Barriers in shared memory (mbarriers). A phase of one completes when its arrivals have come and as many bytes as they
+// announced; phases alternate between the parities 0 and 1.
+class Bars {
+ public:
+  Bars() = default;
+  __host__ KD_DEVICE explicit Bars(Shared<uint64_t> data) : data_(data) {}
+  KD_DEVICE uint32_t at(int i) const { return static_cast<uint32_t>(__cvta_generic_to_shared(data_.at(i))); }
+
+ private:
+  Shared<uint64_t> data_;
 };
 
 // Cuts a block's shared memory into arrays. The launcher counts with it what a kernel will take.
 class Carver {
  public:
-  __host__ KD_DEVICE explicit Carver(char* base) : base_(base), used_(0) {}
-  static __host__ Carver counting() { return Carver(nullptr); }
+  static __host__ Carver counting() { return Carver(); }
   template <class T>
   __host__ KD_DEVICE Shared<T> take(int n) {
     used_ = (used_ + 15) / 16 * 16;
-    const Shared<T> out(base_ + used_);
-    used_ += sizeof(T) * n;
+    const Shared<T> out(used_);
+    used_ += static_cast<uint32_t>(sizeof(T)) * n;
     return out;
   }
+  __host__ KD_DEVICE Bars bars(int n) { return Bars(take<uint64_t>(n)); }
   __host__ KD_DEVICE size_t bytes() const { return used_; }
 
  private:
-  char* base_;
-  size_t used_;
+  uint32_t used_ = 0;
 };
 
-KD_DEVICE Carver shared() {
-  extern __shared__ __align__(16) char dynamic_shared_memory[];
-  return Carver(dynamic_shared_memory);
-}
+KD_DEVICE Carver shared() { return Carver(); }
 
 // Global to shared memory past the registers. Copies of a thread complete in groups; after copy_wait<n> all but its
 // last n groups have arrived, for that thread.
@@ -119,6 +180,61 @@ KD_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory
 template <int kPending>
 KD_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// By one thread, which makes them known to the cluster and to copies afterwards; a barrier follows.
+KD_DEVICE void bar_init(const Bars& bars, int i, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bars.at(i)), "r"(count) : "memory");
+}
+KD_DEVICE void bar_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Arrives, and announces bytes.
+KD_DEVICE void bar_expect(const Bars& bars, int i, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(bars.at(i)), "r"(bytes)
+               : "memory");
+}
+// Until the phase of that parity is complete.
+KD_DEVICE void bar_wait(const Bars& bars, int i, uint32_t parity) {
+  uint32_t done;
+  do
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(bars.at(i)), "r"(parity)
+        : "memory");
+  while (!done);
+}
+// The same, for bytes that other blocks of the cluster sent.
+KD_DEVICE void bar_wait_cluster(const Bars& bars, int i, uint32_t parity) {
+  uint32_t done;
+  do
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(bars.at(i)), "r"(parity)
+        : "memory");
+  while (!done);
+}
+// Global to shared memory by the copy engine: a multiple of 16 bytes, all on 16-byte boundaries.
+KD_DEVICE void bulk_load(const Shared<Granule>& to, int i, const void* from, uint32_t bytes, const Bars& bars,
+                         int bar) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at(i)));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+               "l"(from), "r"(bytes), "r"(bars.at(bar))
+               : "memory");
+}
+// To the same place in the shared memory of the cluster's block `rank`, whose barrier it counts at.
+KD_DEVICE void st_async(const Shared<Granule>& to, int i, int rank, const Granule& value, const Bars& bars, int bar) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at(i)));
+  uint32_t there, bar_there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(bar_there) : "r"(bars.at(bar)), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+      "r"(value.w[0]), "r"(value.w[1]), "r"(value.w[2]), "r"(value.w[3]), "r"(bar_there)
+      : "memory");
 }
 
 // ---- global memory ------------------------------------------------------------------------------------------------
@@ -221,6 +337,18 @@ KD_DEVICE uint32_t to_bfloats(float low, float high) {
   return bits;
 }
 
+// The larger of each two values. Of a number and NaN, the number.
+KD_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
+  uint32_t bits;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(bits) : "r"(a), "r"(b));
+  return bits;
+}
+KD_DEVICE uint32_t max_bfloats(uint32_t a, uint32_t b) {
+  uint32_t bits;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(bits) : "r"(a), "r"(b));
+  return bits;
+}
+
 // Bits shift.. shift + 32 of high:low.
 KD_DEVICE uint32_t funnel(uint32_t low, uint32_t high, int shift) { return __funnelshift_r(low, high, shift); }
 
@@ -231,6 +359,7 @@ struct Launch {
   int threads;
   size_t shared_bytes;
   void* stream;
+  int cluster = 1;  // blocks of a cluster
 };
 
 // 0, or CUDA's error code.
@@ -240,8 +369,9 @@ int launch(const Launch& how, const Args& args) {
     if (error != cudaSuccess) cudaGetLastError();  // or the next caller who asks is blamed for it
     return static_cast<int>(error);
   };
-  if (how.shared_bytes > (48u << 10)) {
-    // More must be asked for, once per device: all that there is, because calls on other threads may need more.
+  // A kernel that wants more than every launch may have must ask, once per device: for all that there is, because calls
+  // on other threads may need more.
+  if (how.shared_bytes > (48u << 10) || how.cluster > 8) {
     static std::atomic<uint64_t> asked{0};
     int device = 0, most = 0;
     if (const int error = failed(cudaGetDevice(&device))) return error;
@@ -252,6 +382,9 @@ int launch(const Launch& how, const Args& args) {
       const void* const kernel = reinterpret_cast<const void*>(kKernel);
       if (const int error = failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
         return error;
+      if (how.cluster > 1)
+        if (const int error = failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
+          return error;
       asked |= bit;
     }
   }
@@ -260,6 +393,11 @@ int launch(const Launch& how, const Args& args) {
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = static_cast<cudaStream_t>(how.stream);
+  cudaLaunchAttribute clusters = {};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+  config.attrs = &clusters;
+  config.numAttrs = how.cluster > 1;
   return failed(cudaLaunchKernelEx(&config, kKernel, args));
 }
 

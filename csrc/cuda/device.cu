@@ -13,6 +13,28 @@ namespace {
 constexpr uint32_t kCounters = 1 << 16;
 __device__ uint32_t counters[kCounters];  // zeros, per device, from the moment the module is loaded
 
+__global__ void probe() {}  // stands for kernels that take a multiprocessor's shared memory per block
+
+// How many clusters of so many blocks are resident at a time; 0 where there can be none, whatever the reason.
+int most_clusters(int blocks, int shared) {
+  const void* const kernel = reinterpret_cast<const void*>(probe);
+  int found = 0;
+  cudaLaunchAttribute size = {};
+  size.id = cudaLaunchAttributeClusterDimension;
+  size.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kClusterThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.attrs = &size;
+  config.numAttrs = 1;
+  const bool known = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess &&
+                     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&found, probe, &config) == cudaSuccess;
+  if (!known) cudaGetLastError();  // or the next caller who asks is blamed for it
+  return known ? found : 0;
+}
+
 }  // namespace
 
 int device_facts(int index, Device& out) {
@@ -24,7 +46,10 @@ int device_facts(int index, Device& out) {
        {get(multiprocessors, cudaDevAttrMultiProcessorCount), get(per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin),
         get(per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor), get(l2, cudaDevAttrL2CacheSize)})
     if (error != cudaSuccess) return static_cast<int>(error);
-  out = {multiprocessors, per_block, per_multiprocessor, l2};
+  out = {multiprocessors, per_block, per_multiprocessor, l2, {}};
+  int major = 0;
+  if (const cudaError_t error = get(major, cudaDevAttrComputeCapabilityMajor)) return static_cast<int>(error);
+  for (int i = 0; major >= 9 && i < kClusterSizes; ++i) out.clusters[i] = most_clusters(1 << i, per_block);
   return 0;
 }
 

@@ -1,6 +1,6 @@
 // Compiled once per set of logit types, KD_TYPES: f32, f16, bf16, mixed (any types computed in float) or f64 (any types
 // computed in double). By nvcc for GPUs, by the host compiler for the emulation.
-#include "kernels.cuh"
+#include "cluster.cuh"
 // The kernels decide first what an exponential is.
 #include "run.h"
 
@@ -73,6 +73,8 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.parts = plan.parts;
   a.part_vectors = plan.part_vectors;
   a.stage_slots = plan.stage_slots;
+  a.stages = plan.stages;
+  a.clusters = static_cast<int>(plan.blocks / plan.parts);
   a.part_stats = reinterpret_cast<S*>(static_cast<char*>(c.scratch) + part_stats_offset(c, plan));
   return a;
 }
@@ -100,9 +102,26 @@ int launch_sweeps(const arch::Launch& how, const Plan& plan, const Args<typename
 }
 
 template <class Sums, class F>
+int launch_cluster(arch::Launch how, const Plan& plan, const Args<typename F::S>& a) {
+  if constexpr (sizeof(typename F::S) == 8) {
+    return 1;  // the planner gives these no clusters
+  } else {
+    const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
+    how.cluster = plan.parts;
+    how.shared_bytes = ClusterScratch<Sums, typename F::S>::bytes(
+        plan.parts, plan.stages, span_granules(plan.part_vectors, F::kVector, fs.size()),
+        Sums::teacher ? span_granules(plan.part_vectors, F::kVector, ft.size()) : 0);
+    if constexpr (!F::wide)
+      if (plan.alike) return arch::launch<cluster<Sums, F, false>>(how, a);
+    return arch::launch<cluster<Sums, F, true>>(how, a);
+  }
+}
+
+template <class Sums, class F>
 int launch(const Call& c, const Plan& plan, const Args<typename F::S>& a) {
   arch::Launch how = {plan.blocks, plan.threads, Scratch<Sums, typename F::S>::bytes(), c.stream};
   if (plan.regime == Regime::split) return launch_parts<Sums, F>(how, plan, a);
+  if (plan.regime == Regime::cluster) return launch_cluster<Sums, F>(how, plan, a);
   if (plan.regime == Regime::sweeps) return launch_sweeps<Sums, F>(how, plan, a);
   if (plan.regime == Regime::strided) return arch::launch<strided<Sums, F>>(how, a);
   if constexpr (F::wide) {

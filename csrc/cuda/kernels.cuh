@@ -13,13 +13,47 @@ using namespace gpu;
 
 // ---- rows in registers --------------------------------------------------------------------------------------------
 
+// One class in the sums, and its exponentials in x.
+template <class Sums, class S, class Stats>
+KD_DEVICE void add_and_keep(const Scales<S>& scales, S ds, S dt, Stats& stats, S (&x)[Sums::kept]) {
+  const auto exps = Sums::template exps<S>(scales, ds, dt);
+  Sums::add(stats, exps);
+  KD_UNROLL
+  for (int n = 0; n < Sums::kept; ++n) x[n] = exps.e[n];
+}
+
+// The exponentials of kVectors vectors of a row, per thread: of begin, begin + size, .., as far as they are below
+// `end`.
+template <class Sums, class F, int kVectors>
+struct Exponentials {
+  using S = typename F::S;
+  static constexpr int E = F::kVector;
+  S x[kVectors][E][Sums::kept];
+
+  // The gradient. coef: relative to the pivots that the exponentials are relative to.
+  template <class Coef>
+  KD_DEVICE void write(const F& f, const Row<F>& row, int begin, int size, int end, const Coef& coef) const {
+    KD_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      const int i = begin + k * size;
+      if (i >= end) continue;
+      S out[E];
+      KD_UNROLL
+      for (int e = 0; e < E; ++e) out[e] = gradient(x[k][e], coef.c);
+      if (row.first + i == row.hot_vector) row.at_target(out, coef.y);
+      f.put_vector(row.g_base, row.first + i, out);
+    }
+  }
+};
+
 // kVectors vectors and kEdges edge logits of a row, per thread: first logits, then their exponentials.
 template <class Sums, class F, int kVectors, int kEdgeCount>
 struct Tile {
   using S = typename F::S;
   static constexpr int E = F::kVector;
-  S s[kVectors][E], t[kVectors][E], x[kVectors][E][Sums::kept];
+  S s[kVectors][E], t[kVectors][E];
   S edge_s[kEdgeCount], edge_t[kEdgeCount], edge_x[kEdgeCount][Sums::kept];
+  Exponentials<Sums, F, kVectors> kept;
 
   KD_DEVICE void load(const F& f, const Row<F>& row, bool read, int target, int rank, int size) {
     typename F::Vector raw_s[kVectors], raw_t[kVectors];
@@ -67,35 +101,21 @@ struct Tile {
   KD_DEVICE typename Sums::template Stats<S> sweep(const Scales<S>& scales, const Pivots<S>& pivots) {
     typename Sums::template Stats<S> stats = {};
     const S from_s = usable(pivots.s), from_t = usable(pivots.t);
-    const auto one = [&](S s, S t, S(&x)[Sums::kept]) {
-      const auto exps = Sums::template exps<S>(scales, s - from_s, t - from_t);
-      Sums::add(stats, exps);
-      KD_UNROLL
-      for (int n = 0; n < Sums::kept; ++n) x[n] = exps.e[n];
-    };
     KD_UNROLL
     for (int k = 0; k < kVectors; ++k) {
       KD_UNROLL
-      for (int e = 0; e < E; ++e) one(s[k][e], t[k][e], x[k][e]);
+      for (int e = 0; e < E; ++e) add_and_keep<Sums>(scales, s[k][e] - from_s, t[k][e] - from_t, stats, kept.x[k][e]);
     }
     KD_UNROLL
-    for (int j = 0; j < kEdgeCount; ++j) one(edge_s[j], edge_t[j], edge_x[j]);
+    for (int j = 0; j < kEdgeCount; ++j)
+      add_and_keep<Sums>(scales, edge_s[j] - from_s, edge_t[j] - from_t, stats, edge_x[j]);
     return stats;
   }
 
   // coef: relative to the pivots of the sweep.
   template <class Coef>
   KD_DEVICE void write(const F& f, const Row<F>& row, int target, int rank, int size, const Coef& coef) const {
-    KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
-      const int i = rank + k * size;
-      if (i >= row.count) continue;
-      S out[E];
-      KD_UNROLL
-      for (int e = 0; e < E; ++e) out[e] = gradient(x[k][e], coef.c);
-      if (row.first + i == row.hot_vector) row.at_target(out, coef.y);
-      f.put_vector(row.g_base, row.first + i, out);
-    }
+    kept.write(f, row, rank, size, row.count, coef);
     KD_UNROLL
     for (int j = 0; j < kEdgeCount; ++j) {
       const int c = rank + j * size < 2 * E ? row.edge(edge_of(rank + j * size)) : -1;

@@ -30,10 +30,37 @@ struct Raw {
   int skew;
 };
 
-// Where a tensor's vectors lie: `skew` bytes behind `base`, which is on a 16-byte boundary.
+KD_DEVICE const Granule* granules(const char* base) { return reinterpret_cast<const Granule*>(base); }
+
+// Where a tensor's vectors lie: `skew` bytes behind `base`, which is on a 16-byte boundary. kLast: nobody reads that
+// again.
 struct Place {
   const char* base;
   int skew;
+  template <bool kLast>
+  KD_DEVICE Granule granule(int64_t i) const {
+    const Granule* const g = granules(base) + i;
+    return kLast ? arch::load_streaming(g) : arch::load(g);
+  }
+};
+// A row in shared memory. Class 0 begins, or would begin, at byte `zero`.
+struct StagedRow {
+  arch::Shared<Granule> data;
+  int64_t zero;
+  template <class T>
+  KD_DEVICE T ld(int64_t offset) const {
+    return data.template as<T>().ld(static_cast<int>(zero / static_cast<int>(sizeof(T)) + offset));
+  }
+};
+// The same as Place, of vectors whose granules were copied to shared memory; that of number 0 would be at `zero`.
+struct StagedPlace {
+  arch::Shared<Granule> data;
+  int zero;
+  int skew;
+  template <bool kLast>
+  KD_DEVICE Granule granule(int64_t i) const {
+    return data.ld(zero + static_cast<int>(i));
+  }
 };
 
 // The bytes of the vector moved to the front; skew is even.
@@ -72,6 +99,27 @@ KD_DEVICE void unpack<F16>(const Granule& g, float* out) {
   for (int i = 0; i < 4; ++i) arch::from_halves(g.w[i], out[2 * i], out[2 * i + 1]);
 }
 
+// The largest logit of a granule, if it is above `running`.
+template <class T>
+KD_DEVICE float top(float running, const Granule& g);
+template <>
+KD_DEVICE float top<float>(float running, const Granule& g) {
+  KD_UNROLL
+  for (int i = 0; i < 4; ++i) running = max_of(running, as_float(g.w[i]));
+  return running;
+}
+template <>
+KD_DEVICE float top<BF16>(float running, const Granule& g) {
+  const uint32_t two = arch::max_bfloats(arch::max_bfloats(g.w[0], g.w[1]), arch::max_bfloats(g.w[2], g.w[3]));
+  return max_of(max_of(running, as_float(two << 16)), as_float(two & 0xffff0000u));
+}
+template <>
+KD_DEVICE float top<F16>(float running, const Granule& g) {
+  float low, high;
+  arch::from_halves(arch::max_halves(arch::max_halves(g.w[0], g.w[1]), arch::max_halves(g.w[2], g.w[3])), low, high);
+  return max_of(max_of(running, low), high);
+}
+
 template <class T>
 KD_DEVICE Granule pack(const float* x);
 template <>
@@ -96,39 +144,34 @@ KD_DEVICE Granule pack<F16>(const float* x) {
   return g;
 }
 
-KD_DEVICE const Granule* granules(const char* base) { return reinterpret_cast<const Granule*>(base); }
-
 // ---- formats ------------------------------------------------------------------------------------------------------
 
-template <bool kLast, class T>
-KD_DEVICE T load(const T* p) {
-  return kLast ? arch::load_streaming(p) : arch::load(p);
-}
-
 // Logits of one type that the kernel is compiled for. A vector is fetched first and looked at later, so that others are
-// on their way meanwhile. kLast: nobody reads it again. Not kSkewed: the
-// call's tensors all lie alike.
+// on their way meanwhile. Not kSkewed: the call's tensors all lie alike.
 template <class T>
 struct Format {
   using S = float;
   using Vector = Raw<1>;
   static constexpr int kVector = 16 / sizeof(T);
   static constexpr bool wide = false;
-  KD_DEVICE explicit Format(const Logits&) {}
+  KD_FN explicit Format(const Logits&) {}
 
-  KD_DEVICE int size() const { return sizeof(T); }
-  template <bool kLast, bool kSkewed>
-  KD_DEVICE Vector fetch(const Place& from, int vector) const {
-    Vector raw;
-    const Granule* const g = granules(from.base) + vector;
+  KD_FN int size() const { return sizeof(T); }
+  template <bool kLast, bool kSkewed, class From>
+  KD_DEVICE Vector fetch(const From& from, int vector) const {
+    Vector raw = {};  // or what is not loaded would hold registers from before
     raw.skew = kSkewed ? from.skew : 0;
-    raw.g[0] = load<kLast>(g);
-    if (kSkewed && from.skew) raw.g[1] = load<kLast>(g + 1);
+    raw.g[0] = from.template granule<kLast>(vector);
+    if (kSkewed && from.skew) raw.g[1] = from.template granule<kLast>(vector + 1);
     return raw;
   }
   KD_DEVICE void values(Vector& raw, float* out) const {
     if (raw.skew) unskew(raw);
     unpack<T>(raw.g[0], out);
+  }
+  KD_DEVICE float top(float running, Vector& raw) const {
+    if (raw.skew) unskew(raw);
+    return cuda::top<T>(running, raw.g[0]);
   }
   KD_DEVICE void put_vector(char* base, int vector, const float* x) const {
     arch::store_streaming(reinterpret_cast<Granule*>(base) + vector, pack<T>(x));
@@ -136,6 +179,7 @@ struct Format {
   KD_DEVICE float get(const char* row, int64_t offset) const {
     return to_float(arch::load(reinterpret_cast<const T*>(row) + offset));
   }
+  KD_DEVICE float get(const StagedRow& row, int64_t offset) const { return to_float(row.ld<T>(offset)); }
   KD_DEVICE void put(char* row, int64_t offset, float x) const {
     T value;
     from_float(value, x);
@@ -151,19 +195,18 @@ struct AnyFormat {
   using Vector = Raw<kGranules>;
   static constexpr bool wide = true;
   DType dtype;
-  KD_DEVICE explicit AnyFormat(const Logits& x) : dtype(x.dtype) {}
+  KD_FN explicit AnyFormat(const Logits& x) : dtype(x.dtype) {}
 
-  KD_DEVICE int size() const { return static_cast<int>(bytes_of(dtype)); }
-  template <bool kLast, bool kSkewed>
-  KD_DEVICE Vector fetch(const Place& from, int vector) const {
-    Vector raw;
+  KD_FN int size() const { return static_cast<int>(bytes_of(dtype)); }
+  template <bool kLast, bool kSkewed, class From>
+  KD_DEVICE Vector fetch(const From& from, int vector) const {
+    Vector raw = {};
     const int bytes = kVector * size();
     const int64_t at = static_cast<int64_t>(vector) * bytes + from.skew;
-    const Granule* const g = granules(from.base) + at / 16;
     raw.skew = static_cast<int>(at % 16);
     KD_UNROLL
     for (int i = 0; i <= kGranules; ++i)
-      if (16 * i < raw.skew + bytes) raw.g[i] = load<kLast>(g + i);
+      if (16 * i < raw.skew + bytes) raw.g[i] = from.template granule<kLast>(at / 16 + i);
     return raw;
   }
   KD_DEVICE void values(Vector& raw, S* out) const {
@@ -185,6 +228,13 @@ struct AnyFormat {
     }
     KD_UNROLL
     for (int i = 0; i < kVector; ++i) out[i] = x[i];
+  }
+  KD_DEVICE float top(float running, Vector& raw) const {
+    static_assert(sizeof(S) == 4, "for clusters, which have no double");
+    if (raw.skew) unskew(raw);
+    if (dtype == DType::f16) return cuda::top<F16>(running, raw.g[0]);
+    if (dtype == DType::bf16) return cuda::top<BF16>(running, raw.g[0]);
+    return cuda::top<float>(cuda::top<float>(running, raw.g[0]), raw.g[1]);
   }
   KD_DEVICE void put_vector(char* base, int vector, const S* out) const {
     char* const to = base + static_cast<int64_t>(vector) * (kVector * size());
@@ -213,6 +263,11 @@ struct AnyFormat {
     return with_type(dtype, const_cast<char*>(row),
                      [&](auto* p) { return static_cast<S>(to_float(arch::load(p + offset))); });
   }
+  KD_DEVICE S get(const StagedRow& row, int64_t offset) const {
+    return with_type(dtype, static_cast<char*>(nullptr), [&](auto* p) {
+      return static_cast<S>(to_float(row.ld<std::remove_pointer_t<decltype(p)>>(offset)));
+    });
+  }
   KD_DEVICE void put(char* row, int64_t offset, S x) const {
     with_type(dtype, row, [&](auto* p) {
       std::remove_pointer_t<decltype(p)> value;
@@ -228,12 +283,14 @@ KD_DEVICE char* row_of(const Logits& x, int size, int64_t outer, int64_t inner) 
   return static_cast<char*>(x.data) + (outer * x.outer_stride + inner * x.inner_stride) * size;
 }
 
+constexpr int kMostEdges = 32;
+
 // Classes are adjacent. Vector i of the row begins at class i * kVector - shift; its vectors are first .. first +
 // count.
 template <class F>
 struct Row {
   static constexpr int kVector = F::kVector;
-  static constexpr int kEdges = 32;  // at most 16 at either end
+  static constexpr int kEdges = kMostEdges;  // half of them at either end
 
   const char *s, *t;
   char* g;
@@ -243,6 +300,7 @@ struct Row {
   int head, tail, classes;   // edges: classes below head, and from tail on
   int hot_vector, hot_lane;  // the target, if it is in a vector
 
+  Row() = default;
   KD_DEVICE Row(const F& fs, const F& ft, const Logits& student, const Logits& teacher, const Logits& grad,
                 bool has_teacher, int64_t outer, int64_t inner, int row_classes, int target)
       : classes(row_classes) {

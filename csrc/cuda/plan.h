@@ -3,8 +3,9 @@
 //   lanes    a few lanes of a warp per row, several rows per warp; everything in registers
 //   block    a block per row, its exponentials in registers: read once, written once
 //   staged   a block per row, the row pair in shared memory; while one row's gradient is written, the next row arrives
-//   sweeps   a block per row, read twice: once for the statistics, then in reverse for the gradient
-//   split    several blocks per row and two launches, for rows that are few or long; in waves of rows whose second read
+//   cluster  several blocks per row, with the row pair in the shared memory of all of them (compute capability 9 and
+//   up) sweeps   a block per row, read twice: once for the statistics, then in reverse for the gradient split several
+//   blocks per row and two launches, for rows that are few or long; in waves of rows whose second read
 //            finds the L2 cache
 //   strided  a thread per row, for classes that are apart in memory
 //
@@ -18,9 +19,13 @@
 namespace kd {
 namespace gpu {
 
+constexpr int kClusterSizes = 5;  // of 1, 2, 4, 8, 16 blocks
+
 struct Device {
   int multiprocessors;
   int64_t shared_per_block, shared_per_multiprocessor, l2;  // bytes; per block: what a kernel may opt in to
+  // How many clusters of 1 << i blocks are resident at a time, a block per multiprocessor; 0: none can be.
+  int clusters[kClusterSizes];
 };
 
 // What some devices say of themselves, for the tests and for the table that is printed.
@@ -28,18 +33,19 @@ struct KnownDevice {
   const char* name;
   Device device;
 };
+// Of clusters, what multiprocessors in groups of 16 to 20 can hold; a device is asked.
 constexpr KnownDevice kDevices[] = {
-    {"A100", {108, 163 << 10, 164 << 10, int64_t(40) << 20}},
-    {"RTX 3090", {82, 99 << 10, 100 << 10, int64_t(6) << 20}},
-    {"L40S", {142, 99 << 10, 100 << 10, int64_t(96) << 20}},
-    {"H100", {132, 227 << 10, 228 << 10, int64_t(50) << 20}},
-    {"H200", {132, 227 << 10, 228 << 10, int64_t(60) << 20}},
-    {"B200", {148, 227 << 10, 228 << 10, int64_t(126) << 20}},
-    {"RTX 5090", {170, 99 << 10, 100 << 10, int64_t(96) << 20}},
+    {"A100", {108, 163 << 10, 164 << 10, int64_t(40) << 20, {}}},
+    {"RTX 3090", {82, 99 << 10, 100 << 10, int64_t(6) << 20, {}}},
+    {"L40S", {142, 99 << 10, 100 << 10, int64_t(96) << 20, {}}},
+    {"H100", {132, 227 << 10, 228 << 10, int64_t(50) << 20, {132, 66, 32, 16, 8}}},
+    {"H200", {132, 227 << 10, 228 << 10, int64_t(60) << 20, {132, 66, 32, 16, 8}}},
+    {"B200", {148, 227 << 10, 228 << 10, int64_t(126) << 20, {148, 74, 36, 16, 8}}},
+    {"RTX 5090", {170, 99 << 10, 100 << 10, int64_t(96) << 20, {170, 85, 41, 19, 0}}},
 };
 
-enum class Regime : int32_t { lanes, block, staged, sweeps, split, strided };
-constexpr const char* kRegimes[] = {"lanes", "block", "staged", "sweeps", "split", "strided"};
+enum class Regime : int32_t { lanes, block, staged, cluster, sweeps, split, strided };
+constexpr const char* kRegimes[] = {"lanes", "block", "staged", "cluster", "sweeps", "split", "strided"};
 
 // What the planner looks at.
 struct Shape {
@@ -63,8 +69,9 @@ struct Plan {
   int stage_slots = 0;   // vectors of each tensor that a thread has room for, in regime staged
   bool alike = false;    // as in Shape
   int64_t wave = 0;      // rows per wave, in regime split
-  int parts = 1;         // of a row
+  int parts = 1;         // of a row: blocks of a cluster, in regime cluster
   int part_vectors = 0;  // vectors of a part
+  int stages = 0;        // rows that a cluster has room for
 };
 
 // Registers hold the exponentials of so many classes per thread.
@@ -73,17 +80,28 @@ constexpr int kept_classes(int kept, int vector) { return (kept > 2 ? 24 : 32) -
 template <int kKept, int kVector>
 constexpr int kKeptClasses = kept_classes(kKept, kVector);
 
+// Some less for tensors of several types, and where the compiler needs more registers for itself.
+constexpr int cluster_classes(int kept, bool less) { return (kept > 2 ? 32 : 48) - (less ? 8 : 0); }
+template <int kKept, bool kLess>
+constexpr int kClusterClasses = cluster_classes(kKept, kLess);
+
 // Threads that a kernel is compiled for, and how many warps of them a multiprocessor's registers hold.
 constexpr int kFewThreads = 256, kBlockThreads = 192, kLongThreads = 384, kStagedThreads = 768, kWideThreads = 192;
 constexpr int kPartThreads = 192, kStridedThreads = 128, kScaleThreads = 256, kCountThreads = 256;
+constexpr int kClusterThreads = 384;
 constexpr int kBlockWarps = 12;
+constexpr int kMostClusterBlocks = 16;
 
 constexpr int64_t kLongClasses = 8192;  // rows from which several blocks are worth a second launch
 constexpr int kMostParts = 64;
 constexpr int64_t kSmallestWave = int64_t(8) << 20;  // bytes; below, launches would cost more than missing the cache
 constexpr int64_t kTargetsPerThread = 32;  // that every block counts for itself; more take a launch of their own
 constexpr int64_t kMostCountBlocks = 128, kMostScaleBlocks = 2048;
-constexpr int64_t kRowOverhead = 4 << 10;  // bytes of shared memory beside the staged rows
+constexpr int64_t kRowOverhead = 4 << 10;       // bytes of shared memory beside the staged rows
+constexpr int64_t kClusterOverhead = 10 << 10;  // the same of a block of a cluster
+constexpr int64_t kClusterSkewedClasses =
+    4096;  // rows that lie otherwise and are shorter are read twice, from the cache
+constexpr int kMostStages = 3;
 
 // One line per choice, first match counts. A GPU's row of the table differs only by what Device says.
 struct Rule {
@@ -94,9 +112,14 @@ constexpr Rule kTable[] = {
     {Regime::strided, "classes are not adjacent"},
     {Regime::lanes, "alike, classes <= 64, 128, 256: 8, 16, 32 lanes per row; many rows: <= 128, 256: 8, 16 lanes"},
     {Regime::block, "alike, classes <= 192 threads x 32 (24 where 3 exponentials are kept, 8 less in float32)"},
-    {Regime::split, "backward: slices of every row; else classes > 8192 and rows < half the multiprocessors"},
+    {Regime::split, "backward: slices of every row"},
+    {Regime::cluster,
+     "clusters, alike or classes > 4096: the smallest cluster that holds two rows, else one of 16 that "
+     "holds one; larger ones while multiprocessors would have no row"},
     {Regime::staged, "alike, the row pair fits into a block's shared memory"},
-    {Regime::split, "classes > 8192, and rows < multiprocessors or their pairs exceed 0.45 of the L2 cache"},
+    {Regime::split,
+     "classes > 8192, and rows < multiprocessors or their pairs exceed 0.45 of the L2 cache (staged rows: "
+     "rows < half the multiprocessors)"},
     {Regime::sweeps, "everything else"},
 };
 
@@ -154,6 +177,51 @@ inline Plan staged_plan(const Shape& x, const Device& d) {
   return out;
 }
 
+// How many rows a block of a cluster has room for, if it has so many vectors of each.
+inline int cluster_stages(const Shape& x, int part_vectors, int64_t shared) {
+  const int64_t stage = (int64_t(part_vectors) * x.vector + 2 * x.vector) * x.pair_bytes + 128;
+  return static_cast<int>(std::min<int64_t>(kMostStages, std::max<int64_t>(0, shared - kClusterOverhead) / stage));
+}
+
+// The smallest cluster that holds a row and the next one, because its blocks wait for each other once per row; of two
+// such blocks on a multiprocessor, one computes while the other waits. Without stages: there is no such cluster.
+inline Plan cluster_plan(const Shape& x, const Device& d) {
+  const int64_t vectors = std::max<int64_t>(1, x.classes / x.vector);
+  const int64_t half = std::min(d.shared_per_block, d.shared_per_multiprocessor / 2 - 1024);
+  Plan out = {Regime::cluster, kClusterThreads, 0};
+  int per_multiprocessor = 1, size = 0;
+  const auto fits = [&](int log_size, int64_t shared, int stages) {
+    if (d.clusters[log_size] == 0) return false;
+    size = log_size;
+    out.parts = 1 << log_size;
+    out.part_vectors = static_cast<int>(ceil_div(vectors, out.parts));
+    out.stages = cluster_stages(x, out.part_vectors, shared);
+    return out.stages >= stages;
+  };
+  const auto any_fits = [&] {
+    for (int i = 0; i < kClusterSizes; ++i) {
+      per_multiprocessor = 2;
+      if (fits(i, half, 2)) return true;
+      per_multiprocessor = 1;
+      if (fits(i, d.shared_per_block, 2)) return true;
+    }
+    for (int i = 0; i < kClusterSizes; ++i)
+      if (fits(i, d.shared_per_block, 1)) return true;
+    return false;
+  };
+  if (!any_fits()) return {Regime::cluster, 0, 0};
+  // Few rows: more blocks each, as long as all clusters find a place and blocks have a vector for every thread.
+  while (size + 1 < kClusterSizes && d.clusters[size + 1] >= x.rows && out.part_vectors >= 2 * kClusterThreads) {
+    per_multiprocessor = 1;
+    fits(size + 1, d.shared_per_block, 1);
+  }
+  if (per_multiprocessor == 2) out.threads /= 2;
+  const int64_t wanted = ceil_div(out.part_vectors, 32) * 32;
+  out.threads = static_cast<int>(std::min<int64_t>(out.threads, wanted));
+  out.blocks = std::min<int64_t>(x.rows, int64_t(d.clusters[size]) * per_multiprocessor) * out.parts;
+  return out;
+}
+
 inline Plan plan(const Shape& x, const Device& d) {
   // Persistent blocks, as many as are resident at a time: what each of them does once is then done seldom.
   const auto grid = [&](int64_t blocks, int per_multiprocessor) {
@@ -179,6 +247,14 @@ inline Plan plan(const Shape& x, const Device& d) {
   }
   if (x.pass == Pass::backward) return split_plan(x, d);
   const bool is_long = x.classes > kLongClasses;
+  if (x.vector > 2 && (x.alike || x.classes > kClusterSkewedClasses)) {
+    const Plan cluster = cluster_plan(x, d);
+    if (cluster.stages) {
+      Plan out = cluster;
+      out.alike = x.alike;
+      return out;
+    }
+  }
   if (is_long && 2 * x.rows < d.multiprocessors) return split_plan(x, d);
   if (x.alike) {
     const Plan staged = staged_plan(x, d);

@@ -19,6 +19,7 @@ inline pybind11::dict as_dict(const Plan& plan) {
   out["wave"] = plan.wave;
   out["parts"] = plan.parts;
   out["part_vectors"] = plan.part_vectors;
+  out["stages"] = plan.stages;
   return out;
 }
 

@@ -41,8 +41,9 @@ struct Args {
   // Rows in several parts: this launch's rows begin at first_row.
   int64_t first_row = 0;
   int parts = 1, part_vectors = 0;
-  int stage_slots = 0;      // granules of each tensor that a thread has room for
-  S* part_stats = nullptr;  // (rows of a wave, parts, kStatsWidth)
+  int stage_slots = 0;           // granules of each tensor that a thread has room for
+  int clusters = 0, stages = 0;  // how many there are; rows that one has room for
+  S* part_stats = nullptr;       // (rows of a wave, parts, kStatsWidth)
 };
 
 template <class S>
@@ -353,17 +354,25 @@ KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, St
   lanes_merge<Sums, 32>(a.scales, stats, pivots);
 }
 
-// From each warp's statistics to the row's coefficients, known to all threads, relative to the row's pivots. Ends with
-// every thread past a barrier after which nobody reads the warps' statistics again.
-template <class Sums, class S, class Stats>
+struct Alone {
+  template <class Stats, class S>
+  KD_DEVICE void operator()(Stats&, Pivots<S>&) const {}
+};
+
+// From each warp's statistics to the row's coefficients, known to all threads, relative to the row's pivots. Between
+// them the first warp calls `meet` with the block's statistics, for a row in several blocks; `writes` in one of these.
+// Ends with every thread past a barrier after which nobody reads the warps' statistics again.
+template <class Sums, class S, class Stats, class Meet = Alone>
 KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope) {
+                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope,
+                                 bool writes = true, const Meet& meet = Meet()) {
   double loss = 0;
   warps_merge<Sums>(a, scratch, stats, pivots);
   if (arch::thread() < 32) {
+    meet(stats, pivots);
     const bool first = arch::lane() == 0;
     typename Sums::template Coef<S> coef;
-    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, first, coef);
+    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, first && writes, coef);
     if (first) {
       KD_UNROLL
       for (int k = 0; k < Sums::kept; ++k) scratch.results.st(k, coef.c[k]);

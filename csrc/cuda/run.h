@@ -97,7 +97,8 @@ inline int64_t count_blocks(const Call& c, const Plan& plan) {
 }
 inline int64_t sum_count(const Call& c, const Plan& plan) {
   if (!c.total) return 0;
-  return plan.regime == Regime::split ? c.problem.rows_total() : plan.blocks;
+  const bool parts = plan.regime == Regime::split || plan.regime == Regime::cluster;  // one sum per row
+  return parts ? c.problem.rows_total() : plan.blocks;
 }
 inline int64_t part_stats_offset(const Call& c, const Plan& plan) {
   return ceil_div((count_blocks(c, plan) + sum_count(c, plan)) * 8, 16) * 16;

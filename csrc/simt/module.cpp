@@ -70,8 +70,14 @@ struct Run {
 };
 
 gpu::Device device_of(const py::dict& x) {
-  return {x["multiprocessors"].cast<int>(), x["shared_per_block"].cast<int64_t>(),
-          x["shared_per_multiprocessor"].cast<int64_t>(), x["l2"].cast<int64_t>()};
+  gpu::Device out = {x["multiprocessors"].cast<int>(),
+                     x["shared_per_block"].cast<int64_t>(),
+                     x["shared_per_multiprocessor"].cast<int64_t>(),
+                     x["l2"].cast<int64_t>(),
+                     {}};
+  const auto clusters = x["clusters"].cast<std::vector<int>>();
+  std::copy(clusters.begin(), clusters.end(), out.clusters);
+  return out;
 }
 
 // A plan that the planner would not make: the regime and the numbers that `forced` names, as far as the call allows.
@@ -99,6 +105,14 @@ gpu::Plan forced_plan(const gpu::Shape& x, gpu::Plan plan, const py::dict& force
       case gpu::Regime::staged:
         out.stage_slots = static_cast<int>(gpu::ceil_div(vectors, out.threads) + number("more_slots", 0));
         if (x.alike && !x.strided && x.pass != Pass::backward) plan = out;
+        break;
+      case gpu::Regime::cluster:
+        out.parts = static_cast<int>(number("parts", 1));
+        out.part_vectors = static_cast<int>(gpu::ceil_div(vectors, out.parts));
+        out.stages = static_cast<int>(number("stages", 2));
+        out.blocks = out.parts * number("clusters", 2);
+        out.alike = x.alike;
+        if (!x.strided && x.vector > 2 && x.pass != Pass::backward) plan = out;
         break;
       case gpu::Regime::sweeps:
         out.alike = x.alike;
@@ -171,6 +185,8 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
   py::dict out = gpu::as_dict(plan);
   out["launches"] = simt::counters().launches - before;
   out["copies"] = simt::counters().copies;
+  out["bulk_copies"] = simt::counters().bulk_copies;
+  out["messages"] = simt::counters().messages;
   return out;
 }
 
