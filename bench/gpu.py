@@ -75,13 +75,16 @@ REGIMES = (
     (16384, 200, "dense"),  # 32
     (1024, 1000, "dense"),  # block
     (4096, 4000, "dense"),
-    (4096, 10007, "dense"),  # staged, two rows per multiprocessor
-    (4096, 32000, "dense"),  # one row
-    (4096, 8000, "sliced"),  # sweeps
-    (4096, 32000, "sliced"),
-    (4096, 50257, "sliced"),  # sweeps or split: as many rows as the L2 cache keeps
-    (4096, 128256, "dense"),  # split, in waves
-    (8, 128256, "dense"),  # split, few rows
+    (4096, 4000, "sliced"),  # sweeps
+    (4096, 10007, "dense"),  # cluster of 1, two per multiprocessor
+    (4096, 32000, "dense"),  # of 2
+    (4096, 50257, "dense"),  # of 2, parts longer than registers hold
+    (4096, 50257, "sliced"),
+    (4096, 128256, "dense"),  # of 8
+    (4096, 151936, "dense"),
+    (4096, 151669, "dense"),
+    (4096, 262144, "dense"),  # of 16
+    (8, 128256, "dense"),  # of 16, few rows
     (65536, 150, "classes-first"),  # strided
 )
 # From dense tensors to views (rows, classes) of them, by their shape.

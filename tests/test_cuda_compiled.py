@@ -70,6 +70,11 @@ MANY_KEPT = int(fact(PLAN, r"many = x\.kept < (\d+)"))
 KEPT_THREE, KEPT_TWO, LESS_OF_FOUR = map(
     int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - \(vector == 4 \? (\d+) : 0\)")
 )
+CLUSTER_THREE, CLUSTER_TWO, CLUSTER_LESS = map(
+    int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - \(less \? (\d+) : 0\)")
+)
+FEWER_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ >= (\d+) constexpr bool kFewer")) // 10
+CLUSTERS_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ < (\d+) constexpr bool kHas")) // 10
 UNROLL_WIDE, UNROLL_SKEWED, UNROLL = map(
     int, facts(KERNELS, r"int U = F::wide \? (\d+) : kSkewed \? (\d+) : (\d+);")
 )
@@ -109,7 +114,7 @@ class Kernel:
     format: str = ""  # of scale: the types of the gradient and of the factor
     lanes: int = 0  # few: of a row
     classes: int = 0  # few: of a lane
-    skewed: bool = True  # sweeps: tensors may lie otherwise than the gradient
+    skewed: bool = True  # sweeps, cluster: tensors may lie otherwise than the gradient
     arch: str = field(default="", compare=False)
     registers: int = field(default=0, compare=False)
     stack: int = field(default=0, compare=False)
@@ -120,7 +125,7 @@ class Kernel:
 
     def __str__(self) -> str:
         numbers = [f"{self.lanes}, {self.classes}"] if self.lanes else []
-        if self.name == "sweeps":
+        if self.name in ("sweeps", "cluster"):
             numbers = ["skewed" if self.skewed else "alike"]
         inner = ", ".join(filter(None, [self.sums, self.format, *numbers]))
         return f"{self.name}<{inner}>" if inner else self.name
@@ -161,9 +166,18 @@ class Kernel:
             return (kept - (LESS_OF_FOUR if self.vector == 4 else 0)) // self.vector
         if self.name == "staged":
             return 1
+        if self.name == "cluster":  # that registers hold
+            kept = CLUSTER_THREE if SUMS[self.sums].kept > 2 else CLUSTER_TWO
+            less = self.wide or int(self.arch) >= FEWER_FROM
+            return (kept - (CLUSTER_LESS if less else 0)) // self.vector
         if self.name in PARTS:
             return PART_WIDE if self.wide else PART
         return UNROLL_WIDE if self.wide else UNROLL_SKEWED if self.skewed else UNROLL
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is launched of it on this architecture."""
+        return self.name == "cluster" and int(self.arch) < CLUSTERS_FROM
 
     @property
     def edges(self) -> int:
@@ -175,7 +189,7 @@ class Kernel:
         """Pairs of logits in the code of one sweep."""
         if self.name == "strided":
             return STRIDED_WIDE if self.wide else STRIDED
-        return self.vectors * self.vector + self.edges
+        return self.vectors * self.vector + (0 if self.name == "cluster" else self.edges)
 
 
 def expected() -> set[Kernel]:
@@ -183,10 +197,12 @@ def expected() -> set[Kernel]:
     for sums, facts in SUMS.items():
         for form in FORMATS:
             found |= {Kernel(name, sums, form) for name in ("strided", "sweeps", *PARTS)}
+            if form != "AnyFormat<double>":
+                found.add(Kernel("cluster", sums, form))
             if form.startswith("Any"):
                 continue
             found |= {Kernel(name, sums, form) for name in ("block", "staged")}
-            found.add(Kernel("sweeps", sums, form, skewed=False))
+            found |= {Kernel(name, sums, form, skewed=False) for name in ("sweeps", "cluster")}
             few = FEW_ROWS + (MANY_ROWS if facts.kept < MANY_KEPT else [])
             found |= {Kernel("few", sums, form, *x) for x in few}
     for data in ("float", "F16", "BF16"):
@@ -251,6 +267,8 @@ def read_cubin(path: Path, arch: str) -> list[Kernel]:
     code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-|\Z)", sass, re.M | re.S))
     found = []
     for name, text in re.findall(r"Function (\w+):\n(.*)", usage):
+        if name.endswith("5probeEv"):  # of device.cu, which no call launches
+            continue
         has = {key: int(x) for key, x in re.findall(r"([A-Z]+):(\d+)", text)}
         known = asdict(kernel(name)) | {"arch": arch, "most_threads": threads.get(name, 0)}
         known |= {x: has[y] for x, y in (("registers", "REG"), ("stack", "STACK"))}
@@ -403,6 +421,8 @@ def threads_and_blocks(x: Kernel) -> list[tuple[int, int]]:
         return [(number("kBlockThreads"), 2)]
     if x.name == "staged":
         return [(number("kStagedThreads"), 1), (number("kStagedThreads") // 2, 2)]
+    if x.name == "cluster":
+        return [(number("kClusterThreads"), 1), (number("kClusterThreads") // 2, 2)]
     if x.name == "strided":
         # Numbers in double take two registers each.
         return [(number("kStridedThreads"), 2 if x.in_double else 4)]
@@ -435,6 +455,8 @@ def too_large(x: Kernel) -> Iterator[str]:
 def logits_read(x: Kernel) -> int:
     """How often the code reads a logit of its own, edges and targets, all tensors together."""
     if x.name in ("count", "scale"):
+        return 0
+    if x.name == "cluster":  # all logits come by the copy engine
         return 0
     if x.name == "strided":  # the row twice, some classes at a time, and the target
         return SUMS[x.sums].tensors * (2 * x.pairs + 1)
@@ -471,6 +493,18 @@ def vector_loads(x: Kernel) -> Iterator[str]:
     loads = x.count(r"LDG\.E\..*\b128\b.*")
     if x.name in ("count", "strided"):
         wanted = 0
+    elif x.name == "cluster":
+        wanted = 0
+        # Of the first rows, beside a row, and after one that is longer than registers.
+        copies, tensors = x.count(r"UBLKCP\..*"), SUMS[x.sums].tensors
+        if copies != 3 * tensors and not x.empty:
+            yield f"{copies} bulk copies"
+        # For the maxima, for what is kept, and for the rest, of sums and of the gradient.
+        reads = tensors * (x.granules if not x.wide else 1) * (x.vectors + 3)
+        if (n := x.count(r"LDS\..*\b128\b.*")) < reads and not x.empty:
+            yield f"{n} loads of granules, not {reads}"
+        if not x.empty and (x.count(r"STAS\..*") == 0 or x.count(r"UCGABAR_ARV.*") == 0):
+            yield "no messages, or no barrier of the cluster"
     elif x.name == "scale":
         wanted = max(1, loads)  # a loop that may be unrolled
     elif x.name == "staged":
@@ -494,8 +528,10 @@ def vector_loads(x: Kernel) -> Iterator[str]:
 def vector_stores(x: Kernel) -> Iterator[str]:
     stores = x.count(r"STG\.E\..*\b128\b.*")
     halves = x.count(r"STG\.E\.[US]16.*")
-    if x.name in ("count", "strided", "part_stats"):
+    if x.name in ("count", "strided", "part_stats") or x.empty:
         wanted = 0
+    elif x.name == "cluster":  # of what is kept, of the rest, and zeros
+        wanted = x.granules * (x.vectors + 2)
     elif x.name == "scale":
         wanted = 1
     else:  # gradients, and zeros where a row is ignored
@@ -517,6 +553,11 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
     moves = 1 + x.vectors + 2  # an edge, vectors, merges of the lanes and of the warps
     if x.name == "few":
         return s.exps, s.finish
+    if x.name == "cluster":
+        # What is kept: those of the sums alone. Beside it the rest, once per sweep, an edge, the
+        # merges of warps and of blocks, and coefficients moved to a warp's pivots.
+        rest = x.vector * (s.exps + s.kept)
+        return s.exps, rest + 7 * s.exps + s.kept + s.finish
     if x.name == "block":  # forward and, from saved statistics, backward: two pieces of code
         return s.exps + s.kept, 2 * s.exps + s.kept + s.finish
     if x.name == "part_gradient":  # merges parts in a loop that is unrolled
@@ -532,7 +573,7 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
 
 def exponentials(x: Kernel) -> Iterator[str]:
     ex2 = x.count(r"MUFU\.EX2.*")
-    if not x.sums or x.in_double:
+    if not x.sums or x.in_double or x.empty:
         if ex2:
             yield f"{ex2} exponentials"
         return

@@ -127,9 +127,16 @@ def cached_rows(classes: int, itemsize: int) -> int:
     return max(1, cache * 45 // 100 // (2 * classes * itemsize))
 
 
+def has_clusters() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(DEVICE)[0] >= 9
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Logits that one kernel of the CUDA backend takes on any GPU: see csrc/cuda/plan.h."""
+    """Logits that one kernel of the CUDA backend takes on any GPU: see csrc/cuda/plan.h.
+
+    With clusters that is theirs where it would otherwise be one for long rows, unless in double.
+    """
 
     kernel: str  # of the pass forward, with or without gradient
     classes: int
@@ -137,6 +144,11 @@ class Shape:
     rows: int
     rows_per_multiprocessor: int = 0  # on top, that a block takes more than one
     layout: str = "contiguous"  # of the student; a teacher follows where classes are apart
+
+    def __post_init__(self) -> None:
+        long = self.kernel == "staged" or self.classes > 4096
+        if long and self.kernel in ("staged", "sweeps", "part_stats") and self.dtypes != F64:
+            object.__setattr__(self, "kernel", "cluster" if has_clusters() else self.kernel)
 
     def inputs(
         self, kind: str, generator: torch.Generator, ignored: float = 0.0
@@ -191,6 +203,9 @@ REGIMES = REGIMES_IN_SHORT | {
     "unlike rows, few": Shape("part_stats", 50257, BF16, 3, layout="next_token"),
     "split in float32": Shape("part_stats", 50257, F32, 2),
     "split, two types": Shape("part_stats", 50257, (BF16, F32), 2),
+    "cluster of 8": Shape("part_stats", 151936, BF16, 40),
+    "cluster of 8, unaligned": Shape("part_stats", 151669, BF16, 40),
+    "cluster of 16": Shape("part_stats", 262144, BF16, 20),
     "images": Shape("strided", 150, BF16, 3, 1, layout="classes_second"),
 }
 
@@ -760,7 +775,7 @@ def our_kernels(names: list[str]) -> list[str]:
         ((4096, 100), ["few"]),
         ((1024, 1000), ["block"]),
         ((8193, 100), ["count", "few"]),
-        (SPLIT, ["count", "part_stats", "part_gradient"]),
+        (SPLIT, ["cluster"] if has_clusters() else ["count", "part_stats", "part_gradient"]),
     ],
     ids=str,
 )

@@ -54,12 +54,12 @@ struct Job {
   int64_t row;  // none is left where there is no such row
   int target;
   float weight;
-  char* g;               // gradient of the part's first vector
+  int64_t g;             // from the beginning of the gradient: byte of the part's first vector
   int count, hot;        // vectors of the part; the target's class among theirs, or -1
   int s_first, t_first;  // byte of the first vector in a stage
   int s_zero, t_zero;    // and of class 0, which may be in another block's
-  char* row_g;
-  int head, tail;  // edges of the part: below head, and from tail on
+  int64_t row_g;         // and of class 0
+  int head, tail;        // edges of the part: below head, and from tail on
   const char *s_from, *t_from;
   uint32_t s_bytes, t_bytes;  // to be copied
   int has_target, unused;
@@ -151,7 +151,8 @@ struct Cluster {
     job.row = row;
     job.target = opened.target;
     job.weight = opened.weight;
-    job.g = at.g ? at.g_base + static_cast<int64_t>(at.first + part.begin) * (E * fs.size()) : nullptr;
+    job.row_g = at.g ? at.g - static_cast<char*>(a.grad.data) : 0;
+    job.g = job.row_g + (at.g_base - at.g) + static_cast<int64_t>(at.first + part.begin) * (E * fs.size());
     job.count = part.end - part.begin;
     job.has_target = part.has(at, opened.target);
     job.hot = job.has_target && at.hot_vector >= 0 ? (at.hot_vector - at.first - part.begin) * E + at.hot_lane : -1;
@@ -159,7 +160,6 @@ struct Cluster {
     job.t_first = static_cast<int>(t.vectors - t.begin);
     job.s_zero = static_cast<int>(s.row - s.begin);
     job.t_zero = static_cast<int>(t.row - t.begin);
-    job.row_g = at.g;
     job.head = part.head ? at.head : 0;
     job.tail = part.tail ? at.tail : a.classes;
     job.s_from = at.s_place.base + s.begin;
@@ -220,7 +220,8 @@ struct Cluster {
     const Job x = job(fed);
     arch::bar_expect(scratch.full, stage, x.s_bytes + x.t_bytes);
     if (x.s_bytes) arch::bulk_load(scratch.s, stage * scratch.s_stage, x.s_from, x.s_bytes, scratch.full, stage);
-    if (x.t_bytes) arch::bulk_load(scratch.t, stage * scratch.t_stage, x.t_from, x.t_bytes, scratch.full, stage);
+    if (Sums::teacher && x.t_bytes)
+      arch::bulk_load(scratch.t, stage * scratch.t_stage, x.t_from, x.t_bytes, scratch.full, stage);
   }
 
   // ---- a part in its stage ----
@@ -230,7 +231,7 @@ struct Cluster {
     Row<F> out;
     out.first = 0;
     out.count = x.count;
-    out.g_base = x.g;
+    out.g_base = static_cast<char*>(a.grad.data) + x.g;
     out.hot_vector = x.hot < 0 ? -1 : x.hot / E;
     out.hot_lane = x.hot % E;
     return out;
@@ -437,7 +438,8 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
           S edge_x[Sums::kept];
           KD_UNROLL
           for (int i = 0; i < Sums::kept; ++i) edge_x[i] = c.scratch.edges.ld(i * kMostEdges + rank);
-          fs.put(x.row_g, edge, edge == x.target ? slope.y : gradient(edge_x, slope.c));
+          fs.put(static_cast<char*>(a.grad.data) + x.row_g, edge,
+                 edge == x.target ? slope.y : gradient(edge_x, slope.c));
         }
         if (again) {
           arch::sync_block();
