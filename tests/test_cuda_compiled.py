@@ -71,8 +71,9 @@ KEPT_THREE, KEPT_TWO, LESS_OF_FOUR = map(
     int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - \(vector == 4 \? (\d+) : 0\)")
 )
 CLUSTER_THREE, CLUSTER_TWO, CLUSTER_LESS = map(
-    int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - \(less \? (\d+) : 0\)")
+    int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - (\d+) \* less")
 )
+FEWER_CLASSES = int(fact("csrc/cuda/cluster.cuh", r"kFewerRegisters \? (\d) : F::wide"))
 FEWER_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ >= (\d+) constexpr bool kFewer")) // 10
 CLUSTERS_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ < (\d+) constexpr bool kHas")) // 10
 UNROLL_WIDE, UNROLL_SKEWED, UNROLL = map(
@@ -168,8 +169,8 @@ class Kernel:
             return 1
         if self.name == "cluster":  # that registers hold
             kept = CLUSTER_THREE if SUMS[self.sums].kept > 2 else CLUSTER_TWO
-            less = self.wide or int(self.arch) >= FEWER_FROM
-            return (kept - (CLUSTER_LESS if less else 0)) // self.vector
+            less = FEWER_CLASSES if int(self.arch) >= FEWER_FROM else self.wide
+            return (kept - CLUSTER_LESS * less) // self.vector
         if self.name in PARTS:
             return PART_WIDE if self.wide else PART
         return UNROLL_WIDE if self.wide else UNROLL_SKEWED if self.skewed else UNROLL

@@ -346,7 +346,8 @@ KD_KERNEL(kClusterThreads, 1)
 cluster(KD_ARGUMENT(Args<typename F::S>) a) {
   if constexpr (arch::kHasClusters) {
     using S = typename F::S;
-    constexpr int E = F::kVector, kVectors = kClusterClasses < Sums::kept, F::wide || arch::kFewerRegisters > / E;
+    constexpr int E = F::kVector, kLess = arch::kFewerRegisters ? 2 : F::wide;
+    constexpr int kVectors = kClusterClasses<Sums::kept, kLess> / E;
     const Cluster<Sums, F, kSkewed> c(a, arch::shared());
     const F& fs = c.fs;
     const int rank = arch::thread(), size = arch::threads();

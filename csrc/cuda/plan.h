@@ -80,9 +80,9 @@ constexpr int kept_classes(int kept, int vector) { return (kept > 2 ? 24 : 32) -
 template <int kKept, int kVector>
 constexpr int kKeptClasses = kept_classes(kKept, kVector);
 
-// Some less for tensors of several types, and where the compiler needs more registers for itself.
-constexpr int cluster_classes(int kept, bool less) { return (kept > 2 ? 32 : 48) - (less ? 8 : 0); }
-template <int kKept, bool kLess>
+// Less for tensors of several types, and where the compiler needs more registers for itself: in vectors of 8.
+constexpr int cluster_classes(int kept, int less) { return (kept > 2 ? 32 : 48) - 8 * less; }
+template <int kKept, int kLess>
 constexpr int kClusterClasses = cluster_classes(kKept, kLess);
 
 // Threads that a kernel is compiled for, and how many warps of them a multiprocessor's registers hold.
