@@ -39,7 +39,7 @@ COMPILE = triton.runtime.JITFunction._do_compile
 # ---- a device that is not there -------------------------------------------------------------
 
 
-def pretend(name: str) -> None:
+def pretend(name: str, ctas: int) -> None:
     """Makes Triton compile for a target, and the planner plan for 132 multiprocessors."""
     backend, architecture = name.split(":")
     if backend == "cuda":
@@ -53,7 +53,7 @@ def pretend(name: str) -> None:
             get_current_stream=lambda device: 0,
         )
     )
-    launch._device = lambda device: launch.Device(multiprocessors=132)
+    launch._device = lambda device: launch.Device(multiprocessors=132, ctas=ctas)
 
 
 # ---- calls ----------------------------------------------------------------------------------
@@ -136,6 +136,9 @@ def describe(binary: Binary, sass: bool) -> dict[str, Any]:
         return {"bytes": len(binary.asm["hsaco"])}
     ptx, cubin = binary.asm["ptx"], binary.asm["cubin"]
     facts: dict[str, Any] = {"loads": accesses(ptx, "ld"), "stores": accesses(ptx, "st")}
+    facts["cluster"] = [int(x) for x in re.findall(r"\.reqnctapercluster (\d+)", ptx)]
+    facts["barriers"] = len(re.findall(r"\bbarrier\.cluster\.wait\b", ptx))
+    facts["remote"] = len(re.findall(r"\bld\.shared::cluster\b", ptx))
     if shutil.which("cuobjdump", path=PATH):
         usage = tool("--dump-resource-usage", cubin=cubin)
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
@@ -155,16 +158,18 @@ def launches(job: dict[str, Any]) -> list[dict[str, Any]]:
         keys.append(str(key))
         return COMPILE(self, key, *rest, **more) if job["compile"] else None
 
-    def compiled(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any]) -> None:
+    def compiled(
+        kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any], ctas: int = 1
+    ) -> None:
         arguments = {**arguments, **dict(job["plant"])}
         warps = arguments.pop("warps", warps)
         own = {name: arguments[name] for name in kernel.arg_names}
         # Triton knows what it has compiled by the device, which is the same for every target here.
         kernel.device_caches.clear()
         target = triton.runtime.driver.active.get_current_target()
-        chosen = launch.options(warps, amd=target.backend == "hip")
+        chosen = launch.options(warps, ctas, amd=target.backend == "hip")
         out = kernel.warmup(**own, grid=grid, **chosen)
-        facts = {"kernel": kernel.fn.__name__, "key": keys[-1], "warps": warps}
+        facts = {"kernel": kernel.fn.__name__, "key": keys[-1], "warps": warps, "ctas": ctas}
         facts |= {x.lower(): own.get(x) for x in ("BLOCK", "ROWS", "ALIGNED", "STAGES")}
         facts["rows"], facts["stages"] = facts["rows"] or 1, facts["stages"] or 1
         if out is not None:
@@ -181,7 +186,7 @@ def main() -> None:
     results = []
     for target, job in json.load(sys.stdin):
         try:
-            pretend(target)
+            pretend(target, job["ctas"])
             results.append(launches(job))
         except Exception as error:
             results.append(f"{type(error).__name__}: {error}")

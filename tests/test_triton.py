@@ -12,7 +12,9 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import contracts
 import pytest
@@ -60,6 +62,9 @@ def forced(regime: str, block: int) -> object:
         if regime == "resident":
             one = 1 << max(0, window - 1).bit_length()
             return Plan("resident", max(one, 16), 2, 4, math.ceil(rows / 2))
+        if regime == "cluster":  # of two CTAs, neither of which holds all that it could
+            one = 1 << max(0, window - 1).bit_length()
+            return Plan("resident", max(4 * one, 128), 1, 4, rows, ctas=2)
         if regime == "sweeps":  # more rows than programs
             return Plan("sweeps", block, 1, 4, max(1, rows // 2))
         part_chunks = math.ceil(chunks / 3)
@@ -68,7 +73,7 @@ def forced(regime: str, block: int) -> object:
     return planned
 
 
-REGIMES = ("as planned", "resident", "sweeps", "split")
+REGIMES = ("as planned", "resident", "cluster", "sweeps", "split")
 
 
 def each_plan(regimes: Sequence[str] = REGIMES) -> Iterator[str]:
@@ -120,6 +125,45 @@ def test_large_vocabulary(case: Case, generator: torch.Generator) -> None:
     for rows in (1, 5):
         inputs = make_inputs("normal", rows, 16411, torch.bfloat16, generator)
         check_rows(case, *inputs, generator, backend="triton", variants=lambda: iter(["planned"]))
+
+
+@pytest.mark.parametrize("case", MAIN_CASES[:2], ids=str)
+def test_large_vocabulary_in_a_cluster(
+    case: Case, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a device with clusters gets: a tile of 32768 indices, each CTA with an equal share."""
+    seen = []
+    run = launch.launch
+
+    def spied(kernel: object, grid: tuple, warps: int, arguments: dict, *ctas: int) -> None:
+        seen.append((arguments["BLOCK"], arguments["CTAS"], *ctas))
+        run(kernel, grid, warps, arguments, *ctas)
+
+    monkeypatch.setattr(launch, "launch", spied)
+    monkeypatch.setattr(launch, "_device", lambda device: Device(4, ctas=16))
+    inputs = make_inputs("normal", 2, 20011, torch.bfloat16, generator)
+    check_rows(case, *inputs, generator, backend="triton", variants=lambda: iter(["planned"]))
+    assert seen[0] == (32768, 4, 4)
+
+
+def test_no_two_ctas_of_a_cluster_write_one_element(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter writes one after the other, and the last wins; CTAs have no order."""
+    from triton.runtime import interpreter
+
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def checked(self: object, ptrs: object, value: object, mask: object, *rest: object) -> object:
+        written = ptrs.data[mask.data]
+        assert len(set(written.tolist())) == written.size
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked)
+    inputs = make_inputs("normal", 2, 103, torch.bfloat16, generator)
+    for _ in each_plan(["cluster"]):
+        for x in inputs[0], inputs[0].T.contiguous().T:  # in granules, and one by one
+            evaluate(MAIN_CASES[0], x, *inputs[1:], backend="triton")
 
 
 @pytest.mark.parametrize("teacher_layout", LAYOUTS)
@@ -338,12 +382,57 @@ def test_the_planner_takes(
     assert (chosen.regime, chosen.block, chosen.rows) == expected
 
 
+@pytest.mark.parametrize(
+    ("classes", "small", "most", "expected"),
+    [
+        (16384, True, 16, ("resident", 16384, 1, 16)),
+        (16385, True, 16, ("resident", 32768, 4, 8)),
+        (50264, True, 16, ("resident", 65536, 8, 8)),
+        (128256, True, 16, ("resident", 131072, 16, 8)),
+        (151936, True, 16, ("resident", 262144, 16, 16)),
+        (262145, True, 16, ("sweeps", 8192, 1, 16)),
+        (8193, False, 16, ("resident", 16384, 4, 8)),
+        (65537, False, 16, ("resident", 131072, 16, 16)),
+        (131073, False, 16, ("sweeps", 8192, 1, 16)),
+        (128256, True, 8, ("resident", 131072, 8, 16)),
+        (131073, True, 8, ("sweeps", 8192, 1, 16)),
+        (50264, True, 1, ("sweeps", 8192, 1, 16)),
+    ],
+)
+def test_the_planner_takes_clusters(
+    classes: int, small: bool, most: int, expected: tuple[str, int, int, int]
+) -> None:
+    chosen = plan(4096, classes, Device(H200, ctas=most), small=small, wide=False)
+    assert (chosen.regime, chosen.block, chosen.ctas, chosen.warps) == expected
+    if chosen.ctas > 1:
+        few = plan(3, classes, Device(H200, ctas=most), small=small, wide=False)
+        assert few == replace(chosen, programs=3, rows=1)
+    for rows in (3, 4096):
+        plans = [plan(rows, classes, Device(H200, x), small=False, wide=True) for x in (1, most)]
+        assert plans[0] == plans[1]
+
+
+def test_which_devices_have_clusters() -> None:
+    largest = partial(launch.largest_cluster, version="3.9.0", amd=False)
+    assert [largest(x, H200) for x in (8, 9, 10, 11, 12)] == [1, 16, 16, 1, 1]
+    assert [largest(9, x) for x in (78, 114, 127, 128)] == [8, 8, 8, 16]
+    assert largest(9, 304, amd=True) == 1
+    versions = ("3.6.0", "3.8.1", "3.9.0+git1", "3.10.0", "4.0.0")
+    assert [largest(9, H200, version=x) for x in versions] == [1, 1, 16, 16, 16]
+
+
+def test_only_clusters_are_compiled_with_ctas() -> None:
+    assert "num_ctas" not in launch.options(16, amd=False)
+    chosen = launch.options(8, 4, amd=False)
+    assert (chosen["num_ctas"], chosen["maxnreg"]) == (4, 128)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 131, 132, 133, 5000])
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 8192, 8193, 16384, 16385, 128263, 262151])
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_plan_covers_every_class_once(rows: int, window: int, wide: bool) -> None:
-    for small in (True, False):
-        chosen = plan(rows, window, Device(H200), small=small, wide=wide)
+    for small, ctas in product((True, False), (1, 8, 16)):
+        chosen = plan(rows, window, Device(H200, ctas), small=small, wide=wide)
         if chosen.regime == "resident":
             assert window <= chosen.block and rows <= chosen.programs * chosen.rows
         if chosen.regime == "sweeps":

@@ -21,6 +21,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CUOBJDUMP = shutil.which("cuobjdump", path=os.pathsep.join([str(TOOLS), os.environ["PATH"]]))
 HAS_AMD = (TOOLS.parents[1] / "amd").is_dir()
 OLD = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
+needs_clusters = pytest.mark.skipif(OLD, reason="this Triton does not compile clusters")
 needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump")
 
 SCRIPT = Path(__file__).with_name("compile_triton.py")
@@ -51,6 +52,7 @@ class Job:
     compile: bool = True
     sass: bool = False
     plant: tuple[tuple[str, int], ...] = ()  # arguments that the planner never gives
+    ctas: int = 1  # of the device's largest cluster
 
     def __str__(self) -> str:
         dtypes = f"{self.student}/{self.teacher}"
@@ -59,6 +61,8 @@ class Job:
         said = [f"{self.loss}({params})", self.op, f"{self.rows}x{self.classes}", dtypes]
         if layouts != "contiguous/contiguous":
             said.append(layouts)
+        if self.ctas > 1:
+            said.append(f"clusters<={self.ctas}")
         return " ".join([*said, *(f"{name}={x}" for name, x in self.plant)])
 
 
@@ -114,6 +118,12 @@ def counted(job: Job) -> list[Job]:
     return [replace(call, sass=True) for call in (resident, sweeps)]
 
 
+def clusters(job: Job) -> list[Job]:
+    """Rows for two CTAs per multiprocessor, and for CTAs that fill one."""
+    classes = (50257, 128256) if largest(job) == 8000 else (50257, 151669)
+    return [replace(job, classes=x, ctas=16, sass=True) for x in classes]
+
+
 def other_dtypes() -> Iterator[Job]:
     for loss, two in (("kd", 0), ("kd", 1), ("nkd", 1)):
         for pair in (("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")):
@@ -149,6 +159,17 @@ def vector_jobs() -> Iterator[tuple[str, Job, bool]]:
 
 
 VECTORS = list(vector_jobs())
+
+CLUSTERS = [
+    *((MAIN, call) for job in VARIANTS for call in clusters(job)),
+    *(("cuda:100", clusters(job)[0]) for job in VARIANTS),
+    (MAIN, Job(classes=128256, ctas=8)),
+    (MAIN, Job(classes=128256, ctas=16)),
+    (MAIN, Job(op="forward", weight=True, ctas=16)),
+    *((MAIN, Job(student=x, teacher="float32", ctas=16)) for x in ("bfloat16", "float32")),
+    *((MAIN, replace(x, ctas=16)) for name, (x, _) in LAYOUTS.items() if name != "unaligned"),
+]
+CLUSTER_SPILLS = Job(ctas=16, plant=(("warps", 4),))
 SCALE = Job(op="scale", classes=32000)
 SPILLS = Job(classes=16000, plant=(("BLOCK", 32768), ("warps", 4)))
 SCALAR = Job(teacher_layout="odd_offset")
@@ -188,7 +209,14 @@ SAME: dict[str, list[Job]] = {
         for alpha, variant in ((1.0, 0.0), (16.0, 1.0), (0.5, 3.0))
     ],
     "scale": [Job(op="scale", rows=x, classes=32000) for x in (1, 3, 4096)],
+    "cluster": [
+        *(Job(ctas=16, rows=x) for x in (1, 2, 16, 4096)),
+        *(Job(ctas=16, classes=x) for x in (32769, 50257, 65520)),
+    ],
 }
+if OLD:
+    del SAME["cluster"]
+    CLUSTERS.clear()
 SAME = {name: [replace(x, compile=False) for x in jobs] for name, jobs in SAME.items()}
 DIFFERENT = [
     replace(Job(), compile=False, student=student, teacher=teacher)
@@ -209,6 +237,7 @@ ALL = dict.fromkeys(
         *((MAIN, call) for job in VARIANTS for call in counted(job)),
         *((MAIN, job) for _, job, _ in VECTORS),
         *((MAIN, job) for job in (SCALE, SPILLS, SCALAR)),
+        *(() if OLD else (*CLUSTERS, (MAIN, CLUSTER_SPILLS))),
         *((MAIN, job) for jobs in SAME.values() for job in jobs),
         *((MAIN, job) for job in DIFFERENT),
         *((AMD, job) for job in ON_AMD if HAS_AMD),
@@ -253,7 +282,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
 
 
 def says(target: str, job: Job, x: dict[str, Any]) -> str:
-    return f"{x['kernel']} {x['block']}x{x['rows']}, {x['warps']} warps, of {job} on {target}"
+    size = f"{x['block']}x{x['rows']}, {x['warps']} warps"
+    if x["ctas"] > 1:
+        size += f" in each of {x['ctas']} CTAs"
+    return f"{x['kernel']} {size}, of {job} on {target}"
 
 
 # ---- registers ------------------------------------------------------------------------------
@@ -311,7 +343,7 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 def granules(x: dict[str, Any], dtype: str) -> int:
     """16-byte accesses of a thread that walk a tile of one tensor once."""
-    return x["block"] * x["rows"] * ITEMSIZE[dtype] // (16 * 32 * x["warps"])
+    return x["block"] * x["rows"] * ITEMSIZE[dtype] // (16 * 32 * x["warps"] * x["ctas"])
 
 
 def check_loads(target: str, job: Job, launches: Launches) -> None:
@@ -408,7 +440,7 @@ def check_exponentials(target: str, job: Job, x: dict[str, Any]) -> None:
     sums, gradient = EXPONENTIALS[job.loss, is_two(job)]
     again = x["kernel"] == "sweeps" and job.op != "forward"
     per_class = sums + (gradient if again else 0)
-    expected = per_class * x["block"] * x["rows"] // (32 * x["warps"])
+    expected = per_class * x["block"] * x["rows"] // (32 * x["warps"] * x["ctas"])
     what = f"{says(target, job, x)}: {x['ex2']} exponentials, {expected} for the classes"
     assert expected <= x["ex2"] <= expected + PER_ROW, what
 
@@ -429,6 +461,68 @@ def test_exponentials_of_a_second_temperature_exceed_the_budget_of_one(compiled)
         check_exponentials(MAIN, replace(job, params=PARAMS["kd"][0]), x)
 
 
+# ---- clusters -------------------------------------------------------------------------------
+
+
+def check_cluster(target: str, job: Job, launches: Launches) -> None:
+    """Registers for as many CTAs as share a multiprocessor, and what they exchange."""
+    # A number of the row. Where a thread has 32 classes, also up to 24 of its 64 exponentials: the
+    # finish of a row, most of all aekt's with its variants, needs their registers.
+    (x,) = launches
+    many = x["block"] == 32 * 32 * x["warps"] * x["ctas"]
+    check_registers(target, job, launches, spared=96 if many else 8)
+    what = says(target, job, x)
+    used = x["registers"] * x["warps"] * 32 * (2 if x["warps"] == 8 else 1)
+    assert used <= 65536, f"{what}: {used} registers of a multiprocessor"
+
+
+@needs_clusters
+@needs_cuobjdump
+@pytest.mark.parametrize(("target", "job"), CLUSTERS, ids=str)
+def test_clusters_fit_as_planned(compiled, target, job):
+    (x,) = launches = compiled(target, job)
+    small = largest(job) == 16000
+    own = x["block"] // x["ctas"]
+    assert (x["kernel"], own, x["warps"]) in (
+        ("resident", 8192 if small else 4096, 8),
+        ("resident", 16384 if small else 8192, 16),
+    )
+    check_cluster(target, job, launches)
+    assert x["cluster"] == [x["ctas"]], says(target, job, x)
+    # The maxima are one reduction, the sums another one; a fifth sum is one of its own. Each passes
+    # a barrier when its numbers are written, and one when they have been read. A tile that is not
+    # stored as it was loaded passes one more.
+    reductions = 3 if job.loss == "nkd" and is_two(job) else 2
+    barriers = 2 * reductions + (x["aligned"] != 2)
+    assert (x["remote"], x["barriers"]) == (reductions, barriers), says(target, job, x)
+
+
+@needs_clusters
+@needs_cuobjdump
+@pytest.mark.parametrize(("target", "job"), CLUSTERS, ids=str)
+def test_clusters_move_vectors_and_compute_nothing_twice(compiled, target, job):
+    (x,) = launches = compiled(target, job)
+    check_loads(target, job, launches)
+    if x["aligned"] == 2:
+        check_stores(target, job, launches)
+    if job.sass:
+        check_exponentials(target, job, x)
+
+
+@needs_clusters
+@needs_cuobjdump
+def test_a_share_too_large_for_its_warps_counts_as_a_spill(compiled):
+    with pytest.raises(
+        AssertionError, match=r"resident 65536x1, 4 warps in each of 8 CTAs.*spills"
+    ):
+        check_cluster(MAIN, CLUSTER_SPILLS, compiled(MAIN, CLUSTER_SPILLS))
+
+
+def test_without_clusters_no_kernel_knows_of_them(compiled):
+    for x in compiled(MAIN, Job()) + compiled(MAIN, Job(rows=4)):
+        assert (x["ctas"], x["cluster"], x["barriers"], x["remote"]) == (1, [], 0, 0)
+
+
 # ---- variants -------------------------------------------------------------------------------
 
 
@@ -445,7 +539,8 @@ def keys(compiled: Compiled, jobs: list[Job]) -> dict[str, set[str]]:
 def test_other_numbers_do_not_recompile(compiled, name):
     found = keys(compiled, SAME[name])
     kernels = {"split": {"partial", "gradient"}, "backward": {"gradient"}}
-    expected = {"nkd": {"sweeps"}, "aekt": {"sweeps"}, "scale": {"scale_in_place"}, **kernels}
+    kernels |= {"nkd": {"sweeps"}, "aekt": {"sweeps"}, "cluster": {"resident"}}
+    expected = {"scale": {"scale_in_place"}, **kernels}
     assert found.keys() == expected.get(name, {name})
     for kernel, variants in found.items():
         assert len(variants) == 1, f"{kernel}: {len(variants)} variants of {name}"

@@ -42,6 +42,7 @@ class Device:
     """What the planner asks of a device."""
 
     multiprocessors: int
+    ctas: int = 1  # of the largest cluster; 1: none
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Plan:
     parts: int = 1  # slices of a row
     part_chunks: int = 1  # blocks of a slice
     stages: int = 1  # chunks under way at a time, all but one in shared memory
+    ctas: int = 1  # of a program: a cluster, each of which holds its share of the block
 
 
 # (block, rows, warps): the first block that holds a row. A tile has 8 logits of each tensor per
@@ -75,6 +77,9 @@ RESIDENT = (
 )
 # The largest of RESIDENT: at one temperature with 16-bit logits, otherwise, in float64.
 LARGEST, LARGEST_ELSE, LARGEST_WIDE = 16384, 8192, 2048
+# (tile indices, warps) of a CTA in a cluster, at one temperature with 16-bit logits and otherwise:
+# two to a multiprocessor, where one waits while the other computes, and one that fills it.
+CLUSTER, CLUSTER_ELSE = ((8192, 8), (16384, 16)), ((4096, 8), (8192, 16))
 # (block, warps) of rows that are walked in chunks. A whole row: fills a multiprocessor. A slice of
 # a row: several programs share one.
 CHUNK, CHUNK_WIDE = (8192, 16), (1024, 8)
@@ -93,6 +98,12 @@ def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> 
     if window <= (LARGEST_WIDE if wide else LARGEST if small else LARGEST_ELSE):
         block, tile, warps = next(x for x in RESIDENT if x[0] >= window)
         return Plan("resident", block, tile, warps, triton.cdiv(rows, tile))
+    if device.ctas > 1 and not wide:
+        # For few rows, too: one launch, which reads them once, where slices take two.
+        block = triton.next_power_of_2(window)
+        for own, warps in CLUSTER if small else CLUSTER_ELSE:
+            if block <= own * device.ctas:
+                return Plan("resident", block, 1, warps, rows, ctas=block // own)
     if rows >= device.multiprocessors:
         # One row in flight per multiprocessor, which the reversed sweep finds in the L2 cache as
         # far as they fit; fewer would leave bandwidth unused.
@@ -113,11 +124,28 @@ def backward_plan(rows: int, window: int, *, wide: bool) -> Plan:
     return Plan("gradient", block, tile, warps, triton.cdiv(rows, tile), triton.cdiv(window, block))
 
 
+def largest_cluster(
+    major: int,
+    multiprocessors: int,
+    version: str = triton.__version__,
+    amd: bool = torch.version.hip is not None,
+) -> int:
+    """CTAs of the largest cluster, by compute capability and version of Triton; 1: none."""
+    # Older Tritons do not compile a reduction across CTAs; from sm_110 on it is not supported.
+    too_old = tuple(int(x) for x in version.split(".")[:2]) < (3, 9)
+    if amd or too_old or major not in (9, 10):
+        return 1
+    # Every device runs 8. 16 need a GPC of so many multiprocessors, and there are 8 GPCs at most.
+    return 16 if multiprocessors >= 8 * 16 else 8
+
+
 @lru_cache
 def _device(device: torch.device) -> Device:
     if device.type == "cpu":  # interpreted
         return Device(multiprocessors=4)
-    return Device(torch.cuda.get_device_properties(device).multi_processor_count)
+    found = torch.cuda.get_device_properties(device)
+    count = found.multi_processor_count
+    return Device(count, largest_cluster(found.major, count))
 
 
 # ---- arguments ------------------------------------------------------------------------------
@@ -319,6 +347,7 @@ class Call:
             "ALIGNED": self.aligned,
             "ROWS": plan.rows,
             "BLOCK": plan.block,
+            "CTAS": plan.ctas,
             "STAGES": plan.stages,
             "parts": plan.parts,
             "part_chunks": plan.part_chunks,
@@ -328,24 +357,29 @@ class Call:
         }
 
 
-def options(warps: int, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
+def options(warps: int, ctas: int = 1, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """How a kernel is compiled, beside its constants."""
     # Fusion explicitly, because Triton 3.10 changes what is the default.
     chosen = {"num_warps": warps, "enable_fp_fusion": True}
-    if warps == 16 and not amd:
+    if ctas > 1:
+        chosen["num_ctas"] = ctas
+    if (warps == 16 or ctas > 1) and not amd:
         # All that 512 threads can have: ptxas would spill to make room for a second program, which
-        # shared memory and the rows in flight do not want.
+        # shared memory and the rows in flight do not want. And what two CTAs of 256 can have, where
+        # ptxas would take more.
         chosen["maxnreg"] = 128
     return chosen
 
 
-def launch(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any]) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any], ctas: int = 1
+) -> None:
     """Runs a kernel with those of the arguments that it has."""
     own = {name: arguments[name] for name in kernel.arg_names}
     if INTERPRETED:
         kernel[grid](**own)
     else:
-        kernel[grid](**own, **options(warps))
+        kernel[grid](**own, **options(warps, ctas))
 
 
 def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> None:
@@ -356,7 +390,7 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
     chosen = plan(call.rows, call.window, device, small=call.small, wide=call.wide)
     arguments = call.arguments(chosen, losses=losses, stats=stats, **reduction)
     if chosen.regime == "resident":
-        launch(row.resident, (chosen.programs,), chosen.warps, arguments)
+        launch(row.resident, (chosen.programs,), chosen.warps, arguments, chosen.ctas)
     elif chosen.regime == "sweeps":
         launch(row.sweeps, (chosen.programs,), chosen.warps, arguments)
     else:

@@ -4,7 +4,8 @@ A program has a tile of rows: `(ROWS, BLOCK)` logits, and one number per row as 
 ROWS == 1 that is a scalar: a block of one is computed again for every element of a vector.
 
 resident   all classes of its rows in one tile: read once, gradient written from the exponentials
-           that are still in registers. Several rows per program when classes are few.
+           that are still in registers. Several rows per program when classes are few; a cluster of
+           CTAs per row when they are too many for the registers of one.
 sweeps     one row at a time in chunks: a sweep for the statistics, a second one in reverse order
            for the gradient, which finds in the L2 cache what the first one read last. Programs are
            persistent, so that the launch bounds the rows in flight; the next chunks of a row
@@ -66,6 +67,12 @@ def _largest(x, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _largest_two(a, b):
+    """Of a tile of one row each, in one reduction."""
+    return tl.split(tl.reshape(tl.max(tl.join(a, b), 1), (2,)))
+
+
+@triton.jit
 def _total(x, ROWS: tl.constexpr):
     if ROWS == 1:
         return tl.sum(x)
@@ -85,6 +92,27 @@ def _totals(a, ROWS: tl.constexpr):
             return x, y, z, _total(a[3], ROWS)
         else:
             return x, y, z, _total(a[3], ROWS), _total(a[4], ROWS)
+
+
+@triton.jit
+def _totals_joined(a):
+    """Of a tile of one row, up to four in one reduction."""
+    if len(a) == 1:
+        return _totals(a, 1)
+    else:
+        d = tl.zeros_like(a[0])
+        if len(a) > 3:
+            d = a[3]
+        pairs = tl.sum(tl.join(tl.join(a[0], a[1]), tl.join(a[2], d)), 1)
+        x, y = tl.split(tl.reshape(pairs, (2, 2)))
+        x0, x1 = tl.split(x)
+        y0, y1 = tl.split(y)
+        if len(a) == 3:
+            return x0, x1, y0
+        elif len(a) == 4:
+            return x0, x1, y0, y1
+        else:
+            return x0, x1, y0, y1, tl.sum(a[4])
 
 
 # ---- rows -----------------------------------------------------------------------------------
@@ -276,18 +304,33 @@ def _shift(start, VEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _shares(shift, classes, BLOCK: tl.constexpr, CTAS: tl.constexpr):
+    """The indices of a cluster's tile, and which of them it holds. CTAs have BLOCK / CTAS lanes
+    each, and take equal shares of the row, whole granules."""
+    OWN: tl.constexpr = BLOCK // CTAS
+    lane = tl.arange(0, BLOCK)[None, :]
+    share = tl.cdiv(shift + classes, CTAS * 64) * 64
+    return lane // OWN * share + lane % OWN, lane % OWN < share
+
+
+@triton.jit
 def _load_tile(
     x, start, step, index, shift, readable, y,
-    VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, held=None,
 ):  # fmt: skip
     """Logits of a tile; -inf at the target and outside the row, which is how both drop out."""
     column = index - shift
     inside = (column >= 0) & (column < readable)
+    if held is not None:
+        inside = inside & held
     if ALIGNED:
         # Of this tensor's own granules: where the other one's elements are smaller, VEC is larger.
         OWN: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
         end = tl.where(readable > 0, (shift + readable + (OWN - 1)) // OWN, 0) * OWN
-        x = tl.load(x + start // VEC * VEC + index, mask=index < end, other=0.0)
+        mask = index < end
+        if held is not None:
+            mask = mask & held
+        x = tl.load(x + start // VEC * VEC + index, mask=mask, other=0.0)
     else:
         x = tl.load(x + start + column.to(tl.int64) * step, mask=inside, other=0.0)
     return tl.where(inside & (column != y), x.to(DTYPE), -INF)
@@ -296,7 +339,7 @@ def _load_tile(
 @triton.jit
 def _store_tile(
     grad, start, step, index, shift, writable, y, at_target, value,
-    VEC: tl.constexpr, ALIGNED: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, held=None,
 ):  # fmt: skip
     """The gradient of a tile; where the stores are aligned, of the granules inside the row."""
     column = index - shift
@@ -305,9 +348,13 @@ def _store_tile(
         first = (shift + (VEC - 1)) // VEC * VEC
         end = tl.where(writable > 0, (shift + writable) // VEC, 0) * VEC
         mask = (index >= first) & (index < end)
+        if held is not None:
+            mask = mask & held
         tl.store(grad + start // VEC * VEC + index, value, mask=mask)
     else:
         mask = (column >= 0) & (column < writable)
+        if held is not None:
+            mask = mask & held
         tl.store(grad + start + column.to(tl.int64) * step, value, mask=mask)
 
 
@@ -395,7 +442,9 @@ def resident(
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CTAS: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(ROWS == 1 or CTAS == 1)
     row = _rows_of(tl.program_id(0), ROWS)
     exists, read, y, weight, readable, writable = _open(
         row, rows, classes, target, row_weight, ignore_index, DTYPE
@@ -403,18 +452,31 @@ def resident(
     k = _scale_of(p0, DTYPE)
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
+    g_start = _start(row, inner, g_base, g_outer, g_inner)
     shift = _shift(s_start, VEC, ALIGNED)
     index = tl.arange(0, BLOCK)[None, :]
+    held = None
+    if CTAS > 1:
+        index, held = _shares(shift, classes, BLOCK, CTAS)
 
-    s = _load_tile(student, s_start, s_class, index, shift, readable, y, VEC, ALIGNED, DTYPE)
-    ps = _largest(s, ROWS)
-    t = s
-    pt = ps
-    if teacher is not None:
-        t = _load_tile(teacher, t_start, t_class, index, shift, readable, y, VEC, ALIGNED, DTYPE)
-        pt = _largest(t, ROWS)
+    s = _load_tile(student, s_start, s_class, index, shift, readable, y, VEC, ALIGNED, DTYPE, held)
+    if teacher is None:
+        t = s
+        ps = _largest(s, ROWS)
+        pt = ps
+    else:
+        t = _load_tile(teacher, t_start, t_class, index, shift, readable, y, VEC, ALIGNED, DTYPE,
+                       held)  # fmt: skip
+        if CTAS > 1:
+            ps, pt = _largest_two(s, t)
+        else:
+            ps = _largest(s, ROWS)
+            pt = _largest(t, ROWS)
     added, exps = STATS(s - usable(ps), t - usable(pt), k, TWO)
-    sums = _totals(added, ROWS)
+    if CTAS > 1:
+        sums = _totals_joined(added)
+    else:
+        sums = _totals(added, ROWS)
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists, read, weight, sums, ps, pt,
@@ -422,10 +484,9 @@ def resident(
         FINISH, TWO, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:
-        g_start = _start(row, inner, g_base, g_outer, g_inner)
         value = GRAD(exps, coef, TWO)
         _store_tile(grad, g_start, g_class, index, shift, writable, y, at_target, value,
-                    VEC, ALIGNED)  # fmt: skip
+                    VEC, ALIGNED, held)  # fmt: skip
         if ALIGNED == 2:
             if _has_edges(shift, classes, VEC, ROWS):
                 _store_edges(
