@@ -5,6 +5,7 @@
 #   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
 #   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
+#   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
@@ -13,7 +14,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep GPU)
 ifeq ($(KDKERNELS_CUDA_ARCHS),)
 KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
-ifneq ($(filter-out demo bench asan,$(or $(MAKECMDGOALS),build)),)
+ifneq ($(filter-out demo bench asan gpu-check gpu-bench,$(or $(MAKECMDGOALS),build)),)
 KDKERNELS_SIMT ?= 1
 else ifeq ($(GPU),)
 KDKERNELS_BUILD ?= $(if $(shell command -v c++ g++ clang++),cpu,auto)
@@ -42,7 +43,7 @@ LIMIT := $(if $(shell command -v timeout),timeout --foreground -s INT -k 20 590)
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test bench gpu-check lint format gate check asan clean distclean
+.PHONY: build demo test bench gpu-check gpu-bench lint format gate check asan clean distclean
 .DEFAULT_GOAL := build
 
 .venv/.tools: constraints.txt
@@ -64,13 +65,17 @@ demo: build
 	$(PY) examples/digits.py $(ARGS)
 
 bench: build
-	$(PY) bench/cpu.py $(ARGS)
+	$(PY) -m bench $(ARGS)
 
 test: build
 	$(LIMIT) $(PY) -m pytest -q $(WORKERS) $(ARGS)
 
 gpu-check: build
 	$(PY) tests/gpu_check.py $(ARGS)
+
+# Of 10 minutes on 16 cores: 1 for the build, 5.5 for gpu-check, and the case under way when this ends.
+gpu-bench: build
+	$(PY) -m bench --device cuda --budget 170 $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .

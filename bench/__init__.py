@@ -1,1 +1,1 @@
-"""Benchmarks. `eager`: the formulations to beat; `measure`: instruments; `cpu`: the CPU table."""
+"""Measurements, not installed with the package: `python -m bench` in the root of the checkout."""

@@ -1,9 +1,9 @@
 """The losses as their authors publish them, in eager PyTorch: what the kernels are compared with.
 
 Written anew from the published formulations, operation for operation, so that time and memory are
-those of the code people run today: megvii-research/mdistiller (KD, DKD) and yzd-v/cls_KD (NKD in
-its final form, tf-NKD). AEKT has no public code; `aekt` is what kdkernels' derived default costs
-when it is built on mdistiller's DKD.
+those of the code people run today: megvii-research/mdistiller (KD, DKD), yzd-v/cls_KD (NKD in its
+final form, tf-NKD) and huggingface/trl (generalised JSD). AEKT has no public code; `aekt` is what
+kdkernels' derived default costs when it is built on mdistiller's DKD.
 
 These are baselines, not a reference. They keep on purpose what the originals do badly: logarithms
 of probabilities that may be 0, a mask of -1000, one full tensor per step.
@@ -17,13 +17,10 @@ torch.compile the upcast is part of the compiled region and is fused into it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _upcast(logits: Tensor) -> Tensor:
@@ -40,6 +37,26 @@ def kd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.
     log_p = F.log_softmax(_upcast(student) / temperature, dim=1)
     q = F.softmax(_upcast(teacher) / temperature, dim=1)
     return F.kl_div(log_p, q, reduction="none").sum(1).mean() * temperature**2
+
+
+def kd_ce(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+    """KD plus cross-entropy with the target, as training loops add them."""
+    return kd(student, teacher, target, temperature) + cross_entropy(student, teacher, target)
+
+
+def jsd(student: Tensor, teacher: Tensor, target: Tensor, beta: float = 0.5) -> Tensor:
+    """TRL's generalised JSD at T = 1: beta KL(q || m) + (1 - beta) KL(p || m), p the student's.
+
+    The mixture m = beta q + (1 - beta) p is taken of logarithms, by logsumexp of both tensors
+    stacked.
+    """
+    log_p = F.log_softmax(_upcast(student), dim=1)
+    log_q = F.log_softmax(_upcast(teacher), dim=1)
+    parts = [log_p + math.log(1.0 - beta), log_q + math.log(beta)]
+    log_m = torch.logsumexp(torch.stack(parts), dim=0)
+    from_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    from_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    return (beta * from_teacher + (1.0 - beta) * from_student).sum() / student.shape[0]
 
 
 def _mask(logits: Tensor, target: Tensor, at_target: bool) -> Tensor:
@@ -129,13 +146,3 @@ def tf_nkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     c = F.softmax(_upcast(student), dim=1).gather(1, target[:, None])
     weight = (c + 1.0 - c.mean()).detach()
     return -(weight * torch.log(c)).mean()
-
-
-LOSSES: dict[str, Loss] = {
-    "ce": cross_entropy,
-    "kd": kd,
-    "dkd": dkd,
-    "nkd": nkd,
-    "aekt": aekt,
-    "tf_nkd": tf_nkd,
-}

@@ -1,14 +1,11 @@
-"""What the benchmarks share: losses, interleaved timing, peak memory, traffic, facts, tables."""
+"""Measuring on a device: interleaved timing, peak memory, errors, facts of the machine."""
 
 from __future__ import annotations
 
-import argparse
-import csv
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import re
@@ -16,63 +13,129 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import kdkernels
-
-Call = Callable[[int], Any]  # one call on the input set of that index
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+from bench.cases import DTYPES, LAYOUTS, Case, Loss
 
 MIB = 2**20
+EXPONENTIALS_PER_CLOCK = 16  # of a GPU's multiprocessor, compute capability 8.0 to 12.0
 
 
-# ------------------------------------------------------------------------------------------- losses
-TEMPERATURE = 4.0  # KD, DKD and AEKT; NKD runs at its own default of 1
-NAMES = {"kd": "KD", "dkd": "DKD", "nkd": "NKD", "aekt": "AEKT", "tf_nkd": "tf-NKD"}
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+# ------------------------------------------------------------------------------------------- inputs
+@dataclass
+class Inputs:
+    """Sets of student, teacher and target, which calls take in turn."""
+
+    students: list[Tensor]
+    teachers: list[Tensor]
+    targets: list[Tensor]
+
+    @staticmethod
+    def draw(case: Case, sets: int, seed: int, device: str) -> Inputs:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def dense(*shape: int) -> Tensor:
+            made = torch.empty(shape, dtype=DTYPES[case.dtype], device=device)
+            return made.normal_(0, 2, generator=generator)
+
+        def logits() -> Tensor:
+            return LAYOUTS[case.layout](dense, case.rows, case.classes)
+
+        inputs = Inputs([], [], [])
+        for _ in range(sets):
+            inputs.students.append(logits().requires_grad_())
+            inputs.teachers.append(logits())
+            inputs.targets.append(
+                torch.randint(case.classes, (case.rows,), device=device, generator=generator)
+            )
+        return inputs
 
 
-def fused_loss(name: str, backend: str | None) -> Loss:
-    """kdkernels' loss with the parameters that `eager` has as defaults."""
-
-    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        match name:
-            case "kd":
-                return kdkernels.kd_loss(student, teacher, temperature=TEMPERATURE, backend=backend)
-            case "dkd":
-                return kdkernels.dkd_loss(
-                    student, teacher, target, temperature=TEMPERATURE, backend=backend
-                )
-            case "nkd":
-                return kdkernels.nkd_loss(student, teacher, target, backend=backend)
-            case "aekt":
-                return kdkernels.aekt_loss(
-                    student, teacher, target, temperature=TEMPERATURE, backend=backend
-                )
-            case "tf_nkd":
-                return kdkernels.tf_nkd_loss(student, target, backend=backend)
-        raise KeyError(name)
-
-    return loss
+def sets_beyond_cache(bytes_per_set: int, cache: int, limit: int = 64) -> int:
+    """How many input sets to rotate through to exceed the last-level cache 4 times."""
+    return max(1, min(limit, -(-4 * cache // bytes_per_set)))
 
 
-def errors(result: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> tuple[float, float]:
+# -------------------------------------------------------------------------------------------- calls
+class Call(Protocol):
+    """Something that is timed, on the input set of an index."""
+
+    def prepare(self, index: int) -> Any:
+        """What is not timed; its result is what `run` gets."""
+
+    def run(self, state: Any) -> Any: ...
+
+
+@dataclass
+class LossCall:
+    """A loss in the direction of a case; `run` returns (mean, gradient), or None in their place."""
+
+    loss: Loss
+    inputs: Inputs
+    direction: str
+
+    def _mean(self, index: int) -> tuple[Tensor, Tensor]:
+        student = self.inputs.students[index]
+        value = self.loss(student, self.inputs.teachers[index], self.inputs.targets[index])
+        return value, student
+
+    def prepare(self, index: int) -> Any:
+        return self._mean(index) if self.direction == "backward" else index
+
+    def run(self, state: Any) -> tuple[Tensor, Tensor | None]:
+        if self.direction == "forward":
+            with torch.no_grad():
+                return self._mean(state)[0], None
+        value, student = state if self.direction == "backward" else self._mean(state)
+        (gradient,) = torch.autograd.grad(value, student)
+        return value.detach(), gradient
+
+
+class CopyCall:
+    """A stream of the size of a case's logits: copy_ for 2 passes, add for 3.
+
+    The result goes to memory used before. One pass is a copy of half the rows.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self.passes = case.passes
+        rows = slice(0, max(1, case.rows // 2) if self.passes == 1 else case.rows)
+        self.students = [student.detach()[rows] for student in inputs.students]
+        self.teachers = [teacher[rows] for teacher in inputs.teachers]
+        self.out = torch.empty_like(self.teachers[0])
+
+    @property
+    def bytes(self) -> int:
+        return (3 if self.passes == 3 else 2) * self.out.nbytes
+
+    def prepare(self, index: int) -> int:
+        return index
+
+    def run(self, index: int) -> None:
+        if self.passes == 3:
+            torch.add(self.students[index], self.teachers[index], out=self.out)
+        else:
+            self.out.copy_(self.students[index])
+
+
+def gradient_errors(
+    result: tuple[Tensor, Tensor | None], truth: tuple[Tensor, Tensor, list[int]]
+) -> dict[str, float]:
     """Absolute error of the loss; largest error of the gradient over its largest entry."""
-    (value, grad), (true_value, true_grad) = result, truth
-    worst = (grad.double() - true_grad).abs().max() / true_grad.abs().max()
-    return abs(float(value) - float(true_value)), float(worst)
+    (value, gradient), (true_value, true_gradient, rows) = result, truth
+    out = {"loss_error": abs(float(value) - float(true_value))}
+    if gradient is not None:
+        worst = (gradient[rows].double() - true_gradient).abs().max() / true_gradient.abs().max()
+        out["grad_error"] = float(worst)
+    return out
 
 
 # --------------------------------------------------------------------------------------------- time
@@ -101,10 +164,14 @@ class Timing:
         }
 
 
+Clock = Callable[[Call, int], float]  # seconds of one call
+
+
 def wall_clock(call: Call, index: int) -> float:
     """Seconds that one call takes on the host; its result is released afterwards."""
+    state = call.prepare(index)
     begin = time.perf_counter()
-    result = call(index)
+    result = call.run(state)
     seconds = time.perf_counter() - begin
     del result
     return seconds
@@ -134,37 +201,27 @@ class EventClock:
         return 1e-3 * self._start.elapsed_time(self._end)
 
     def __call__(self, call: Call, index: int) -> float:
+        state = call.prepare(index)
         torch.cuda._sleep(self._cycles)
-        return self._between(lambda: call(index))
-
-
-def launch_seconds(call: Call, count: int = 5) -> float:
-    """Seconds that one call takes on the host, the device being idle; the median of some."""
-    taken = []
-    for _ in range(count):
-        torch.cuda.synchronize()
-        taken.append(wall_clock(call, 0))
-    torch.cuda.synchronize()
-    return statistics.median(taken)
+        return self._between(lambda: call.run(state))
 
 
 def time_interleaved(
-    calls: Mapping[Any, Call],
+    calls: Mapping[str, Call],
     *,
-    clock: Callable[[Call, int], float] = wall_clock,
+    clock: Clock = wall_clock,
     sets: int = 1,
     seconds: float = 10.0,
     min_rounds: int = 3,
-    max_rounds: int = 50,
+    max_rounds: int = 200,
     share: float = 0.05,
     max_calls: int = 10,
-    on_round: Callable[[], object] = lambda: None,
-) -> dict[Any, Timing]:
+) -> dict[str, Timing]:
     """Time every call in every round, so that a drift of the machine hits all alike.
 
     Rounds go on until `seconds` have passed, within [min_rounds, max_rounds]; each starts with
-    another provider. Within a round a fast call is repeated until it took about `share` seconds
-    (at most `max_calls` times), for a steadier median; every repetition takes the next input set.
+    another call. Within a round a fast one is repeated until it took about `share` seconds (at
+    most `max_calls` times), for a steadier median; every repetition takes the next input set.
     The calls must be warm.
     """
     timings = {name: Timing() for name in calls}
@@ -180,79 +237,40 @@ def time_interleaved(
             if done >= min_rounds and time.perf_counter() - start > seconds:
                 break
             for name in order[done % len(order) :] + order[: done % len(order)]:
-                call = calls[name]
                 for _ in range(repeats[name]):
                     index = cursor[name] = (cursor[name] + 1) % sets
-                    timings[name].seconds.append(clock(call, index))
+                    timings[name].seconds.append(clock(calls[name], index))
                 wanted = int(share / max(timings[name].median, 1e-9))
                 repeats[name] = max(1, min(max_calls, wanted))
-            on_round()
     finally:
         if enabled:
             gc.enable()
     return timings
 
 
-def sets_beyond_cache(bytes_per_set: int, cache: int, limit: int = 64) -> int:
-    """How many input sets to rotate through to exceed the last-level cache 4 times."""
-    return max(1, min(limit, -(-4 * cache // bytes_per_set)))
-
-
-# ------------------------------------------------------------------------------------------ traffic
-def modelled_bytes(rows: int, classes: int, dtype: torch.dtype, passes: int = 3) -> int:
-    """Bytes that must cross memory: 3 passes are read student, read teacher, write gradient."""
-    return passes * rows * classes * dtype.itemsize
-
-
 # ------------------------------------------------------------------------------------------- memory
-BYTES_PER_ROW = 256  # allowance for "O(rows)" beside the gradient
-BYTES_PER_CALL = 64 << 10
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
-
 MALLOC_POLICIES = {  # (mmap threshold, trim threshold) in bytes
-    "keep": (1 << 30, (1 << 31) - 1),
     "default": (32 << 20, 64 << 20),
-    "return": (64 << 10, 128 << 10),
+    "keep": (1 << 30, (1 << 31) - 1),
 }
-
-
-def _libc() -> Any | None:
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if libc is not None and hasattr(libc, "mallopt") else None
 
 
 def set_malloc_policy(name: str) -> bool:
     """What glibc does with freed blocks, for the whole process; false where there is no glibc.
 
-    "keep" keeps them, as jemalloc, tcmalloc or a caching allocator do. "default" is where glibc's
-    adaptive thresholds end up in any process that frees large tensors: a block above 32 MiB goes
-    back to the kernel, so every call pays for the page faults of its own gradient, which is several
-    times what a fused kernel takes. "return" gives every larger block back, for `peak_memory`.
+    "default" is where glibc's adaptive thresholds end up in any process that frees large tensors:
+    a block above 32 MiB goes back to the kernel, so every call pays for the page faults of its own
+    gradient, which is several times what a fused kernel takes. "keep" keeps freed blocks, as
+    jemalloc, tcmalloc or a caching allocator do.
     """
-    libc = _libc()
-    if libc is None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
         return False
     mmap_threshold, trim_threshold = MALLOC_POLICIES[name]
     libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
     libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold)
     return True
-
-
-@dataclass
-class Memory:
-    """Peak memory of one call beyond what was held before it, in bytes."""
-
-    allocated: int
-    resident: int | None
-
-
-def _status_bytes(key: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{key}:\s+(\d+) kB$", text, re.MULTILINE)
-    if found is None:
-        raise OSError(f"/proc/self/status has no {key}")
-    return 1024 * int(found[1])
 
 
 def _allocated_peak(call: Callable[[], Any]) -> int:
@@ -272,50 +290,138 @@ def _allocated_peak(call: Callable[[], Any]) -> int:
     return peak
 
 
-def _resident_peak(call: Callable[[], Any]) -> int | None:
-    libc = _libc()
-    if libc is None:
-        return None
-    try:
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-        before = _status_bytes("VmRSS")
+# ------------------------------------------------------------------------------------------ devices
+class Cpu:
+    """How this process measures on the CPU."""
+
+    type = "cpu"
+
+    def __init__(self, threads: int | None = None, malloc: str = "default") -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.malloc = malloc if set_malloc_policy(malloc) else "system"
+
+        self.name = cpu_name()
+        self.cache = last_level_cache()
+
+    @property
+    def free_memory(self) -> int:
+        try:
+            found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        except OSError:
+            found = None
+        if found:
+            return 1024 * int(found[1])
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+    def facts(self) -> dict[str, Any]:
+        return machine_facts() | {"malloc": self.malloc}
+
+    def clock(self, calls: Mapping[str, Call]) -> tuple[Clock, dict[str, dict[str, float]]]:
+        """The clock for these warm calls, and what else it found out about each."""
+        return wall_clock, {}
+
+    def peak_memory(self, call: Callable[[], Any]) -> int:
+        """Peak extra memory of one warm call, in bytes: torch's allocations, event by event.
+
+        Exact and the same on every run, but blind to memory that a kernel takes by other means;
+        of ours, tests/test_memory.py shows that they do not.
+        """
+        gc.collect()
+        return _allocated_peak(call)
+
+    def release(self) -> None:
+        """Gives memory back that is held for later."""
+        gc.collect()
+
+
+class Cuda:
+    """How this process measures on the current CUDA device."""
+
+    type = "cuda"
+    malloc = "system"
+
+    def __init__(self) -> None:
+        self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.name = self._properties.name
+        self.cache = self._properties.L2_cache_size
+
+    @property
+    def free_memory(self) -> int:
+        return torch.cuda.mem_get_info()[0]
+
+    def facts(self) -> dict[str, Any]:
+        """The machine, its GPU, and what drives it."""
+        device = self._properties
+        clock = _nvidia_smi(device, "clocks.max.sm")
+        megahertz = float(clock) if clock and clock.isdecimal() else None
+        return machine_facts() | {
+            "gpu": device.name,
+            "capability": f"{device.major}.{device.minor}",
+            "multiprocessors": device.multi_processor_count,
+            "max_clock_mhz": megahertz,
+            "exponentials_per_s": megahertz
+            and 1e6 * megahertz * device.multi_processor_count * EXPONENTIALS_PER_CLOCK,
+            "memory_gib": round(device.total_memory / 2**30, 1),
+            "l2_mib": device.L2_cache_size / MIB,
+            "driver": _nvidia_smi(device, "driver_version"),
+            "cuda": torch.version.cuda,
+            "triton": version("triton"),
+        }
+
+    def clock(self, calls: Mapping[str, Call]) -> tuple[Clock, dict[str, dict[str, float]]]:
+        found = {name: {"launch_ms": 1e3 * _launch_seconds(call)} for name, call in calls.items()}
+        longest = max(x["launch_ms"] for x in found.values())
+        return EventClock(hold_up=min(1e-2, 2e-3 * longest + 2e-4)), found
+
+    def peak_memory(self, call: Callable[[], Any]) -> int:
+        """Peak extra memory of one warm call, in bytes as they were asked for.
+
+        Not as they were handed out: the caching allocator leaves up to 1 MiB at a block's end.
+        """
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         result = call()
+        torch.cuda.synchronize()
         del result
-        return max(0, _status_bytes("VmHWM") - before)
-    except OSError:  # a container without these files, or not writable
-        return None
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def peak_memory(call: Callable[[], Any]) -> Memory:
-    """Peak extra memory of one warm call, measured in two ways that check each other.
-
-    `allocated`: torch's allocator, event by event, from the profiler: exact, the same on every run,
-    but blind to memory that a kernel takes by other means. `resident`: growth of the process's
-    peak resident set, which sees all of it. The latter is only right (then to 0.1 %) in a process
-    that has never kept freed memory: call set_malloc_policy("return") before any large tensor is
-    made, and measure memory before time.
-    """
-    gc.collect()
-    return Memory(_allocated_peak(call), _resident_peak(call))
-
-
-def gpu_peak_memory(call: Callable[[], Any]) -> int:
-    """Peak extra memory of one warm call on the current GPU, in bytes as they were asked for.
-
-    Not as they were handed out: the caching allocator leaves up to 1 MiB at the end of a block.
-    """
-    gc.collect()
+def _launch_seconds(call: Call, count: int = 5) -> float:
+    """Seconds that one call takes on the host, the device being idle; the median of some."""
+    taken = []
+    for _ in range(count):
+        torch.cuda.synchronize()
+        taken.append(wall_clock(call, 0))
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    return statistics.median(taken)
 
 
-# ------------------------------------------------------------------------------------------ machine
+def _nvidia_smi(device: Any, what: str) -> str | None:
+    """What nvidia-smi says of a device, if it is there and knows."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [*command, f"--id=GPU-{device.uuid}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+        return done.stdout.strip()
+    return None
+
+
+Machine = Cpu | Cuda
+
+
+# ------------------------------------------------------------------------------------------- facts
 def cpu_name() -> str:
     try:
         found = re.search(
@@ -326,6 +432,7 @@ def cpu_name() -> str:
     return (found[1] if found else platform.processor() or platform.machine()).strip()
 
 
+@lru_cache
 def last_level_cache(fallback: int = 32 * MIB) -> int:
     """Bytes of the largest cache of the first core, as Linux reports it."""
     sizes = []
@@ -334,6 +441,13 @@ def last_level_cache(fallback: int = 32 * MIB) -> int:
         if found:
             sizes.append(int(found[1]) * {"K": 1024, "M": MIB}[found[2]])
     return max(sizes, default=fallback)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> str:
@@ -366,75 +480,5 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
+        "measured": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def gpu_facts() -> dict[str, Any]:
-    """The current GPU, and what drives it."""
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    return {
-        "gpu": device.name,
-        "capability": f"{device.major}.{device.minor}",
-        "multiprocessors": device.multi_processor_count,
-        "memory_gib": round(device.total_memory / 2**30, 1),
-        "l2_mib": device.L2_cache_size / MIB,
-        "cuda": torch.version.cuda,
-        "triton": triton,
-    }
-
-
-# ------------------------------------------------------------------------------------------- tables
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned text: the first column to the left, the others to the right; "-" for None."""
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        padded = [row[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def number(value: float | None, digits: int = 3) -> str | None:
-    """Three significant digits, without an exponent where one can read it."""
-    if value is None or math.isnan(value):
-        return None
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.1e}"
-    before = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{value:.{max(0, digits - before)}f}"
-
-
-def spread(row: dict[str, Any]) -> str:
-    return f"{number(row['ms'])} [{number(row['ms_p20'])}-{number(row['ms_p80'])}]"
-
-
-def results(machine: str) -> Path:
-    """Where the results of a machine of this name are kept."""
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    return Path(__file__).resolve().parent / "results" / slug
-
-
-def write(out: Path, stem: str, report: dict[str, Any]) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
-    as_json, as_csv = out / f"{stem}.json", out / f"{stem}.csv"
-    as_json.write_text(json.dumps(report, indent=1) + "\n")
-    columns = list(dict.fromkeys(key for row in report["records"] for key in row))
-    with as_csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(report["records"])
-    return [as_json, as_csv]
-
-
-def shape_of(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ROWSxCLASSES, such as 512x32000")
-    return int(found[1]), int(found[2])

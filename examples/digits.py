@@ -42,7 +42,9 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import kdkernels
-from bench import cpu, measure
+from bench import measure, providers, report
+from bench.cases import Case
+from bench.run import COPY, Runner
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -321,38 +323,32 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
         writer.writerows([run.method, run.seed, run.test, run.curve[-1]] for run in runs)
 
 
-def speed_table(rows: int, classes: int, seconds: float) -> str:
-    """Time and peak memory of KD and DKD, measured as `python -m bench.cpu` does."""
-    losses, backend = ("kd", "dkd"), "cpu" if kdkernels.backends()["cpu"].available else None
-    group = cpu.Group(rows, classes, "float32", 0, measure.last_level_cache())
-    measure.set_malloc_policy("return")
-    steps = len(losses) * len(cpu.PROVIDERS)
-    with tqdm(
-        total=steps, desc="errors and memory (torch.compile compiles)", file=sys.stderr
-    ) as bar:
-        checks, failed = cpu.check(group, losses, cpu.PROVIDERS, backend, bar)
-    providers = [name for name in cpu.PROVIDERS if name not in failed]
-    measure.set_malloc_policy("default")
-    with cpu.timing_bar(seconds) as bar:
-        timings, sets = cpu.clock(group, losses, providers, backend, seconds, bar)
-    lines = []
-    for row in cpu.records(group, checks, timings, sets, "default"):
-        if row["provider"]:
-            fused = row["provider"] == "fused"
-            name = "kdkernels" if fused else f"torch {row['provider']}"
-            lines.append(
-                [
-                    f"{cpu.NAMES[row['loss']]}, {name}",
-                    cpu.spread(row),
-                    cpu.number(row["over_fused"]),
-                    cpu.number(row["peak_bytes"] / measure.MIB),
-                    cpu.number(row["peak_bytes"] / row["gradient_bytes"]),
-                    f"{row['grad_error']:.1e}",
-                ]
-            )
+def speed_table(rows: int, classes: int) -> str:
+    """Time and peak memory of KD and DKD on the CPU, measured as `python -m bench` does."""
+    names = ("cpu", *providers.BASELINES)
+    lines, missing = [], []
+    with tqdm(total=2, desc="timing (torch.compile compiles)", file=sys.stderr) as bar:
+        runner = Runner(measure.Cpu(), names, seconds=5.0)
+        for case in (Case(loss, rows, classes) for loss in ("kd", "dkd")):
+            results = report.Results(runner.measure(case))
+            bar.update()
+            for name, record in results.by_case[case].items():
+                if "missing" in record:
+                    missing.append(f"no result for {case}, {name}: {record['missing']}")
+                elif name != COPY:
+                    title = "kdkernels" if name == "cpu" else f"torch {name}"
+                    lines.append(
+                        [
+                            f"{case.spec.title}, {title}",
+                            report.spread(record),
+                            report.times(results.ratio(case, name, "cpu")),
+                            report.number(record["peak_bytes"] / measure.MIB),
+                            report.number(record["peak_bytes"] / case.tensor_bytes),
+                            f"{record['grad_error']:.1e}",
+                        ]
+                    )
     header = ["loss", "ms [20th-80th percentile]", "/ kdkernels", "peak MiB", "/ gradient"]
-    text = measure.table([*header, "gradient error"], lines)
-    return text + "".join(f"\nno result for {name}: {why}" for name, why in failed.items())
+    return "\n".join([report.table([*header, "gradient error"], lines), *missing])
 
 
 def main() -> None:
@@ -407,7 +403,7 @@ def main() -> None:
         f"\nForward + backward at {options.rows} rows x {options.classes} classes, float32, "
         f"{torch.get_num_threads()} threads:\n"
     )
-    speed = speed_table(options.rows, options.classes, seconds=10.0)
+    speed = speed_table(options.rows, options.classes)
     print(speed)
     (options.out / "speed.txt").write_text(speed + "\n")
     names = ", ".join(str(options.out / name) for name in ("digits.png", "digits.csv", "speed.txt"))

@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ if (
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from cases import ISAS
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
 # Nearly all tensors here are small, and threads that wait for a busy core cost more than they do.
 # Tests of the threading set their own number.

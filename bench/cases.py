@@ -1,0 +1,294 @@
+"""What is measured: the losses, what each must move and compute, shapes, and which cases fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import kdkernels
+from bench import eager
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student, teacher, target -> mean over the rows
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+DIRECTIONS = ("forward", "backward", "both")
+# From dense tensors to views (rows, classes) of them, by their shape.
+LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
+    "dense": lambda make, rows, classes: make(rows, classes),
+    # The gradient, which is dense, does not lie as the logits do.
+    "sliced": lambda make, rows, classes: make(rows, classes + 1)[:, :-1],
+    "classes-first": lambda make, rows, classes: make(classes, rows).t(),  # as in images
+}
+TEMPERATURE = 4.0  # of KD, DKD and AEKT, as in `eager`; NKD runs at its own default of 1
+
+
+# ------------------------------------------------------------------------------------------- losses
+@dataclass(frozen=True)
+class Spec:
+    """A loss, and the least that it costs."""
+
+    title: str
+    eager: Loss
+    # kdkernels' function with the parameters of `eager`: (student, teacher, target, **options).
+    fused: Callable[..., Tensor] | None
+    tensors: int = 2  # of logits that it reads: the teacher's or not
+    exponentials: int = 2  # of a pair of logits; a logarithm counts as one
+    target: bool = True
+    # A row's gradient needs a number from all rows first: logits that are more than the cache
+    # holds are read, and their exponentials taken, twice.
+    coupled: bool = False
+
+
+def _no_target(function: Callable[..., Tensor], student, teacher, target, **options) -> Tensor:
+    return function(student, teacher, **options)
+
+
+def _no_teacher(function: Callable[..., Tensor], student, teacher, target, **options) -> Tensor:
+    return function(student, target, **options)
+
+
+_KD = partial(kdkernels.kd_loss, temperature=TEMPERATURE)
+LOSSES: dict[str, Spec] = {
+    "kd": Spec("KD", eager.kd, partial(_no_target, _KD), target=False),
+    "kd_ce": Spec("KD + CE", eager.kd_ce, partial(_KD, ce_weight=1.0), exponentials=3),
+    "dkd": Spec("DKD", eager.dkd, partial(kdkernels.dkd_loss, temperature=TEMPERATURE)),
+    "nkd": Spec("NKD", eager.nkd, kdkernels.nkd_loss),
+    "aekt": Spec("AEKT", eager.aekt, partial(kdkernels.aekt_loss, temperature=TEMPERATURE)),
+    "tf_nkd": Spec(
+        "tf-NKD",
+        eager.tf_nkd,
+        partial(_no_teacher, kdkernels.tf_nkd_loss),
+        tensors=1,
+        exponentials=1,
+        coupled=True,
+    ),
+    # What kdkernels does not have yet: the floor that all losses share, and what LLM trainers use.
+    "ce": Spec("CE", eager.cross_entropy, None, tensors=1, exponentials=1),
+    "jsd": Spec("JSD", eager.jsd, None, exponentials=3, target=False),
+}
+
+
+# -------------------------------------------------------------------------------------------- cases
+@dataclass(frozen=True)
+class Case:
+    """A loss on logits (rows, classes) of a dtype and layout, in one direction.
+
+    `both` is the mean over the rows and its gradient, `forward` the mean without a graph,
+    `backward` the gradient from a finished forward.
+    """
+
+    loss: str
+    rows: int
+    classes: int
+    dtype: str = "float32"
+    layout: str = "dense"
+    direction: str = "both"
+    providers: tuple[str, ...] | None = None  # only these of those that are asked for
+
+    @property
+    def spec(self) -> Spec:
+        return LOSSES[self.loss]
+
+    @property
+    def shape(self) -> str:
+        layout = "" if self.layout == "dense" else f":{self.layout}"
+        return f"{self.rows}x{self.classes}{layout}"
+
+    def __str__(self) -> str:
+        direction = "" if self.direction == "both" else f" {self.direction}"
+        return f"{self.spec.title} {self.shape} {self.dtype}{direction}"
+
+    @property
+    def inputs(self) -> tuple[int, int, str, str]:
+        """What the inputs depend on."""
+        return self.rows, self.classes, self.dtype, self.layout
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.rows * self.classes * DTYPES[self.dtype].itemsize
+
+    @property
+    def passes(self) -> int:
+        """Reads and writes of all of a tensor's logits, in the unit NV, that nothing can spare."""
+        reads = self.spec.tensors + (self.spec.coupled and self.direction == "both")
+        return reads + (self.direction != "forward")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must cross memory: logits in, gradient out, one target per row."""
+        return self.passes * self.tensor_bytes + (8 * self.rows if self.spec.target else 0)
+
+    @property
+    def exponentials(self) -> int:
+        """Exponentials and logarithms of classes that must be computed."""
+        again = 2 if self.spec.coupled and self.direction == "both" else 1
+        return again * self.spec.exponentials * self.rows * self.classes
+
+    def memory(self, sets: int, *, fused: bool) -> int:
+        """Bytes that measuring it takes at most: inputs, the copy's result, what a call takes.
+
+        The eager DKD holds most: 6.5 tensors of float32 at a time, or as many and copies of 16-bit
+        ones, as measured; torch's caching allocator does not fill every gap it leaves.
+        """
+        call = self.tensor_bytes if fused else 12 * 4 * self.rows * self.classes
+        return (2 * sets + 1) * self.tensor_bytes + call
+
+
+def grid(
+    losses: Iterable[str],
+    shapes: Iterable[tuple[int, int, str]],
+    dtypes: Iterable[str],
+    directions: Iterable[str] = ("both",),
+    providers: tuple[str, ...] | None = None,
+) -> list[Case]:
+    """All combinations, ordered so that cases of the same inputs follow one another."""
+    return [
+        Case(loss, *shape[:2], dtype, shape[2], direction, providers)
+        for shape, dtype, loss, direction in product(shapes, dtypes, losses, directions)
+    ]
+
+
+def dense(*shapes: tuple[int, int]) -> list[tuple[int, int, str]]:
+    return [(*shape, "dense") for shape in shapes]
+
+
+OURS = ("kd", "dkd", "nkd", "aekt", "kd_ce", "tf_nkd")
+# What each kernel of the CUDA backend is for, in bfloat16 on an H200: csrc/cuda/plan.h.
+REGIMES = [
+    *dense((65536, 10)),  # lanes: 8
+    *dense((4096, 100)),  # 16
+    *dense((16384, 200)),  # 32
+    *dense((1024, 1000)),  # block
+    *dense((4096, 4000)),
+    (4096, 4000, "sliced"),  # sweeps
+    *dense((4096, 10007)),  # cluster of 1, two per multiprocessor
+    *dense((4096, 32000)),  # of 2
+    *dense((4096, 50257)),  # of 2, parts longer than registers hold
+    (4096, 50257, "sliced"),
+    *dense((4096, 128256)),  # of 8
+    *dense((4096, 151936)),
+    *dense((4096, 151669)),
+    *dense((4096, 262144)),  # of 16
+    *dense((8, 128256)),  # of 16, few rows
+    (65536, 150, "classes-first"),  # strided
+]
+
+
+def _default(device: str) -> list[Case]:
+    """The most telling cases first: a run may have no time for all."""
+    fused_and_eager = ("cuda", "triton", "cpu", "eager")
+    if device == "cuda":
+        large, small = dense((4096, 128256), (4096, 32000)), dense((1024, 1000), (4096, 100))
+        cases = [
+            *grid(("kd", "nkd", "dkd"), large, ["bfloat16"]),
+            *grid(("kd", "nkd"), REGIMES, ["bfloat16"], providers=fused_and_eager),
+            *grid(("kd", "dkd", "nkd"), small, ["bfloat16"]),
+            *grid(("kd",), large[:1], ["bfloat16"], DIRECTIONS, fused_and_eager),
+            *grid(("kd",), large[:1], ["float32", "float16"], providers=fused_and_eager),
+            *grid(("aekt", "kd_ce", "jsd", "tf_nkd", "ce"), large[:1], ["bfloat16"]),
+            *grid(("ce",), dense((8192, 262144)), ["bfloat16"]),
+        ]
+    else:
+        large, small = dense((512, 32000), (128, 128256)), dense((1024, 1000), (4096, 100))
+        more = dense((65536, 10), (1024, 10007), (256, 50257), (64, 262144))
+        cases = [
+            *grid(OURS, large + small, ["float32", "bfloat16"]),
+            *grid(("kd", "nkd"), more, ["float32"], providers=fused_and_eager),
+            *grid(("kd",), large[1:] + small[:1], ["float32"], DIRECTIONS, fused_and_eager),
+            *grid(("jsd", "ce"), large[1:] + small[:1], ["float32"]),
+        ]
+    # A case that stands in two lists is measured once, where it comes first.
+    seen: dict[Case, Case] = {}
+    for case in cases:
+        seen.setdefault(replace(case, providers=None), case)
+    return list(seen.values())
+
+
+def _quick(device: str) -> list[Case]:
+    if device == "cuda":
+        shapes, dtype = dense((4096, 32000), (1024, 1000)), "bfloat16"
+    else:
+        shapes, dtype = dense((512, 32000), (1024, 1000)), "float32"
+    return grid(("kd", "dkd", "nkd"), shapes, [dtype])
+
+
+def choose(
+    device: str,
+    *,
+    quick: bool = False,
+    losses: Sequence[str] = (),
+    shapes: Sequence[tuple[int, int, str]] = (),
+    dtypes: Sequence[str] = (),
+    directions: Sequence[str] = (),
+) -> list[Case]:
+    """The cases of a run.
+
+    The device's default list, of which `losses` picks some. Where shapes, dtypes or directions are
+    asked for, or a quick run: the product of what is asked for and, else, of the quick list.
+    """
+    if not (quick or shapes or dtypes or directions):
+        return [case for case in _default(device) if case.loss in (losses or LOSSES)]
+    basis = _quick(device)
+    return grid(
+        losses or dict.fromkeys(case.loss for case in basis),
+        shapes or dict.fromkeys((case.rows, case.classes, case.layout) for case in basis),
+        dtypes or dict.fromkeys(case.dtype for case in basis),
+        directions or ("both",),
+    )
+
+
+# -------------------------------------------------------------------------------------------- truth
+CHECKED_ROWS = 32
+CHUNK = 1 << 24  # logits in float64 at a time
+
+
+def checked_rows(rows: int) -> list[int]:
+    """Rows whose gradient is compared, spread over all."""
+    count = min(rows, CHECKED_ROWS)
+    return [i * (rows - 1) // max(1, count - 1) for i in range(count)]
+
+
+def truth(
+    loss: str, student: Tensor, teacher: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, list[int]]:
+    """In float64: the mean over all rows, the gradient of `checked_rows`, and those rows.
+
+    kdkernels' reference, which its tests hold against the papers' formulas, or what is published
+    where kdkernels has no such loss.
+    """
+    spec, rows = LOSSES[loss], len(target)
+    step = max(1, CHUNK // student.shape[1])
+    chunks = [slice(start, start + step) for start in range(0, rows, step)]
+    function = spec.eager
+    if spec.fused is not None:
+        options = {"backend": "reference"}
+        if spec.coupled:
+            options["mean_confidence"] = (
+                sum(
+                    student[part].double().softmax(1).gather(1, target[part, None]).sum()
+                    for part in chunks
+                )
+                / rows
+            )
+        function = partial(spec.fused, **options)
+    with torch.no_grad():
+        total = sum(
+            function(student[part].double(), teacher[part].double(), target[part])
+            * len(target[part])
+            for part in chunks
+        )
+    some = checked_rows(rows)
+    wide = student[some].detach().double().requires_grad_()
+    value = function(wide, teacher[some].double(), target[some])
+    (gradient,) = torch.autograd.grad(value, wide)
+    return total / rows, gradient * (len(some) / rows), some

@@ -1,0 +1,90 @@
+"""Who computes a loss: kdkernels' backends, the published formulation, and other libraries."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+import kdkernels
+from bench.cases import DTYPES, Case, Loss
+from bench.peers import PEERS
+
+FUSED = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # backend: the type of its devices
+BASELINES = ("eager", "compile")  # the published formulation, and torch.compile of it
+NAMES = (*FUSED, *BASELINES, *PEERS)
+
+
+def of(case: Case, device: str) -> list[str]:
+    """Who could be expected to compute this case on devices of this type."""
+    fused = [name for name, kind in FUSED.items() if kind == device]
+    peers = [name for name, peer in PEERS.items() if case.loss in peer.losses]
+    return [
+        name
+        for name in [*fused, *BASELINES, *peers]
+        if case.providers is None or name in case.providers
+    ]
+
+
+def missing(name: str, case: Case, device: str) -> str | None:
+    """Why a provider of `of` cannot compute this case here; None if nothing is known against it."""
+    if name in PEERS:
+        return PEERS[name].missing(torch.device(device))
+    if name in FUSED:
+        if case.spec.fused is None:
+            return f"kdkernels has no {case.spec.title} yet"
+        state = kdkernels.backends()[name]
+        return None if state.available else state.reason
+    return None
+
+
+def build(name: str, case: Case) -> Loss:
+    """The mean over the rows as this provider computes it, to be called by users of it."""
+    spec = case.spec
+    if name in PEERS:
+        return PEERS[name].losses[case.loss]
+    if name == "compile":
+        return torch.compile(spec.eager, dynamic=False)
+    if name == "eager":
+        return spec.eager
+    fused = spec.fused
+    assert fused is not None
+    if case.direction != "backward":
+        return lambda *inputs: fused(*inputs, backend=name)
+
+    # With reduction "mean" the forward has written the gradient already, and there would be
+    # nothing to time. Losses that are combined row by row have a backward of its own.
+    def mean_of_rows(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return fused(student, teacher, target, backend=name, reduction="none").mean()
+
+    return mean_of_rows
+
+
+def regime(name: str, case: Case, device_name: str) -> str | None:
+    """Which kernel takes the call, where the planner is known to say so."""
+    try:
+        from kdkernels import _host
+    except ImportError:
+        return None
+    strided, itemsize = case.layout == "classes-first", DTYPES[case.dtype].itemsize
+    if name == "cpu":
+        isa = os.environ.get("KDKERNELS_CPU_ISA") or list(_host.isas())[-1]
+        return _host.plan(isa, case.rows, case.classes, strided)
+    known = [x for x in _host.gpu_devices() if x in device_name]
+    if name != "cuda" or not known:
+        return None
+    plan = _host.gpu_plan(
+        device=known[0],
+        rows=case.rows,
+        classes=case.classes,
+        itemsize=itemsize,
+        teacher=case.spec.tensors == 2,
+        kept=case.spec.exponentials,
+        alike=case.layout == "dense",
+        strided=strided,
+        wide=itemsize == 8,
+        backward=case.direction == "backward",
+        writes=case.direction != "forward",
+    )
+    return plan["regime"]

@@ -1,0 +1,666 @@
+"""The benchmark's harness on the CPU: cases, byte model, measuring, files, plots and pages.
+
+No test asserts a time. Times that are compared come from a clock that the test made.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import needs_cpu
+from torch import Tensor
+
+from bench import __main__ as command
+from bench import cases, eager, measure, providers, report, run
+from bench.cases import DIRECTIONS, LOSSES, Case
+
+F64 = torch.float64
+
+
+def inputs_of(rows: int, classes: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    student, teacher = (
+        2 * torch.randn(rows, classes, generator=generator, dtype=F64) for _ in range(2)
+    )
+    return student.requires_grad_(), teacher, torch.randint(classes, (rows,), generator=generator)
+
+
+def runner_of(*names: str, machine: measure.Machine | None = None, **options) -> run.Runner:
+    options = {"seconds": 1e-3, "sets": 2} | options
+    return run.Runner(machine or measure.Cpu(), names or providers.NAMES, **options)
+
+
+# -------------------------------------------------------------------------------------- byte model
+@pytest.mark.parametrize(
+    ("loss", "forward", "backward", "both", "exponentials"),
+    [
+        # Read student and teacher; the same and write the gradient.
+        ("kd", 2, 3, 3, 2),
+        ("kd_ce", 2, 3, 3, 3),  # the student's at temperature 1, too
+        ("dkd", 2, 3, 3, 2),
+        ("nkd", 2, 3, 3, 2),
+        ("aekt", 2, 3, 3, 2),
+        # No teacher; the gradient needs the mean over all rows, hence a second look at them.
+        ("tf_nkd", 1, 2, 3, 1),
+        ("ce", 1, 2, 2, 1),
+        ("jsd", 2, 3, 3, 3),  # two exponentials and the logarithm of the mixture
+    ],
+)
+def test_what_a_loss_must_move_and_compute(
+    loss: str, forward: int, backward: int, both: int, exponentials: int
+) -> None:
+    rows, classes = 7, 50
+    targets = 0 if loss in ("kd", "jsd") else 8 * rows
+    for direction, passes in zip(DIRECTIONS, (forward, backward, both), strict=True):
+        case = Case(loss, rows, classes, "bfloat16", direction=direction)
+        assert case.bytes == passes * rows * classes * 2 + targets
+        assert replace(case, dtype="float64").bytes == passes * rows * classes * 8 + targets
+        twice = 2 if (loss, direction) == ("tf_nkd", "both") else 1
+        assert case.exponentials == twice * exponentials * rows * classes
+
+
+def test_every_loss_is_in_the_model() -> None:
+    assert len(LOSSES) == 8
+
+
+# ------------------------------------------------------------------------------------------- cases
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_cases_of_a_device(device: str, quick: bool) -> None:
+    chosen = cases.choose(device, quick=quick)
+    assert len({replace(case, providers=None) for case in chosen}) == len(chosen)
+    if quick:
+        assert len(chosen) <= 6
+        return
+    assert {case.loss for case in chosen} == set(LOSSES)
+    assert {case.direction for case in chosen} == set(DIRECTIONS)
+    # Cases of the same inputs follow one another often enough not to draw them each time.
+    draws = [key for key, _ in itertools.groupby(case.inputs for case in chosen)]
+    assert len(draws) < 0.75 * len(chosen)
+    for case in chosen:
+        assert "eager" in providers.of(case, device)
+
+
+def test_flags_choose_cases() -> None:
+    only = cases.choose("cpu", losses=["nkd"])
+    assert only == [case for case in cases.choose("cpu") if case.loss == "nkd"]
+    product = cases.choose(
+        "cuda",
+        losses=["kd", "jsd"],
+        shapes=[(3, 5, "dense"), (7, 11, "sliced")],
+        dtypes=["float16"],
+        directions=["forward", "both"],
+    )
+    assert product == [
+        Case(loss, rows, classes, "float16", layout, direction)
+        for rows, classes, layout in [(3, 5, "dense"), (7, 11, "sliced")]
+        for loss in ("kd", "jsd")
+        for direction in ("forward", "both")
+    ]
+
+
+def test_layouts_lie_as_their_names_say() -> None:
+    strides = {}
+    for layout in cases.LAYOUTS:
+        inputs = measure.Inputs.draw(Case("kd", 6, 10, layout=layout), 1, 0, "cpu")
+        assert inputs.students[0].shape == inputs.teachers[0].shape == (6, 10)
+        assert inputs.students[0].requires_grad and not inputs.teachers[0].requires_grad
+        strides[layout] = inputs.students[0].stride()
+    assert strides == {"dense": (10, 1), "sliced": (11, 1), "classes-first": (1, 6)}
+
+
+def test_input_sets_differ_and_a_seed_repeats_them() -> None:
+    case = Case("kd", 4, 8)
+    a, b = (measure.Inputs.draw(case, 2, 3, "cpu") for _ in range(2))
+    assert torch.equal(a.students[1], b.students[1])
+    assert not torch.equal(a.students[0], a.students[1])
+    assert not torch.equal(a.students[0], a.teachers[0])
+
+
+def test_inputs_exceed_the_cache() -> None:
+    assert measure.sets_beyond_cache(100, cache=1000) == 40
+    assert measure.sets_beyond_cache(5000, cache=1000) == 1
+    assert measure.sets_beyond_cache(1, cache=1000) == 64
+
+
+# ------------------------------------------------------------------------------ truth and baselines
+@pytest.mark.parametrize("loss", LOSSES)
+def test_truth_is_what_is_published(
+    loss: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in chunks: the mean over all rows, the gradient of some."""
+    rows, classes = 70, 9
+    student, teacher, target = inputs_of(rows, classes, generator)
+    value = LOSSES[loss].eager(student, teacher, target)
+    (gradient,) = torch.autograd.grad(value, student)
+    monkeypatch.setattr(cases, "CHUNK", 13 * classes)
+    for some in (5, 200):
+        monkeypatch.setattr(cases, "CHECKED_ROWS", some)
+        mean, partial, checked = cases.truth(loss, student.detach(), teacher, target)
+        assert len(set(checked)) == min(some, rows) and max(checked) == rows - 1
+        torch.testing.assert_close(mean, value.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(partial, gradient[checked], rtol=1e-8, atol=1e-12)
+
+
+def test_eager_jsd_is_the_definition(generator: torch.Generator) -> None:
+    student, teacher, target = inputs_of(6, 11, generator)
+    for beta in (0.5, 0.1):
+        p, q = student.softmax(1), teacher.softmax(1)
+        m = beta * q + (1 - beta) * p
+        rows = beta * (q * (q / m).log()).sum(1) + (1 - beta) * (p * (p / m).log()).sum(1)
+        value = eager.jsd(student, teacher, target, beta)
+        torch.testing.assert_close(value, rows.mean())
+        ours, true = (torch.autograd.grad(x, student)[0] for x in (value, rows.mean()))
+        torch.testing.assert_close(ours, true)
+
+
+def test_errors_see_a_wrong_loss_and_a_wrong_gradient() -> None:
+    gradient = torch.tensor([[1.0, -4.0], [2.0, 0.5], [0.0, 1.0]], dtype=F64)
+    truth = (torch.tensor(3.0, dtype=F64), gradient[[0, 2]], [0, 2])
+    right = measure.gradient_errors((torch.tensor(3.0), gradient.float()), truth)
+    assert right == {"loss_error": 0.0, "grad_error": 0.0}
+    wrong = gradient.clone()
+    wrong[2, 0] += 1
+    assert measure.gradient_errors((torch.tensor(2.5), wrong), truth) == {
+        "loss_error": 0.5,
+        "grad_error": 0.25,
+    }
+    assert measure.gradient_errors((torch.tensor(3.0), None), truth) == {"loss_error": 0.0}
+
+
+# --------------------------------------------------------------------------------------- measuring
+class Recorder:
+    """A call that tells which input sets it got."""
+
+    def __init__(self) -> None:
+        self.indices: list[int] = []
+
+    def prepare(self, index: int) -> int:
+        return index
+
+    def run(self, index: int) -> None:
+        self.indices.append(index)
+
+
+def test_rounds_interleave_calls_and_rotate_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    calls = {"fast": Recorder(), "slow": Recorder()}
+    names = {id(call): name for name, call in calls.items()}
+
+    def clock(call: Recorder, index: int) -> float:
+        call.run(call.prepare(index))
+        name = names[id(call)]
+        order.append(name)
+        seconds = 0.01 if name == "fast" else 0.2
+        now[0] += seconds
+        return seconds
+
+    timings = measure.time_interleaved(
+        calls, clock=clock, sets=3, seconds=1.0, min_rounds=2, max_rounds=50, share=0.04
+    )
+    rounds = len(timings["slow"].seconds)
+    # The first round is of one call each; then the fast one is repeated to fill its share.
+    assert len(timings["fast"].seconds) == 1 + 4 * (rounds - 1)
+    assert order[:2] == ["fast", "slow"] and order[2:4] == ["slow", "fast"]
+    assert 1.0 <= now[0] <= 1.3
+    for call in calls.values():
+        assert call.indices[:4] == [1, 2, 0, 1]
+    assert timings["fast"].median == 0.01
+
+
+def test_rounds_have_a_least_and_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.time, "perf_counter", itertools.count(0, 100).__next__)
+    call = Recorder()
+    for seconds, least, most, expected in ((1, 4, 50, 4), (1e9, 1, 6, 6)):
+        timings = measure.time_interleaved(
+            {"x": call},
+            clock=lambda call, index: 1.0,
+            seconds=seconds,
+            min_rounds=least,
+            max_rounds=most,
+        )
+        assert len(timings["x"].seconds) == expected
+
+
+def test_summary_of_times() -> None:
+    timing = measure.Timing([0.004, 0.001, 0.002, 0.003, 0.005])
+    summary = timing.summary()
+    assert summary == {"ms": 3.0, "ms_p20": 2.0, "ms_p80": 5.0, "ms_min": 1.0, "calls": 5}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_is_timed_is_the_direction(direction: str) -> None:
+    """A forward has no graph, a backward no forward."""
+    done = []
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        done.append("graph" if torch.is_grad_enabled() else "no graph")
+        return (student * teacher).sum()
+
+    inputs = measure.Inputs.draw(Case("kd", 3, 4), 1, 0, "cpu")
+    call = measure.LossCall(loss, inputs, direction)
+    state = call.prepare(0)
+    before = list(done)
+    value, gradient = call.run(state)
+    assert (before, done) == {
+        "forward": ([], ["no graph"]),
+        "backward": (["graph"], ["graph"]),
+        "both": ([], ["graph"]),
+    }[direction]
+    expected = (inputs.students[0].detach() * inputs.teachers[0]).sum()
+    assert torch.equal(value.detach(), expected)
+    if direction == "forward":
+        assert gradient is None
+    else:
+        assert torch.equal(gradient, inputs.teachers[0])
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize(
+    ("loss", "direction", "passes"),
+    [("kd", "both", 3), ("kd", "forward", 2), ("ce", "both", 2), ("ce", "forward", 1)],
+)
+def test_the_copy_moves_as_much_as_the_case(
+    loss: str, direction: str, passes: int, rows: int
+) -> None:
+    case = Case(loss, rows, 8, direction=direction)
+    inputs = measure.Inputs.draw(case, 2, 0, "cpu")
+    copy = measure.CopyCall(case, inputs)
+    copy.run(copy.prepare(1))
+    student, teacher = inputs.students[1].detach(), inputs.teachers[1]
+    if passes == 1:
+        part = max(1, rows // 2)
+        assert copy.bytes == 2 * part * 8 * 4
+        assert torch.equal(copy.out, student[:part])
+    else:
+        assert copy.bytes == passes * rows * 8 * 4
+        assert torch.equal(copy.out, student + teacher if passes == 3 else student)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_record_for_each_provider(loss: str, direction: str, dtype: str) -> None:
+    case = Case(loss, 40, 301, dtype, direction=direction)
+    records = {
+        record["provider"]: record
+        for record in runner_of(*(x for x in providers.NAMES if x != "compile")).measure(case)
+    }
+    peers = {name for name, peer in providers.PEERS.items() if loss in peer.losses}
+    assert set(records) == {"copy", "cpu", "eager"} | peers
+    for name, record in records.items():
+        assert run.case_of(record) == case
+        if "missing" in record:
+            assert name in peers or LOSSES[loss].fused is None
+            assert record["missing"]
+            continue
+        assert record["ms_min"] <= record["ms_p20"] <= record["ms"] <= record["ms_p80"]
+        assert record["gb_per_s"] == pytest.approx(record["bytes"] / record["ms"] / 1e6)
+        if name == "copy":
+            assert record["share_of_copy"] == 1
+            continue
+        share = record["gb_per_s"] / records["copy"]["gb_per_s"]
+        assert record["share_of_copy"] == pytest.approx(share)
+        assert record["bytes"] == case.bytes
+        assert record["exponentials_per_s"] == pytest.approx(case.exponentials / record["ms"] * 1e3)
+        assert record["loss_error"] < (2e-4 if dtype == "float32" else 2e-3)
+        assert ("grad_error" in record) == (direction != "forward")
+        assert record.get("grad_error", 0) < (1e-5 if dtype == "float32" else 1e-2)
+        gradient = case.tensor_bytes if direction != "forward" else 0
+        if name == "cpu":
+            assert record["regime"]
+            assert gradient <= record["peak_bytes"] <= gradient + 256 * case.rows + (64 << 10)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_compiled_baselines_run() -> None:
+    records = runner_of("cpu", "compile").measure(Case("dkd", 16, 40))
+    assert [x["provider"] for x in records] == ["copy", "cpu", "compile"]
+    assert all("ms" in x for x in records)
+
+
+@needs_cpu
+def test_the_backward_has_work_of_its_own() -> None:
+    """With a mean the forward would have written the gradient."""
+    case = Case("dkd", 8, 30, direction="backward")
+    inputs = measure.Inputs.draw(case, 1, 0, "cpu")
+    call = measure.LossCall(providers.build("cpu", case), inputs, "backward")
+    state = call.prepare(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call.run(state)
+    assert any(event.key == "kdkernels::backward" for event in profile.key_averages())
+
+
+@needs_cpu
+def test_a_provider_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*inputs: Tensor) -> Tensor:
+        raise RuntimeError("no such luck\nand more")
+
+    monkeypatch.setitem(LOSSES, "kd", replace(LOSSES["kd"], eager=broken))
+    records = {x["provider"]: x for x in runner_of("cpu", "eager").measure(Case("kd", 4, 9))}
+    assert records["eager"]["missing"] == "RuntimeError: no such luck"
+    assert "ms" in records["cpu"] and "ms" in records["copy"]
+
+
+@needs_cpu
+def test_a_timing_that_fails_is_said_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*calls: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("too much together")
+
+    monkeypatch.setattr(run, "time_interleaved", broken)
+    records = runner_of("cpu", "eager").measure(Case("kd", 4, 9))
+    assert [x["provider"] for x in records] == ["cpu", "eager"]
+    assert all(x["missing"] == "OutOfMemoryError: too much together" for x in records)
+
+
+@needs_cpu
+def test_a_wrong_provider_shows_in_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("nkd", 8, 20)
+    wrong = replace(LOSSES["nkd"], eager=lambda *inputs: 1.5 * eager.nkd(*inputs))
+    monkeypatch.setitem(LOSSES, "nkd", wrong)
+    records = {x["provider"]: x for x in runner_of("cpu", "eager").measure(case)}
+    assert records["eager"]["grad_error"] == pytest.approx(0.5, rel=1e-3)
+    assert records["cpu"]["grad_error"] < 1e-5
+
+
+class SmallMachine(measure.Cpu):
+    def __init__(self, free: int) -> None:
+        super().__init__()
+        self.free = free
+
+    @property
+    def free_memory(self) -> int:
+        return self.free
+
+    @free_memory.setter
+    def free_memory(self, value: int) -> None:
+        self.free = value
+
+
+@needs_cpu
+def test_what_does_not_fit_is_not_measured() -> None:
+    case = Case("kd", 100, 1000)
+    enough = 2 * case.memory(1, fused=False)
+    for free, ran in ((enough, {"cpu", "eager"}), (2 * case.memory(1, fused=True), {"cpu"})):
+        runner = runner_of("cpu", "eager", machine=SmallMachine(free), sets=1)
+        records = {x["provider"]: x for x in runner.measure(case)}
+        assert {x for x in ("cpu", "eager") if "ms" in records[x]} == ran
+        for name in {"cpu", "eager"} - ran:
+            assert "GiB" in records[name]["missing"]
+    nothing = runner_of("cpu", "eager", machine=SmallMachine(1000)).measure(case)
+    assert ["missing" in x for x in nothing] == [True, True]
+
+
+@needs_cpu
+def test_inputs_are_drawn_once_for_cases_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = measure.Inputs.draw
+    monkeypatch.setattr(
+        measure.Inputs, "draw", staticmethod(lambda *x: drawn.append(x[0].inputs) or draw(*x))
+    )
+    runner = runner_of("cpu")
+    some = [Case("kd", 4, 9), Case("dkd", 4, 9), Case("dkd", 4, 9, "bfloat16"), Case("kd", 4, 9)]
+    for case in some:
+        runner.measure(case)
+    assert drawn == [some[0].inputs, some[2].inputs, some[0].inputs]
+
+
+@needs_cpu
+def test_nothing_begins_after_the_budget() -> None:
+    some = [Case("kd", 4, 9), Case("nkd", 4, 9)]
+    records = list(itertools.chain(*run.run(runner_of("cpu", "eager"), some, budget=0)))
+    assert [x["provider"] for x in records] == ["cpu", "eager"] * 2
+    assert all("budget of 0 s" in x["missing"] for x in records)
+    assert all("ms" in x for x in itertools.chain(*run.run(runner_of("cpu"), some, budget=1e9)))
+
+
+def test_missing_backends_and_losses_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(available=False, reason="no compiler")
+    monkeypatch.setattr(providers.kdkernels, "backends", lambda: {"cpu": state})
+    assert providers.missing("cpu", Case("kd", 1, 1), "cpu") == "no compiler"
+    assert providers.missing("cpu", Case("jsd", 1, 1), "cpu") == "kdkernels has no JSD yet"
+    assert providers.missing("eager", Case("jsd", 1, 1), "cpu") is None
+    assert providers.of(Case("ce", 1, 1), "cuda")[:4] == ["cuda", "triton", "eager", "compile"]
+    assert providers.of(Case("ce", 1, 1, providers=("eager",)), "cuda") == ["eager"]
+
+
+# ----------------------------------------------------------------------------------------- command
+@pytest.mark.parametrize("text", ["12", "x12", "0x5", "5x0", "3x4:", "3x4:diagonal", "3x4x5"])
+def test_a_shape_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        command.shape_of(text)
+
+
+def test_shapes() -> None:
+    assert command.shape_of("512x32000") == (512, 32000, "dense")
+    assert command.shape_of("7x9:sliced") == (7, 9, "sliced")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sets", "0"],
+        ["--threads", "0"],
+        ["--seconds", "0"],
+        ["--losses", "mse"],
+        ["--pass", "up"],
+    ],
+    ids=" ".join,
+)
+def test_bad_flags_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.parse(words)
+    assert stopped.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_only_default_cases_go_to_the_committed_results() -> None:
+    assert command.is_default(command.parse(["--device", "cpu"]))
+    assert command.is_default(command.parse(["--device", "cpu", "--seconds", "1"]))
+    for words in (
+        ["--quick"],
+        ["--losses", "kd"],
+        ["--pass", "both"],
+        ["--providers", "cpu"],
+        ["--sets", "1"],
+        ["--malloc", "keep"],
+    ):
+        assert not command.is_default(command.parse(words))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_device_no_result(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        command.main(["--device", "cuda", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--list", "--device", "cuda", "--losses", "jsd"])
+    assert "JSD 4096x128256 bfloat16" in capsys.readouterr().out
+
+
+@needs_cpu
+def test_a_run_from_flags_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "results"
+    words = ["--device", "cpu", "--shapes", "8x50", "6x70:sliced", "8x90", "--losses", "kd", "ce"]
+    words += ["--dtypes", "float32", "--providers", "cpu", "eager", "liger", "--sets", "2"]
+    words += ["--seconds", "0.001", "--threads", str(torch.get_num_threads()), "--out", str(out)]
+    pages = {name: (report.ROOT / name).read_bytes() for name in report.PAGES}
+    command.main(words)
+    shown = capsys.readouterr().out
+    assert "KD 6x70:sliced float32" in shown and "kdkernels has no CE yet" in shown
+    assert {x.name for x in out.iterdir()} == {
+        "results.json",
+        "results.csv",
+        "time.svg",
+        "bandwidth.svg",
+        "memory.svg",
+    }
+    made = json.loads((out / "results.json").read_text())
+    assert made["command"].startswith("python -m bench --device cpu --shapes 8x50")
+    for key in ("cpu", "torch", "python", "commit", "measured", "wall_seconds", "threads", "peers"):
+        assert made["facts"][key] is not None
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(made["records"])
+    for row, record in zip(rows, made["records"], strict=True):
+        assert {k: v for k, v in row.items() if v} == {
+            k: str(v) for k, v in record.items() if v is not None
+        }
+    measured = {(x["loss"], x["classes"]) for x in made["records"] if "ms" in x}
+    assert measured == set(itertools.product(["kd", "ce"], [50, 70, 90]))
+    drawn = (out / "time.svg").read_text()
+    assert ">KD, fp32<" in drawn and ">eager<" in drawn
+    # Results elsewhere change no page.
+    assert pages == {name: (report.ROOT / name).read_bytes() for name in report.PAGES}
+
+
+# --------------------------------------------------------------------------------- tables and pages
+def test_numbers_are_short() -> None:
+    values = (None, math.nan, 0, 0.00001234, 0.012345, 1.2345, 123.45, 12345.6, 1.5e7)
+    assert [report.number(x) for x in values] == [
+        None, None, "0.00", "1.2e-05", "0.0123", "1.23", "123", "12346", "1.5e+07",
+    ]  # fmt: skip
+    assert [report.times(x) for x in (None, 0.456, 4.56, 45.6, 456.0)] == [
+        None, "0.46x", "4.6x", "46x", "456x",
+    ]  # fmt: skip
+    assert report.percent(0.876) == "88 %" and report.percent(None) is None
+
+
+def made_up(gpu: bool = False, **settings) -> report.Report:
+    """A report of round numbers: the copy 1 ms, a backend 2, eager 20, compile 8."""
+    backend = "cuda" if gpu else "cpu"
+    records = []
+    for loss in ("kd", "dkd", "nkd"):
+        for classes in (1000, 32000):
+            case = Case(loss, 512, classes)
+            for name, ms in (("copy", 1.0), (backend, 2.0), ("eager", 20.0), ("compile", 8.0)):
+                records.append(
+                    {
+                        **run.facts_of(case),
+                        "provider": name,
+                        "ms": ms,
+                        "ms_p20": ms,
+                        "ms_p80": ms,
+                        "bytes": case.bytes,
+                        "gb_per_s": case.bytes / ms / 1e6,
+                        "share_of_copy": 1 / ms,
+                        "exponentials_per_s": case.exponentials / ms * 1e3,
+                        "peak_bytes": case.tensor_bytes + 512,
+                        "loss_error": 1e-7,
+                        "grad_error": 2e-7,
+                    }
+                )
+            records.append(run.without_result(case, "liger", "liger-kernel is not installed"))
+    facts = {"cpu": "some CPU", "threads": 2, "torch_isa": "AVX2", "torch": "2.x", "commit": "c0"}
+    facts |= {"measured": "2026-01-01", "wall_seconds": 9.0}
+    if gpu:
+        facts |= {"gpu": "some GPU", "cuda": "13", "triton": "3", "capability": "9.0"}
+        facts |= {"exponentials_per_s": 1e9}
+    return {
+        "command": "python -m bench",
+        "settings": {"sets": None, "malloc": "default"} | settings,
+        "facts": facts,
+        "records": records,
+    }
+
+
+def test_the_readme_table() -> None:
+    text = report.speed({"a-cpu": made_up(), "kept": made_up(malloc="keep")})
+    assert "| 512x32000 fp32 | 2.00, 10x, 4.0x, 50 % |" in text
+    assert text.count("| shape | KD | DKD | NKD |") == 1, "other settings are not README's"
+    assert report.speed({}) == "No results have been committed."
+
+
+def test_the_standing_of_a_case() -> None:
+    text = report.standing({"a-cpu": made_up(), "a-gpu": made_up(gpu=True)})
+    assert "| KD 512x32000 float32 | cpu | 2.00 [2.00-2.00] | 1.00 | 50 % | 10x | 4.0x |" in text
+    # 512 x 32000 x 2 exponentials at 10^9 a second: more than the bytes take.
+    assert "| KD 512x32000 float32 | cuda | 2.00 [2.00-2.00] | 32.8 | 50 % |" in text
+
+
+def test_what_was_not_measured_is_said() -> None:
+    text = report.unmeasured({"a-cpu": made_up()})
+    assert "nothing has run on a GPU yet" in text
+    assert "a-cpu, liger: liger-kernel is not installed (6 cases)" in text
+    assert "on a GPU yet" not in report.unmeasured({"a-gpu": made_up(gpu=True)})
+
+
+def test_goals() -> None:
+    found = {what: (value, goal) for what, value, goal, _ in report.goals(made_up())}
+    assert found["KD 512x32000 float32, cpu: times faster than eager"] == (10, 30)
+    assert found["KD 512x32000 float32, cpu: share of the copy's bandwidth"] == (0.5, 0.4)
+    assert found["DKD 512x32000 float32, cpu: bytes per row beside the gradient"] == (0, 256)
+    on_gpu = {what: goal for what, _, goal, _ in report.goals(made_up(gpu=True))}
+    assert on_gpu["KD 512x32000 float32, cuda: share of the copy's bandwidth"] == 0.9
+    assert on_gpu["KD 512x1000 float32, cuda: share of the copy's bandwidth"] == 0.8
+    text = report.goals_text(made_up())
+    assert "times faster than eager: 10.0, goal >= 30" in text
+    assert "share of the copy" not in text
+
+
+def test_blocks_are_filled() -> None:
+    page = "a\n<!-- bench: x -->\nold\n<!-- end -->\nb\n<!-- bench: y -->\n<!-- end -->\n"
+    once = report.filled(page, {"x": "1", "y": "2"})
+    assert once == (
+        "a\n<!-- bench: x -->\n\n1\n\n<!-- end -->\nb\n<!-- bench: y -->\n\n2\n\n<!-- end -->\n"
+    )
+    assert report.filled(once, {"x": "1", "y": "2"}) == once
+    with pytest.raises(KeyError, match="no block 'y'"):
+        report.filled(page, {"x": "1"})
+
+
+@pytest.mark.parametrize("name", report.PAGES)
+def test_pages_show_the_committed_results(name: str) -> None:
+    """`python -m bench --pages` mends it."""
+    text = (report.ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- bench: " in text
+    assert text == report.filled(text, report.blocks(report.committed()))
+
+
+def test_committed_results_fit_the_model() -> None:
+    """Bytes, exponentials and providers as they are declared now."""
+    for made in report.committed().values():
+        for record in made["records"]:
+            case = run.case_of(record)
+            if "exponentials" in record:
+                assert record["provider"] in providers.NAMES
+                assert record["bytes"] == case.bytes
+                assert record["exponentials"] == case.exponentials
+
+
+def _ceiling(name: str) -> list[str]:
+    line = next(x for x in report.ceilings().splitlines() if x.startswith(f"| {name} |"))
+    return [x.strip() for x in line.strip("|").split("|")]
+
+
+def test_ceilings_of_an_h200() -> None:
+    """4096 x 128256 x 6 bytes at 4.8 TB/s; 16 x 132 x 1.98 GHz exponentials a second."""
+    assert _ceiling("H200") == ["H200", "4.80", "4.18", "0.657", "0.251", "5.2", "3.5"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu(tmp_path: Path) -> None:
+    words = ["--device", "cuda", "--shapes", "64x1000", "16x40000", "--losses", "kd", "tf_nkd"]
+    words += ["--pass", *DIRECTIONS, "--providers", "cuda", "triton", "eager"]
+    command.main([*words, "--seconds", "0.02", "--out", str(tmp_path)])
+    made = json.loads((tmp_path / "results.json").read_text())
+    for record in made["records"]:
+        assert "ms" in record or record["provider"] in ("cuda", "triton"), record
+        assert record.get("launch_ms", 1) > 0
+        assert record.get("grad_error", 0) < 1e-2
+    assert made["facts"]["exponentials_per_s"] is None or (
+        made["facts"]["exponentials_per_s"] > 1e11
+    )
