@@ -4,7 +4,7 @@
 #   make lint | format           style and types; apply the style
 #   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
-#   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
+#   make gpu-check               what needs a GPU: tests and memory checker, one table, at most 330 s (ARGS go to pytest)
 #   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
 #   make build | clean | distclean
 PYTHON ?= python3

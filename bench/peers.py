@@ -34,7 +34,6 @@ What to know before reading results:
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import math
 import os
 from collections.abc import Mapping
@@ -44,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import measure
 from bench.cases import Loss
 
 
@@ -58,10 +58,7 @@ class Peer:
 
     @property
     def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return measure.version(self.package)
 
     def missing(self, device: torch.device) -> str | None:
         """Why the losses cannot be called on this device, or None if they can."""

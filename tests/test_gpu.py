@@ -959,6 +959,7 @@ def test_peak_memory_is_the_gradient(
         assert loss <= slack, "the loss alone holds no gradient"
 
 
+@pytest.mark.alone  # most of the memory of many GPUs, where others would take part of it
 @pytest.mark.parametrize("case", [KD, DKD], ids=str)
 def test_more_elements_than_32_bits_can_count(
     case: Case, backend: str, rows: int = 70_000, classes: int = 32_000
