@@ -526,6 +526,21 @@ def test_a_run_from_flags_to_files(tmp_path: Path, capsys: pytest.CaptureFixture
     assert pages == {name: (report.ROOT / name).read_bytes() for name in report.PAGES}
 
 
+@needs_cpu
+def test_pages_are_written_for_committed_results_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "rewrite_pages", lambda: written.append(1) or [])
+    words = ["--device", "cpu", "--shapes", "4x9", "--losses", "kd", "--providers", "cpu"]
+    words += ["--sets", "1", "--seconds", "0.001", "--threads", str(torch.get_num_threads())]
+    command.main([*words, "--out", str(tmp_path / "elsewhere")])
+    assert not written
+    command.main([*words, "--out", str(tmp_path / "results" / "machine")])
+    assert written
+
+
 # --------------------------------------------------------------------------------- tables and pages
 def test_numbers_are_short() -> None:
     values = (None, math.nan, 0, 0.00001234, 0.012345, 1.2345, 123.45, 12345.6, 1.5e7)
