@@ -19,9 +19,10 @@ they exceed the cache. On a GPU the time is the device's, between two events.
 copy. Errors are against float64: of the loss, absolute; of the gradient in some rows, over its
 largest entry. Memory is what one call takes beyond its inputs at its peak, gradient included.
 
-Results go to bench/results/<machine> when the default cases are measured as they are, else to
-out/bench, or to --out: a table on the screen, results.json, results.csv, and plots. When they go
-to a folder in bench/results, README.md and docs/performance.md are written anew from all of these.
+Results go to bench/results/<machine> when the default cases are measured as they are, or with
+--keep; else to out/bench, or to --out: a table on the screen, results.json, results.csv, and plots.
+When they go to a folder in bench/results, README.md and docs/performance.md are written anew from
+all of these.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--providers", nargs="+", choices=providers.NAMES, default=list(providers.NAMES))
     add("--device", choices=SECONDS, help="default: cuda where there is one")
     add("--out", type=Path, metavar="DIR", help="where results go, see above")
+    add("--keep", action="store_true", help="in bench/results/<machine>, whatever was measured")
     add("--seconds", type=positive, help="timing of each case (default: 1 on a GPU, 3 on a CPU)")
     add("--budget", type=positive, help="seconds after which no further case is begun")
     add("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
@@ -95,8 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--malloc",
         choices=measure.MALLOC_POLICIES,
-        default="default",
-        help="what the C library does with freed memory: as it comes, or keep it",
+        help="what the C library does with freed memory on the CPU: as it comes, or keep it",
     )
     add("--seed", type=int, default=0)
     add("--list", action="store_true", help="show the cases and measure nothing")
@@ -106,7 +107,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: at least 1")
+    if options.keep and options.out:
+        parser.error("--keep and --out: one of them")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.malloc and options.device == "cuda":
+        parser.error("--malloc: is about the CPU")
+    options.default = is_default(options)
     options.seconds = options.seconds or (
         QUICK_SECONDS if options.quick else SECONDS[options.device]
     )
@@ -116,9 +122,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def is_default(options: argparse.Namespace) -> bool:
     """Whether the default cases are measured as they are."""
-    narrowed = options.quick or options.losses or options.shapes or options.dtypes
-    narrowed = narrowed or options.directions or options.providers != list(providers.NAMES)
-    return not narrowed and options.sets is None and options.malloc == "default"
+    where = {"device", "out", "keep", "list", "pages"}
+    given = {name for name, value in vars(options).items() if value} - where
+    return given <= {"providers"} and options.providers == list(providers.NAMES)
 
 
 def listing(options: argparse.Namespace, cases: Sequence[Any]) -> str:
@@ -153,11 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench: there is no CUDA device here; nothing was measured")
     machine: measure.Machine = (
-        measure.Cuda() if options.device == "cuda" else measure.Cpu(options.threads, options.malloc)
+        measure.Cuda()
+        if options.device == "cuda"
+        else measure.Cpu(options.threads, options.malloc or "default")
     )
     out = options.out or (
         report.RESULTS / report.folder_of(machine.name)
-        if is_default(options)
+        if options.default or options.keep
         else report.ROOT / "out" / "bench"
     )
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -166,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": shlex.join(["python", "-m", "bench", *words]),
         "settings": {
             "sets": options.sets,
-            "malloc": options.malloc,
+            "malloc": machine.malloc,
             "seconds": options.seconds,
             "budget": options.budget,
             "seed": options.seed,
@@ -174,7 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "facts": machine.facts()
         | {
-            "backends": {name: str(x) for name, x in kdkernels.backends().items()},
+            "backends": {
+                name: {"available": x.available, "reason": x.reason, "build": dict(x.build)}
+                for name, x in kdkernels.backends().items()
+            },
             "peers": {name: peer.version for name, peer in PEERS.items()}
             | {"nvidia-cutlass-dsl": measure.version("nvidia-cutlass-dsl")},
         },

@@ -22,6 +22,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 DIRECTIONS = ("forward", "backward", "both")
+CHUNK = 1 << 22  # logits of the truth, in float64, at a time
 # From dense tensors to views (rows, classes) of them, by their shape.
 LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
     "dense": lambda make, rows, classes: make(rows, classes),
@@ -44,9 +45,7 @@ class Spec:
     tensors: int = 2  # of logits that it reads: the teacher's or not
     exponentials: int = 2  # of a pair of logits; a logarithm counts as one
     target: bool = True
-    # A row's gradient needs a number from all rows first: logits that are more than the cache
-    # holds are read, and their exponentials taken, twice.
-    coupled: bool = False
+    coupled: bool = False  # rows weigh by the mean confidence of all rows
 
 
 def _no_target(function: Callable[..., Tensor], student, teacher, target, **options) -> Tensor:
@@ -119,9 +118,8 @@ class Case:
 
     @property
     def passes(self) -> int:
-        """Reads and writes of all of a tensor's logits, in the unit NV, that nothing can spare."""
-        reads = self.spec.tensors + (self.spec.coupled and self.direction == "both")
-        return reads + (self.direction != "forward")
+        """Reads and writes of all of a tensor's logits, in the unit NV, at the least."""
+        return self.spec.tensors + (self.direction != "forward")
 
     @property
     def bytes(self) -> int:
@@ -130,18 +128,19 @@ class Case:
 
     @property
     def exponentials(self) -> int:
-        """Exponentials and logarithms of classes that must be computed."""
-        again = 2 if self.spec.coupled and self.direction == "both" else 1
-        return again * self.spec.exponentials * self.rows * self.classes
+        """Exponentials and logarithms of classes that are computed, each once."""
+        return self.spec.exponentials * self.rows * self.classes
 
     def memory(self, sets: int, *, fused: bool) -> int:
-        """Bytes that measuring it takes at most: inputs, the copy's result, what a call takes.
+        """Bytes that measuring it may take: inputs, the copy's result, a call, and the truth.
 
-        The eager DKD holds most: 6.5 tensors of float32 at a time, or as many and copies of 16-bit
-        ones, as measured; torch's caching allocator does not fill every gap it leaves.
+        Of what is not fused, eager NKD holds most: 9.25 tensors of float32 at a time, measured with
+        bfloat16 logits. The truth is computed in chunks of float64.
         """
-        call = self.tensor_bytes if fused else 12 * 4 * self.rows * self.classes
-        return (2 * sets + 1) * self.tensor_bytes + call
+        wide = max(4, DTYPES[self.dtype].itemsize)
+        call = self.tensor_bytes if fused else 10 * wide * self.rows * self.classes
+        truth = 10 * 8 * max(CHUNK, self.classes)
+        return (2 * sets + 1) * self.tensor_bytes + max(call, truth)
 
 
 def grid(
@@ -181,30 +180,42 @@ REGIMES = [
     *dense((4096, 262144)),  # of 16
     *dense((8, 128256)),  # of 16, few rows
     (65536, 150, "classes-first"),  # strided
+    (524288, 19, "classes-first"),  # the pixels of an image
 ]
+# A batch of 8192 tokens at the vocabularies of language models, and one of more than 2^31 logits.
+BATCHES = dense(
+    (8192, 32000), (8192, 50257), (8192, 128256), (8192, 151936), (8192, 262144), (32768, 151936)
+)
+FEW_ROWS = dense((1, 151936), (64, 151936), (512, 151936))
+FLOOR = dense((32768, 32768), (16384, 131072), (8192, 262144))  # where quack shows its figures
 
 
 def _default(device: str) -> list[Case]:
     """The most telling cases first: a run may have no time for all."""
-    fused_and_eager = ("cuda", "triton", "cpu", "eager")
+    uncompiled = ("cuda", "triton", "cpu", "eager", "liger", "flash_attn", "quack")
     if device == "cuda":
-        large, small = dense((4096, 128256), (4096, 32000)), dense((1024, 1000), (4096, 100))
+        large = dense((4096, 128256))
+        # torch.compile takes seconds for every case, so that most of them are without it.
         cases = [
-            *grid(("kd", "nkd", "dkd"), large, ["bfloat16"]),
-            *grid(("kd", "nkd"), REGIMES, ["bfloat16"], providers=fused_and_eager),
-            *grid(("kd", "dkd", "nkd"), small, ["bfloat16"]),
-            *grid(("kd",), large[:1], ["bfloat16"], DIRECTIONS, fused_and_eager),
-            *grid(("kd",), large[:1], ["float32", "float16"], providers=fused_and_eager),
-            *grid(("aekt", "kd_ce", "jsd", "tf_nkd", "ce"), large[:1], ["bfloat16"]),
-            *grid(("ce",), dense((8192, 262144)), ["bfloat16"]),
+            *grid(("kd", "dkd", "nkd", "ce", "jsd"), large, ["bfloat16"]),
+            *grid(("kd",), dense((4096, 32000), (1024, 1000), (4096, 100)), ["bfloat16"]),
+            *grid(("kd",), REGIMES, ["bfloat16"], providers=uncompiled),
+            *grid(("dkd", "nkd"), dense((1024, 1000), (4096, 100)), ["bfloat16"]),
+            *grid(("kd",), large, ["bfloat16"], DIRECTIONS, uncompiled),
+            *grid(("kd",), large, ["float32", "float16"], providers=uncompiled),
+            *grid(("aekt", "kd_ce", "tf_nkd"), large, ["bfloat16"]),
+            *grid(("kd",), BATCHES, ["bfloat16"], providers=uncompiled),
+            *grid(("ce",), FLOOR, ["bfloat16"], providers=uncompiled),
+            *grid(("nkd",), REGIMES, ["bfloat16"], providers=uncompiled),
+            *grid(("kd",), FEW_ROWS, ["bfloat16"], providers=uncompiled),
         ]
     else:
         large, small = dense((512, 32000), (128, 128256)), dense((1024, 1000), (4096, 100))
         more = dense((65536, 10), (1024, 10007), (256, 50257), (64, 262144))
         cases = [
             *grid(OURS, large + small, ["float32", "bfloat16"]),
-            *grid(("kd", "nkd"), more, ["float32"], providers=fused_and_eager),
-            *grid(("kd",), large[1:] + small[:1], ["float32"], DIRECTIONS, fused_and_eager),
+            *grid(("kd", "nkd"), more, ["float32"], providers=uncompiled),
+            *grid(("kd",), large[1:] + small[:1], ["float32"], DIRECTIONS, uncompiled),
             *grid(("jsd", "ce"), large[1:] + small[:1], ["float32"]),
         ]
     # A case that stands in two lists is measured once, where it comes first.
@@ -248,13 +259,9 @@ def choose(
 
 
 # -------------------------------------------------------------------------------------------- truth
-CHECKED_ROWS = 32
-CHUNK = 1 << 24  # logits in float64 at a time
-
-
-def checked_rows(rows: int) -> list[int]:
-    """Rows whose gradient is compared, spread over all."""
-    count = min(rows, CHECKED_ROWS)
+def checked_rows(rows: int, classes: int) -> list[int]:
+    """Rows whose gradient is compared: all that a chunk holds, spread over all there are."""
+    count = min(rows, max(1, CHUNK // classes))
     return [i * (rows - 1) // max(1, count - 1) for i in range(count)]
 
 
@@ -287,7 +294,7 @@ def truth(
             * len(target[part])
             for part in chunks
         )
-    some = checked_rows(rows)
+    some = checked_rows(rows, student.shape[1])
     wide = student[some].detach().double().requires_grad_()
     value = function(wide, teacher[some].double(), target[some])
     (gradient,) = torch.autograd.grad(value, wide)

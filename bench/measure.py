@@ -26,7 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import DTYPES, LAYOUTS, Case, Loss
 
 MIB = 2**20
-EXPONENTIALS_PER_CLOCK = 16  # of a GPU's multiprocessor, compute capability 8.0 to 12.0
+# Of a multiprocessor's special function units, and the compute capabilities known to have so many.
+EXPONENTIALS_PER_CLOCK = 16
+EXPONENTIALS_KNOWN = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 
 # ------------------------------------------------------------------------------------------- inputs
@@ -37,31 +39,38 @@ class Inputs:
     students: list[Tensor]
     teachers: list[Tensor]
     targets: list[Tensor]
+    stores: list[tuple[Tensor, Tensor]]  # the logits as they lie in memory, in one dimension
 
     @staticmethod
     def draw(case: Case, sets: int, seed: int, device: str) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
 
+        made: list[Tensor] = []
+
         def dense(*shape: int) -> Tensor:
-            made = torch.empty(shape, dtype=DTYPES[case.dtype], device=device)
-            return made.normal_(0, 2, generator=generator)
+            tensor = torch.empty(shape, dtype=DTYPES[case.dtype], device=device)
+            made.append(tensor.normal_(0, 2, generator=generator))
+            return made[-1]
 
         def logits() -> Tensor:
             return LAYOUTS[case.layout](dense, case.rows, case.classes)
 
-        inputs = Inputs([], [], [])
+        inputs = Inputs([], [], [], [])
         for _ in range(sets):
-            inputs.students.append(logits().requires_grad_())
+            # Detached, so that nothing in `stores` requires a gradient.
+            inputs.students.append(logits().detach().requires_grad_())
             inputs.teachers.append(logits())
+            student, teacher = (x.flatten() for x in made[-2:])
+            inputs.stores.append((student, teacher))
             inputs.targets.append(
                 torch.randint(case.classes, (case.rows,), device=device, generator=generator)
             )
         return inputs
 
 
-def sets_beyond_cache(bytes_per_set: int, cache: int, limit: int = 64) -> int:
-    """How many input sets to rotate through to exceed the last-level cache 4 times."""
-    return max(1, min(limit, -(-4 * cache // bytes_per_set)))
+def sets_beyond_cache(case: Case, cache: int, limit: int = 1024) -> int:
+    """How many input sets to rotate through for the students alone to exceed the cache 4 times."""
+    return max(1, min(limit, -(-4 * cache // case.tensor_bytes)))
 
 
 # -------------------------------------------------------------------------------------------- calls
@@ -100,30 +109,30 @@ class LossCall:
 
 
 class CopyCall:
-    """A stream of the size of a case's logits: copy_ for 2 passes, add for 3.
+    """A stream of the size of a case's logits: copy_ for 1 and 2 passes, add for 3.
 
-    The result goes to memory used before. One pass is a copy of half the rows.
+    Of dense memory whatever the layout, to memory used before.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
-        self.passes = case.passes
-        rows = slice(0, max(1, case.rows // 2) if self.passes == 1 else case.rows)
-        self.students = [student.detach()[rows] for student in inputs.students]
-        self.teachers = [teacher[rows] for teacher in inputs.teachers]
-        self.out = torch.empty_like(self.teachers[0])
+        self.passes, self.stores = case.passes, inputs.stores
+        pairs = case.rows * case.classes
+        self.count = max(1, pairs // 2) if self.passes == 1 else pairs
+        self.out = torch.empty_like(inputs.stores[0][1][: self.count])
 
     @property
     def bytes(self) -> int:
         return (3 if self.passes == 3 else 2) * self.out.nbytes
 
-    def prepare(self, index: int) -> int:
-        return index
+    def prepare(self, index: int) -> tuple[Tensor, Tensor]:
+        student, teacher = self.stores[index]
+        return student[: self.count], teacher[: self.count]
 
-    def run(self, index: int) -> None:
+    def run(self, state: tuple[Tensor, Tensor]) -> None:
         if self.passes == 3:
-            torch.add(self.students[index], self.teachers[index], out=self.out)
+            torch.add(*state, out=self.out)
         else:
-            self.out.copy_(self.students[index])
+            self.out.copy_(state[0])
 
 
 def gradient_errors(
@@ -212,7 +221,7 @@ def time_interleaved(
     clock: Clock = wall_clock,
     sets: int = 1,
     seconds: float = 10.0,
-    min_rounds: int = 3,
+    min_rounds: int = 5,
     max_rounds: int = 200,
     share: float = 0.05,
     max_calls: int = 10,
@@ -221,12 +230,12 @@ def time_interleaved(
 
     Rounds go on until `seconds` have passed, within [min_rounds, max_rounds]; each starts with
     another call. Within a round a fast one is repeated until it took about `share` seconds (at
-    most `max_calls` times), for a steadier median; every repetition takes the next input set.
-    The calls must be warm.
+    most `max_calls` times), for a steadier median. Every repetition takes the next input set, of
+    all calls together: none finds in the cache what another has just read. The calls must be warm.
     """
     timings = {name: Timing() for name in calls}
     repeats = {name: 1 for name in calls}
-    cursor = {name: 0 for name in calls}
+    index = 0
     order = list(calls)
     enabled = gc.isenabled()
     gc.collect()
@@ -238,7 +247,7 @@ def time_interleaved(
                 break
             for name in order[done % len(order) :] + order[: done % len(order)]:
                 for _ in range(repeats[name]):
-                    index = cursor[name] = (cursor[name] + 1) % sets
+                    index = (index + 1) % sets
                     timings[name].seconds.append(clock(calls[name], index))
                 wanted = int(share / max(timings[name].median, 1e-9))
                 repeats[name] = max(1, min(max_calls, wanted))
@@ -315,7 +324,7 @@ class Cpu:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
     def facts(self) -> dict[str, Any]:
-        return machine_facts() | {"malloc": self.malloc}
+        return machine_facts()
 
     def clock(self, calls: Mapping[str, Call]) -> tuple[Clock, dict[str, dict[str, float]]]:
         """The clock for these warm calls, and what else it found out about each."""
@@ -330,6 +339,9 @@ class Cpu:
         gc.collect()
         return _allocated_peak(call)
 
+    def synchronize(self) -> None:
+        """Waits for what was begun; raises if the device is lost."""
+
     def release(self) -> None:
         """Gives memory back that is held for later."""
         gc.collect()
@@ -339,16 +351,18 @@ class Cuda:
     """How this process measures on the current CUDA device."""
 
     type = "cuda"
-    malloc = "system"
+    malloc = None
 
     def __init__(self) -> None:
         self._properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         self.name = self._properties.name
         self.cache = self._properties.L2_cache_size
+        self.multiprocessors = self._properties.multi_processor_count
 
     @property
     def free_memory(self) -> int:
-        return torch.cuda.mem_get_info()[0]
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + kept
 
     def facts(self) -> dict[str, Any]:
         """The machine, its GPU, and what drives it."""
@@ -360,8 +374,12 @@ class Cuda:
             "capability": f"{device.major}.{device.minor}",
             "multiprocessors": device.multi_processor_count,
             "max_clock_mhz": megahertz,
-            "exponentials_per_s": megahertz
-            and 1e6 * megahertz * device.multi_processor_count * EXPONENTIALS_PER_CLOCK,
+            "exponentials_per_s": (
+                megahertz
+                and (device.major, device.minor) in EXPONENTIALS_KNOWN
+                and 1e6 * megahertz * device.multi_processor_count * EXPONENTIALS_PER_CLOCK
+            )
+            or None,
             "memory_gib": round(device.total_memory / 2**30, 1),
             "l2_mib": device.L2_cache_size / MIB,
             "driver": _nvidia_smi(device, "driver_version"),
@@ -387,6 +405,9 @@ class Cuda:
         torch.cuda.synchronize()
         del result
         return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def release(self) -> None:
         gc.collect()
@@ -451,7 +472,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+changes" when the tree is not clean."""
+    """The commit of this checkout, with "+changes" when more than its results have changed."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -461,7 +482,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        changes = "+changes" if git("status", "--porcelain") else ""
+        others = ["..", ":!../bench/results", ":!../README.md", ":!../docs/performance.md"]
+        changes = "+changes" if git("status", "--porcelain", "--", *others) else ""
         return git("rev-parse", "--short=12", "HEAD") + changes
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -62,11 +62,14 @@ def draw(report: Report, out: Path) -> list[Path]:
     for case, records in results.by_case.items():
         if case.direction == "both" and case.layout == "dense" and COPY in records:
             panels.setdefault((case.spec.title, case.dtype), []).append(case)
-    panels = {
-        key: sorted(cases, key=lambda case: (case.classes, case.rows))
-        for key, cases in panels.items()
-        if len({case.classes for case in cases}) > 1
-    }
+    for key, cases in panels.items():
+        # Of the cases with so many classes the one that most computed, and of these the largest.
+        chosen = {
+            case.classes: case
+            for case in sorted(cases, key=lambda x: (len(results.by_case[x]), x.rows))
+        }
+        panels[key] = [chosen[classes] for classes in sorted(chosen)]
+    panels = {key: cases for key, cases in panels.items() if len(cases) > 1}
     if not panels:
         return []
     # The same file again from the same results.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kdkernels
 from bench.cases import DTYPES, Case, Loss
+from bench.measure import Machine
 from bench.peers import PEERS
 
 FUSED = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # backend: the type of its devices
@@ -61,7 +62,7 @@ def build(name: str, case: Case) -> Loss:
     return mean_of_rows
 
 
-def regime(name: str, case: Case, device_name: str) -> str | None:
+def regime(name: str, case: Case, machine: Machine) -> str | None:
     """Which kernel takes the call, where the planner is known to say so."""
     try:
         from kdkernels import _host
@@ -71,8 +72,12 @@ def regime(name: str, case: Case, device_name: str) -> str | None:
     if name == "cpu":
         isa = os.environ.get("KDKERNELS_CPU_ISA") or list(_host.isas())[-1]
         return _host.plan(isa, case.rows, case.classes, strided)
-    known = [x for x in _host.gpu_devices() if x in device_name]
-    if name != "cuda" or not known:
+    if name != "cuda":
+        return None
+    # Cards of a name may differ: an H100 has 114 or 132 multiprocessors.
+    count = getattr(machine, "multiprocessors", 0)
+    known = [x for x, y in _host.gpu_devices().items() if x in machine.name and y == count]
+    if not known:
         return None
     plan = _host.gpu_plan(
         device=known[0],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import providers
-from bench.cases import DIRECTIONS, LOSSES, Case
+from bench.cases import DIRECTIONS, DTYPES, LAYOUTS, LOSSES, Case
 from bench.measure import EXPONENTIALS_PER_CLOCK, MIB
 from bench.run import COPY, Record, case_of
 
@@ -205,23 +205,29 @@ def folder_of(machine: str) -> str:
 
 
 def write(out: Path, report: Report) -> list[Path]:
-    """results.json, and its records as results.csv."""
+    """results.json, and its records as results.csv, each with what is needed to place it."""
     out.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = out / "results.json", out / "results.csv"
     as_json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    facts = report["facts"]
+    place = {
+        "machine": facts.get("gpu", facts["cpu"]),
+        **{key: facts.get(key) for key in ("torch", "triton", "cuda", "commit", "measured")},
+        "command": report["command"],
+    }
     columns = list(dict.fromkeys(key for record in report["records"] for key in record))
     with as_csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, [*columns, *place])
         writer.writeheader()
-        writer.writerows(report["records"])
+        writer.writerows(record | place for record in report["records"])
     return [as_json, as_csv]
 
 
-def committed(folder: Path = RESULTS) -> dict[str, Report]:
+def kept(folder: Path | None = None) -> dict[str, Report]:
     """The results kept with the project, by their folder; those of GPUs first."""
     found = {
         path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*/results.json"))
+        for path in sorted((folder or RESULTS).glob("*/results.json"))
     }
     return dict(sorted(found.items(), key=lambda item: "gpu" not in item[1]["facts"]))
 
@@ -244,14 +250,15 @@ def machine_line(report: Report) -> str:
     if "gpu" in facts:
         what = f"{facts['gpu']}, CUDA {facts['cuda']}, triton {facts['triton']}"
     else:
-        what = f"{facts['cpu']}, {facts['threads']} threads, {facts['torch_isa']}"
+        load = facts["load_average"][0]
+        what = f"{facts['cpu']}, {facts['threads']} threads, {facts['torch_isa']}, load {load}"
     return f"{what}, torch {facts['torch']}, commit {facts['commit']}, {facts['measured']}"
 
 
 def is_plain(report: Report) -> bool:
     """Whether it was measured as `python -m bench` does."""
     settings = report["settings"]
-    return settings["sets"] is None and settings["malloc"] == "default"
+    return settings["sets"] is None and settings["malloc"] != "keep"
 
 
 def setting_line(report: Report) -> str:
@@ -304,16 +311,8 @@ def limits() -> str:
     """What each loss must move and compute."""
     rows = []
     for name, spec in LOSSES.items():
-        cases = [Case(name, 1, 1, direction=x) for x in DIRECTIONS]
-        exponentials = {case.exponentials for case in cases}
-        rows.append(
-            [
-                spec.title,
-                *(case.passes for case in cases),
-                " or ".join(str(x) for x in sorted(exponentials)),
-                "yes" if spec.fused else "not yet",
-            ]
-        )
+        passes = [Case(name, 1, 1, direction=x).passes for x in DIRECTIONS]
+        rows.append([spec.title, *passes, spec.exponentials, "yes" if spec.fused else "not yet"])
     header = ["loss", *(f"NV, {x}" for x in DIRECTIONS), "exponentials per pair", "in kdkernels"]
     return markdown(header, rows)
 
@@ -344,8 +343,8 @@ def ceilings() -> str:
     return markdown(header, rows)
 
 
-STANDING = ["case", "backend", "kernel", "ms [p20-p80]", "limit, ms", "of copy", "vs eager"]
-STANDING += ["vs compile", "vs peers", "peak / gradient", "loss error", "grad error"]
+STANDING = ["case", "backend", "kernel", "ms [p20-p80]", "launch, ms", "limit, ms", "of copy"]
+STANDING += ["vs eager", "vs compile", "vs peers", "peak / gradient", "loss error", "grad error"]
 
 
 def limit_ms(case: Case, records: dict[str, Record], facts: dict[str, Any]) -> float:
@@ -365,6 +364,7 @@ def standing(reports: dict[str, Report]) -> str:
                 if name not in providers.FUSED or "missing" in record:
                     continue
                 line = [str(case), name, record.get("regime"), spread(record)]
+                line += [number(record.get("launch_ms"))]
                 line += [number(limit_ms(case, records, report["facts"]))]
                 line += [percent(record["share_of_copy"])]
                 line += [times(results.ratio(case, x, name)) for x in providers.BASELINES]
@@ -394,11 +394,12 @@ PLOTS = {
 
 
 def unmeasured(reports: dict[str, Report]) -> str:
+    """What a run had no result for and why, and what it did not ask for."""
     lines = []
     if not any("gpu" in report["facts"] for report in reports.values()):
         lines.append(
-            "- No result of a GPU: **nothing has run on a GPU yet.** `make gpu-check gpu-bench` is"
-            " for that."
+            "- No result of a GPU: **nothing has run on a GPU yet.** `make -k gpu-check gpu-bench`"
+            " is for that."
         )
     for folder, report in reports.items():
         reasons: dict[str, list[str]] = {}
@@ -409,7 +410,19 @@ def unmeasured(reports: dict[str, Report]) -> str:
         for what, cases in reasons.items():
             where = cases[0] if len(cases) == 1 else f"{len(cases)} cases"
             lines.append(f"- {folder}, {what} ({where})")
-    return "\n".join(lines) or "- Nothing is left out."
+        records = [record for record in report["records"] if "ms" in record]
+        sides = (("loss", LOSSES), ("pass", DIRECTIONS), ("dtype", DTYPES), ("layout", LAYOUTS))
+        absent = [
+            f"{key} {value}"
+            for key, values in sides
+            for value in values
+            if all(record[key] != value for record in records)
+        ]
+        cases = [x for x in Results(records).by_case.values() if set(x) & set(providers.FUSED)]
+        compiled = sum("compile" in x for x in cases)
+        absent.append(f"torch.compile in {len(cases) - compiled} of {len(cases)} cases")
+        lines.append(f"- {folder}, not asked for: {', '.join(absent)}")
+    return "\n".join(lines)
 
 
 def blocks(reports: dict[str, Report]) -> dict[str, str]:
@@ -438,7 +451,7 @@ def filled(text: str, parts: dict[str, str]) -> str:
 
 def rewrite_pages() -> list[Path]:
     """README.md and docs/performance.md from the committed results; those that changed."""
-    parts, changed = blocks(committed()), []
+    parts, changed = blocks(kept()), []
     for name in PAGES:
         path = ROOT / name
         before = path.read_text(encoding="utf-8")

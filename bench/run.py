@@ -57,10 +57,6 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
 class Runner:
     """Measures cases one after another on a machine; inputs are kept while they stay the same."""
 
@@ -79,14 +75,33 @@ class Runner:
         self.seed, self.show = seed, show
         self._inputs: Inputs | None = None
         self._drawn_for: Any = None
+        self._lost: str | None = None  # why nothing more can be measured in this process
 
     def measure(self, case: Case) -> list[Record]:
         """The copy's record, and one for each provider that could be expected here."""
         asked = [x for x in providers.of(case, self.machine.type) if x in self.names]
-        sets = self.sets or sets_beyond_cache(2 * case.tensor_bytes, self.machine.cache)
+        if self._lost:
+            return [without_result(case, name, self._lost) for name in asked]
+        try:
+            return self._measure(case, asked)
+        except Exception as error:  # out of memory with the inputs, the truth or all calls together
+            reason = self._after(error, str(case))
+            return [without_result(case, name, reason) for name in asked]
+
+    def _after(self, error: Exception, what: str) -> str:
+        """Ready for the next call, if it can be; the reason that is reported."""
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        try:
+            self.machine.synchronize()
+        except Exception:  # an illegal access stays with the process
+            self._lost = f"not begun: the device was lost in {what}, {reason}"
+        return reason
+
+    def _measure(self, case: Case, asked: Sequence[str]) -> list[Record]:
+        sets = self.sets or sets_beyond_cache(case, self.machine.cache)
         if self._drawn_for != case.inputs:
             self._inputs = self._drawn_for = None
-            self.machine.release()
+        self.machine.release()
         free = int(0.9 * self.machine.free_memory)
         if self._inputs is not None:
             free += 2 * sets * case.tensor_bytes
@@ -105,9 +120,10 @@ class Runner:
         true_result = None
         for name in asked:
             self.show(f"{case}, {name}")
-            reason = providers.missing(name, case, self.machine.type)
+            reason = self._lost or providers.missing(name, case, self.machine.type)
+            # A GPU says when its memory is not enough; a CPU's system ends the process.
             needed = case.memory(sets, fused=name in providers.FUSED)
-            if reason is None and needed > free:
+            if reason is None and self.machine.type == "cpu" and needed > free:
                 reason = f"may need {_gib(needed)} of memory, {_gib(free)} are free"
             if reason is None:
                 if true_result is None:
@@ -122,25 +138,25 @@ class Runner:
                     found[name] = self._check(call, true_result)
                     calls[name] = call
                 except Exception as error:  # torch.compile without a compiler, out of memory
-                    reason = _reason(error)
+                    reason = self._after(error, f"{case}, {name}")
+                if reason is not None and not self._lost:
                     self.machine.release()
             if reason is not None:
                 failed[name] = reason
         records = []
-        if len(calls) > 1:
+        if self._lost:
+            failed |= {x: self._lost for x in asked if x not in failed}
+        elif len(calls) > 1:
             self.show(f"{case}, timing")
-            try:
-                timings = self._time(calls, found, sets)
-                records = [self._record(case, name, timings, calls, found[name]) for name in calls]
-            except Exception as error:  # out of memory, where each call alone had enough
-                failed |= dict.fromkeys(list(calls)[1:], _reason(error))
-                self.machine.release()
+            timings = self._time(calls, found, sets)
+            records = [self._record(case, name, timings, calls, found[name]) for name in calls]
         return [*records, *(without_result(case, *item) for item in failed.items())]
 
     def _check(self, call: LossCall, true_result: Any) -> Record:
         """Errors and memory; the first call also compiles what is compiled."""
         out: Record = gradient_errors(call.run(call.prepare(0)), true_result)
-        out["peak_bytes"] = self.machine.peak_memory(lambda: call.run(call.prepare(0)))
+        state = call.prepare(0)
+        out["peak_bytes"] = self.machine.peak_memory(lambda: call.run(state))
         return out
 
     def _time(
@@ -150,6 +166,7 @@ class Runner:
             began = time.perf_counter()
             while time.perf_counter() - began < WARM:
                 call.run(call.prepare(0))
+                self.machine.synchronize()
         clock, more = self.machine.clock(calls)
         for name, entry in more.items():
             found[name] |= entry
@@ -170,7 +187,7 @@ class Runner:
         record = {
             **facts_of(case),
             "provider": name,
-            "input_sets": len(copy.students),
+            "input_sets": len(copy.stores),
             **timings[name].summary(),
             "bytes": moved,
             "gb_per_s": moved / seconds / 1e9,
@@ -180,7 +197,7 @@ class Runner:
             record["exponentials"] = case.exponentials
             record["exponentials_per_s"] = case.exponentials / seconds
         if name in providers.FUSED:
-            record["regime"] = providers.regime(name, case, self.machine.name)
+            record["regime"] = providers.regime(name, case, self.machine)
         return record | found
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -123,11 +124,14 @@ PYBIND11_MODULE(_host, m) {
   m.def("losses", &losses, "The C++ list of losses: name -> {outputs, teacher, two_temperatures}.");
   m.def("plan", &plan, py::arg("isa"), py::arg("rows"), py::arg("classes"), py::arg("class_strided") = false,
         "The regime the planner picks.");
-  m.def("gpu_devices", [] {
-    std::vector<std::string> names;
-    for (const gpu::KnownDevice& known : gpu::kDevices) names.push_back(known.name);
-    return names;
-  });
+  m.def(
+      "gpu_devices",
+      [] {
+        std::map<std::string, int> multiprocessors;
+        for (const gpu::KnownDevice& known : gpu::kDevices) multiprocessors[known.name] = known.device.multiprocessors;
+        return multiprocessors;
+      },
+      "The known devices, with their multiprocessors.");
   m.def("gpu_plan", &gpu_plan, py::kw_only(), py::arg("device"), py::arg("rows"), py::arg("classes"),
         py::arg("itemsize") = 2, py::arg("teacher") = true, py::arg("kept") = 2, py::arg("alike") = true,
         py::arg("strided") = false, py::arg("wide") = false, py::arg("backward") = false, py::arg("writes") = true,
