@@ -5,7 +5,7 @@
     python -m bench --losses kd nkd --shapes 512x32000 4096x4000:sliced --dtypes bfloat16
     python -m bench --pass forward backward both --losses kd
     python -m bench --list           what would be measured, and what it must move and compute
-    python -m bench --pages          README's table and docs/performance.md from bench/results
+    python -m bench --pages          the pages and plots again, from bench/results
 
 A case is a loss on logits (rows, classes) in one direction: the mean over the rows and its gradient
 (`both`), the mean alone without a graph (`forward`), or the gradient from a finished forward
@@ -140,10 +140,23 @@ def listing(options: argparse.Namespace, cases: Sequence[Any]) -> str:
     return report.table(["case", "MB to move", "10^6 exponentials", "providers"], rows)
 
 
+def draw(made: report.Report, out: Path) -> list[Path]:
+    try:
+        from bench import plots
+
+        return plots.draw(made, out)
+    except ImportError as error:
+        print(f"no plots: {error}")
+        return []
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.pages:
-        print("written: " + (", ".join(map(os.path.relpath, report.rewrite_pages())) or "nothing"))
+        written = report.rewrite_pages()
+        for folder, made in report.kept().items():
+            written += draw(made, report.RESULTS / folder)
+        print("written: " + (", ".join(map(os.path.relpath, written)) or "nothing"))
         return
     cases = choose(
         options.device,
@@ -211,12 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if setting := report.setting_line(made):
         print(setting)
     print(f"\n{report.summary(made['records'])}\n\n{report.goals_text(made)}")
-    try:
-        from bench import plots
-
-        paths += plots.draw(made, out)
-    except ImportError as error:
-        print(f"\nno plots: {error}")
+    paths += draw(made, out)
     if out.resolve().is_relative_to(report.RESULTS):
         paths += report.rewrite_pages()
     print("\nwritten: " + ", ".join(os.path.relpath(path) for path in paths))

@@ -129,7 +129,9 @@ def _panel(
         place.set_yscale("log")
     else:
         place.set_ylim(bottom=0)
+    place.minorticks_off()
     place.set_xlabel("classes")
-    place.set_ylabel(label)
+    if place.get_subplotspec().is_first_col():
+        place.set_ylabel(label)
     place.grid(alpha=0.25)
     place.spines[["top", "right"]].set_visible(False)
