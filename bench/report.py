@@ -343,6 +343,33 @@ def ceilings() -> str:
     return markdown(header, rows)
 
 
+# What kernels move and compute, by how they hold a row: NV, and exponentials per pair.
+DESIGNS = (
+    ("exponentials kept", 3, 2),
+    ("the same at two temperatures", 3, 3),
+    ("logits kept, exponentials twice", 3, 4),
+    ("the same at two temperatures", 3, 6),
+    ("logits read twice from memory", 5, 4),
+    ("the same at two temperatures", 5, 6),
+)
+
+
+def designs() -> str:
+    """What it costs not to keep a row, or its exponentials, on each of these GPUs."""
+    rows = []
+    for name, passes, exponentials in DESIGNS:
+        line: list[object] = [name, passes, exponentials]
+        for bandwidth, multiprocessors, clock in GPUS.values():
+            pairs = 4096 * 128256
+            by_bytes = 1e3 * passes * 2 * pairs / bandwidth
+            rate = EXPONENTIALS_PER_CLOCK * multiprocessors * clock
+            by_unit = 1e3 * exponentials * pairs / rate
+            bound = "" if by_bytes >= by_unit else " (exponentials)"
+            line.append(f"{number(max(by_bytes, by_unit))}{bound}")
+        rows.append(line)
+    return markdown(["a kernel with", "NV", "exponentials", *GPUS], rows)
+
+
 STANDING = ["case", "backend", "kernel", "ms [p20-p80]", "launch, ms", "limit, ms", "of copy"]
 STANDING += ["vs eager", "vs compile", "vs peers", "peak / gradient", "loss error", "grad error"]
 
@@ -430,6 +457,7 @@ def blocks(reports: dict[str, Report]) -> dict[str, str]:
         "speed": speed(reports),
         "limits": limits(),
         "ceilings": ceilings(),
+        "designs": designs(),
         "standing": standing(reports),
         "unmeasured": unmeasured(reports),
     }

@@ -802,6 +802,12 @@ def test_ceilings_of_an_h200() -> None:
     assert _ceiling("H200") == ["H200", "4.80", "4.18", "0.657", "0.251", "5.2", "3.5"]
 
 
+def test_designs_say_what_bounds_them() -> None:
+    """4096 x 128256 pairs on a B200: 6 exponentials at 4.65e12 a second, or 6 bytes at 8 TB/s."""
+    lines = [x for x in report.designs().splitlines() if "the same" in x]
+    assert "| 0.677 (exponentials) |" in lines[1] and "| 0.394 |" in lines[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_run_on_a_gpu(tmp_path: Path) -> None:
