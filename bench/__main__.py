@@ -3,7 +3,7 @@
     python -m bench                  the default cases of the device, all providers
     python -m bench --quick          a few cases, below 2 minutes on two CPU cores
     python -m bench --losses kd nkd --shapes 512x32000 4096x4000:sliced --dtypes bfloat16
-    python -m bench --pass forward backward both --losses kd
+    python -m bench --pass forward backward both --losses kd --ignored 0 50 90
     python -m bench --list           what would be measured, and what it must move and compute
     python -m bench --pages          the pages and plots again, from bench/results
 
@@ -68,6 +68,12 @@ def positive(text: str) -> float:
     return value
 
 
+def percent(text: str) -> int:
+    if not text.isdecimal() or int(text) > 99:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 99")
+    return int(text)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -86,6 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--dtypes", nargs="+", choices=DTYPES, default=[])
     add("--pass", nargs="+", choices=DIRECTIONS, default=[], dest="directions")
+    add("--ignored", nargs="+", type=percent, default=[], help="percent of rows that are ignored")
     add("--providers", nargs="+", choices=providers.NAMES, default=list(providers.NAMES))
     add("--device", choices=SECONDS, help="default: cuda where there is one")
     add("--out", type=Path, metavar="DIR", help="where results go, see above")
@@ -165,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shapes=options.shapes,
         dtypes=options.dtypes,
         directions=options.directions,
+        ignored=options.ignored,
     )
     if options.list:
         print(listing(options, cases))

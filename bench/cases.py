@@ -30,6 +30,7 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
     "sliced": lambda make, rows, classes: make(rows, classes + 1)[:, :-1],
     "classes-first": lambda make, rows, classes: make(classes, rows).t(),  # as in images
 }
+IGNORED = -100  # the target of a row that does not count
 TEMPERATURE = 4.0  # of KD, DKD and AEKT, as in `eager`; NKD runs at its own default of 1
 
 
@@ -41,15 +42,11 @@ class Spec:
     title: str
     eager: Loss
     # kdkernels' function with the parameters of `eager`: (student, teacher, target, **options).
-    fused: Callable[..., Tensor] | None
+    fused: Callable[..., Tensor] | None  # None: there is none yet
     tensors: int = 2  # of logits that it reads: the teacher's or not
     exponentials: int = 2  # of a pair of logits; a logarithm counts as one
-    target: bool = True
+    target: bool = True  # needs one; without, the target only says which rows count
     coupled: bool = False  # rows weigh by the mean confidence of all rows
-
-
-def _no_target(function: Callable[..., Tensor], student, teacher, target, **options) -> Tensor:
-    return function(student, teacher, **options)
 
 
 def _no_teacher(function: Callable[..., Tensor], student, teacher, target, **options) -> Tensor:
@@ -58,7 +55,7 @@ def _no_teacher(function: Callable[..., Tensor], student, teacher, target, **opt
 
 _KD = partial(kdkernels.kd_loss, temperature=TEMPERATURE)
 LOSSES: dict[str, Spec] = {
-    "kd": Spec("KD", eager.kd, partial(_no_target, _KD), target=False),
+    "kd": Spec("KD", eager.kd, _KD, target=False),
     "kd_ce": Spec("KD + CE", eager.kd_ce, partial(_KD, ce_weight=1.0), exponentials=3),
     "dkd": Spec("DKD", eager.dkd, partial(kdkernels.dkd_loss, temperature=TEMPERATURE)),
     "nkd": Spec("NKD", eager.nkd, kdkernels.nkd_loss),
@@ -92,6 +89,7 @@ class Case:
     dtype: str = "float32"
     layout: str = "dense"
     direction: str = "both"
+    ignored: int = 0  # percent of the rows
     providers: tuple[str, ...] | None = None  # only these of those that are asked for
 
     @property
@@ -105,12 +103,18 @@ class Case:
 
     def __str__(self) -> str:
         direction = "" if self.direction == "both" else f" {self.direction}"
-        return f"{self.spec.title} {self.shape} {self.dtype}{direction}"
+        ignored = f", {self.ignored} % ignored" if self.ignored else ""
+        return f"{self.spec.title} {self.shape} {self.dtype}{direction}{ignored}"
 
     @property
-    def inputs(self) -> tuple[int, int, str, str]:
+    def inputs(self) -> tuple[int, int, str, str, int]:
         """What the inputs depend on."""
-        return self.rows, self.classes, self.dtype, self.layout
+        return self.rows, self.classes, self.dtype, self.layout, self.ignored
+
+    @property
+    def counted(self) -> int:
+        """Rows that are not ignored."""
+        return self.rows - self.rows * self.ignored // 100
 
     @property
     def tensor_bytes(self) -> int:
@@ -122,14 +126,24 @@ class Case:
         return self.spec.tensors + (self.direction != "forward")
 
     @property
+    def logit_bytes(self) -> int:
+        """Bytes of logits in and gradient out; of ignored rows only the gradient, zeros."""
+        ignored = (self.rows - self.counted) * self.classes * DTYPES[self.dtype].itemsize
+        return self.passes * self.tensor_bytes - self.spec.tensors * ignored
+
+    @property
     def bytes(self) -> int:
-        """Bytes that must cross memory: logits in, gradient out, one target per row."""
-        return self.passes * self.tensor_bytes + (8 * self.rows if self.spec.target else 0)
+        """Bytes that must cross memory: those of the logits, and one target per row."""
+        return self.logit_bytes + (8 * self.rows if self.takes_target else 0)
+
+    @property
+    def takes_target(self) -> bool:
+        return self.spec.target or self.ignored > 0
 
     @property
     def exponentials(self) -> int:
         """Exponentials and logarithms of classes that are computed, each once."""
-        return self.spec.exponentials * self.rows * self.classes
+        return self.spec.exponentials * self.counted * self.classes
 
     def memory(self, sets: int, *, fused: bool) -> int:
         """Bytes that measuring it may take: inputs, the copy's result, a call, and the truth.
@@ -149,11 +163,14 @@ def grid(
     dtypes: Iterable[str],
     directions: Iterable[str] = ("both",),
     providers: tuple[str, ...] | None = None,
+    ignored: Iterable[int] = (0,),
 ) -> list[Case]:
     """All combinations, ordered so that cases of the same inputs follow one another."""
     return [
-        Case(loss, *shape[:2], dtype, shape[2], direction, providers)
-        for shape, dtype, loss, direction in product(shapes, dtypes, losses, directions)
+        Case(loss, *shape[:2], dtype, shape[2], direction, percent, providers)
+        for shape, dtype, percent, loss, direction in product(
+            shapes, dtypes, ignored, losses, directions
+        )
     ]
 
 
@@ -205,6 +222,7 @@ def _default(device: str) -> list[Case]:
             *grid(("kd",), large, ["float32", "float16"], providers=uncompiled),
             *grid(("aekt", "kd_ce", "tf_nkd"), large, ["bfloat16"]),
             *grid(("kd",), BATCHES, ["bfloat16"], providers=uncompiled),
+            *grid(("kd",), BATCHES[2:3], ["bfloat16"], providers=uncompiled, ignored=(50, 90)),
             *grid(("ce",), FLOOR, ["bfloat16"], providers=uncompiled),
             *grid(("nkd",), REGIMES, ["bfloat16"], providers=uncompiled),
             *grid(("kd",), FEW_ROWS, ["bfloat16"], providers=uncompiled),
@@ -216,6 +234,7 @@ def _default(device: str) -> list[Case]:
             *grid(OURS, large + small, ["float32", "bfloat16"]),
             *grid(("kd", "nkd"), more, ["float32"], providers=uncompiled),
             *grid(("kd",), large[1:] + small[:1], ["float32"], DIRECTIONS, uncompiled),
+            *grid(("kd",), large[1:], ["float32"], providers=uncompiled, ignored=(50, 90)),
             *grid(("jsd", "ce"), large[1:] + small[:1], ["float32"]),
         ]
     # A case that stands in two lists is measured once, where it comes first.
@@ -241,13 +260,14 @@ def choose(
     shapes: Sequence[tuple[int, int, str]] = (),
     dtypes: Sequence[str] = (),
     directions: Sequence[str] = (),
+    ignored: Sequence[int] = (),
 ) -> list[Case]:
     """The cases of a run.
 
-    The device's default list, of which `losses` picks some. Where shapes, dtypes or directions are
-    asked for, or a quick run: the product of what is asked for and, else, of the quick list.
+    The device's default list, of which `losses` picks some. Where anything else is asked for, or a
+    quick run: the product of what is asked for and, else, of the quick list.
     """
-    if not (quick or shapes or dtypes or directions):
+    if not (quick or shapes or dtypes or directions or ignored):
         return [case for case in _default(device) if case.loss in (losses or LOSSES)]
     basis = _quick(device)
     return grid(
@@ -255,10 +275,14 @@ def choose(
         shapes or dict.fromkeys((case.rows, case.classes, case.layout) for case in basis),
         dtypes or dict.fromkeys(case.dtype for case in basis),
         directions or ("both",),
+        ignored=ignored or (0,),
     )
 
 
 # -------------------------------------------------------------------------------------------- truth
+CHECKED_IGNORED = 8
+
+
 def checked_rows(rows: int, classes: int) -> list[int]:
     """Rows whose gradient is compared: all that a chunk holds, spread over all there are."""
     count = min(rows, max(1, CHUNK // classes))
@@ -268,11 +292,17 @@ def checked_rows(rows: int, classes: int) -> list[int]:
 def truth(
     loss: str, student: Tensor, teacher: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """In float64: the mean over all rows, the gradient of `checked_rows`, and those rows.
+    """In float64: the mean over the rows that count, the gradient of some rows, and those rows.
 
     kdkernels' reference, which its tests hold against the papers' formulas, or what is published
-    where kdkernels has no such loss.
+    where kdkernels has no such loss. Gradients are those of `checked_rows` and of ignored rows.
     """
+    counted = (target != IGNORED).nonzero().flatten()
+    if len(counted) < len(target):
+        mean, gradient, some = truth(loss, student[counted], teacher[counted], target[counted])
+        ignored = (target == IGNORED).nonzero().flatten()[:CHECKED_IGNORED]
+        zeros = gradient.new_zeros(len(ignored), student.shape[1])
+        return mean, torch.cat([gradient, zeros]), counted[some].tolist() + ignored.tolist()
     spec, rows = LOSSES[loss], len(target)
     step = max(1, CHUNK // student.shape[1])
     chunks = [slice(start, start + step) for start in range(0, rows, step)]

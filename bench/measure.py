@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import DTYPES, LAYOUTS, Case, Loss
+from bench.cases import DTYPES, IGNORED, LAYOUTS, Case, Loss
 
 MIB = 2**20
 # Of a multiprocessor's special function units, and the compute capabilities known to have so many.
@@ -62,9 +62,11 @@ class Inputs:
             inputs.teachers.append(logits())
             student, teacher = (x.flatten() for x in made[-2:])
             inputs.stores.append((student, teacher))
-            inputs.targets.append(
-                torch.randint(case.classes, (case.rows,), device=device, generator=generator)
-            )
+            size = (case.rows,)
+            target = torch.randint(case.classes, size, device=device, generator=generator)
+            order = torch.randperm(case.rows, device=device, generator=generator)
+            target[order[case.counted :]] = IGNORED
+            inputs.targets.append(target)
         return inputs
 
 
@@ -109,27 +111,27 @@ class LossCall:
 
 
 class CopyCall:
-    """A stream of the size of a case's logits: copy_ for 1 and 2 passes, add for 3.
+    """A stream of as many bytes as a case's logits and gradient: copy_, or add for 3 passes.
 
     Of dense memory whatever the layout, to memory used before.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
-        self.passes, self.stores = case.passes, inputs.stores
-        pairs = case.rows * case.classes
-        self.count = max(1, pairs // 2) if self.passes == 1 else pairs
+        self.streams = 3 if case.passes == 3 else 2
+        self.stores = inputs.stores
+        self.count = max(1, case.logit_bytes // self.streams // DTYPES[case.dtype].itemsize)
         self.out = torch.empty_like(inputs.stores[0][1][: self.count])
 
     @property
     def bytes(self) -> int:
-        return (3 if self.passes == 3 else 2) * self.out.nbytes
+        return self.streams * self.out.nbytes
 
     def prepare(self, index: int) -> tuple[Tensor, Tensor]:
         student, teacher = self.stores[index]
         return student[: self.count], teacher[: self.count]
 
     def run(self, state: tuple[Tensor, Tensor]) -> None:
-        if self.passes == 3:
+        if self.streams == 3:
             torch.add(*state, out=self.out)
         else:
             self.out.copy_(state[0])

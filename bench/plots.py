@@ -60,7 +60,8 @@ def draw(report: Report, out: Path) -> list[Path]:
     results = Results(report["records"])
     panels: dict[tuple[str, str], list[Case]] = {}
     for case, records in results.by_case.items():
-        if case.direction == "both" and case.layout == "dense" and COPY in records:
+        plain = case.direction == "both" and case.layout == "dense" and not case.ignored
+        if plain and COPY in records:
             panels.setdefault((case.spec.title, case.dtype), []).append(case)
     for key, cases in panels.items():
         # Of the cases with so many classes the one that most computed, and of these the largest.

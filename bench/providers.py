@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from bench.cases import DTYPES, Case, Loss
+from bench.cases import DTYPES, IGNORED, Case, Loss
 from bench.measure import Machine
 from bench.peers import PEERS
 
@@ -42,24 +42,34 @@ def missing(name: str, case: Case, device: str) -> str | None:
 
 def build(name: str, case: Case) -> Loss:
     """The mean over the rows as this provider computes it, to be called by users of it."""
-    spec = case.spec
-    if name in PEERS:
-        return PEERS[name].losses[case.loss]
-    if name == "compile":
-        return torch.compile(spec.eager, dynamic=False)
-    if name == "eager":
-        return spec.eager
-    fused = spec.fused
+    if name not in FUSED:
+        loss = PEERS[name].losses[case.loss] if name in PEERS else case.spec.eager
+        if case.ignored:
+            loss = _of_counted_rows(loss)
+        return torch.compile(loss, dynamic=False) if name == "compile" else loss
+    fused = case.spec.fused
     assert fused is not None
-    if case.direction != "backward":
-        return lambda *inputs: fused(*inputs, backend=name)
 
-    # With reduction "mean" the forward has written the gradient already, and there would be
-    # nothing to time. Losses that are combined row by row have a backward of its own.
-    def mean_of_rows(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        return fused(student, teacher, target, backend=name, reduction="none").mean()
+    def mean(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        known = target if case.takes_target else None
+        if case.direction != "backward":
+            return fused(student, teacher, known, backend=name)
+        # With reduction "mean" the forward has written the gradient already, and there would be
+        # nothing to time. Losses that are combined row by row have a backward of its own.
+        rows = fused(student, teacher, known, backend=name, reduction="none")
+        return rows.sum() / case.counted
 
-    return mean_of_rows
+    return mean
+
+
+def _of_counted_rows(loss: Loss) -> Loss:
+    """For those without ignored rows: the others are copied out first, as their users do."""
+
+    def counted(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        rows = target != IGNORED
+        return loss(student[rows], teacher[rows], target[rows])
+
+    return counted
 
 
 def regime(name: str, case: Case, machine: Machine) -> str | None:

@@ -157,7 +157,7 @@ def goals(report: Report) -> list[tuple[str, float, float, bool]]:
     results, out = Results(report["records"]), []
     gpu = "gpu" in report["facts"]
     for case, records in results.by_case.items():
-        if case.direction != "both" or case.layout != "dense":
+        if case.direction != "both" or case.layout != "dense" or case.ignored:
             continue
         shape = (case.rows, case.classes)
         for name, record in records.items():
@@ -285,7 +285,9 @@ def speed(reports: dict[str, Report]) -> str:
         if not is_plain(report):
             continue
         results = Results(report["records"])
-        cases = [x for x in results.by_case if x.direction == "both" and x.spec.fused]
+        cases = [
+            x for x in results.by_case if x.direction == "both" and x.spec.fused and not x.ignored
+        ]
         names = [x for x in providers.FUSED if any(x in results.by_case[c] for c in cases)]
         for name in names:
             # The shapes at which most losses were measured.

@@ -35,6 +35,7 @@ def facts_of(case: Case) -> Record:
         "classes": case.classes,
         "layout": case.layout,
         "dtype": case.dtype,
+        "ignored": case.ignored,
     }
 
 
@@ -46,6 +47,7 @@ def case_of(record: Record) -> Case:
         record["dtype"],
         record["layout"],
         record["pass"],
+        int(record.get("ignored", 0)),  # results of before have none
     )
 
 

@@ -96,6 +96,16 @@ def test_flags_choose_cases() -> None:
     ]
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ignored_rows_are_neither_read_nor_computed(direction: str) -> None:
+    case = Case("kd", 10, 7, "float16", direction=direction, ignored=30)
+    reads, writes = 2 * 7 * 10 * 7 // 10 * 2, 10 * 7 * 2
+    assert case.counted == 7 and case.exponentials == 2 * 7 * 7
+    assert case.bytes == reads + (writes if direction != "forward" else 0) + 8 * 10
+    target = measure.Inputs.draw(case, 1, 0, "cpu").targets[0]
+    assert (target == cases.IGNORED).sum() == 3 and "30 % ignored" in str(case)
+
+
 def test_layouts_lie_as_their_names_say() -> None:
     strides = {}
     for layout in cases.LAYOUTS:
@@ -136,6 +146,19 @@ def test_truth_is_what_is_published(
         mean, partial, checked = cases.truth(loss, student.detach(), teacher, target)
         assert len(set(checked)) == min(some, rows)
         assert checked[-1] == (0 if some == 1 else rows - 1)
+        torch.testing.assert_close(mean, value.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(partial, gradient[checked], rtol=1e-8, atol=1e-12)
+
+
+def test_truth_leaves_ignored_rows_out(generator: torch.Generator) -> None:
+    student, teacher, target = inputs_of(30, 9, generator)
+    target[[3, 4, 20]] = cases.IGNORED
+    counted = target != cases.IGNORED
+    for loss in ("kd", "nkd", "tf_nkd", "jsd"):
+        value = LOSSES[loss].eager(student[counted], teacher[counted], target[counted])
+        (gradient,) = torch.autograd.grad(value, student)
+        mean, partial, checked = cases.truth(loss, student.detach(), teacher, target)
+        assert sorted(checked) == list(range(30))
         torch.testing.assert_close(mean, value.detach(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(partial, gradient[checked], rtol=1e-8, atol=1e-12)
 
@@ -264,7 +287,7 @@ def test_the_copy_moves_as_much_as_the_case(
     inputs = measure.Inputs.draw(case, 2, 0, "cpu")
     copy = measure.CopyCall(case, inputs)
     copy.run(copy.prepare(1))
-    assert copy.bytes == passes * rows * 8 * 4
+    assert copy.bytes == case.logit_bytes == passes * rows * 8 * 4
     student, teacher = inputs.stores[1]
     assert student.data_ptr() == inputs.students[1].data_ptr() and student.is_contiguous()
     expected = student + teacher if passes == 3 else student
@@ -305,6 +328,20 @@ def test_a_record_for_each_provider(loss: str, direction: str, dtype: str) -> No
         if name == "cpu":
             assert record["regime"]
             assert gradient <= record["peak_bytes"] <= gradient + 256 * case.rows + (64 << 10)
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("loss", ["kd", "dkd", "tf_nkd"])
+def test_providers_ignore_the_same_rows(loss: str, direction: str) -> None:
+    case = Case(loss, 40, 31, direction=direction, ignored=60)
+    records = {x["provider"]: x for x in runner_of("cpu", "eager").measure(case)}
+    assert run.case_of(records["cpu"]) == case
+    for name in ("cpu", "eager"):
+        assert records[name]["bytes"] == case.bytes
+        assert records[name]["loss_error"] < 1e-5
+        assert records[name].get("grad_error", 0) < 1e-5
+    assert abs(records["copy"]["bytes"] - case.logit_bytes) < 3 * 4
 
 
 @needs_cpu
@@ -579,6 +616,9 @@ def test_shapes() -> None:
         ["--threads", "0"],
         ["--seconds", "0"],
         ["--losses", "mse"],
+        ["--malloc", "keep", "--device", "cuda"],
+        ["--keep", "--out", "x"],
+        ["--ignored", "100"],
         ["--pass", "up"],
     ],
     ids=" ".join,
@@ -604,6 +644,7 @@ def test_only_default_cases_go_to_the_committed_results() -> None:
         ["--pass", "both"],
         ["--providers", "cpu"],
         ["--sets", "1"],
+        ["--ignored", "50"],
         ["--malloc", "keep"],
     ):
         assert not command.parse([*words, "--device", "cpu"]).default
