@@ -266,7 +266,7 @@ def accuracy_table(runs: Sequence[Run]) -> str:
             ]
         )
     header = ["loss", "test accuracy %", "worst", "best", "over CE, same seed"]
-    return measure.table(header, lines)
+    return report.table(header, lines)
 
 
 def plot(runs: Sequence[Run], teacher_test: float, teacher_validation: float, path: Path) -> None:
