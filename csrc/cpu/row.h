@@ -165,13 +165,14 @@ template <class T, class S>
 void load_block_of(const T* data, const Logits& x, const Block<S>& block, int64_t classes, S* to) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
-  const T* rows[L];
+  const T *rows[L], *end = nullptr;  // of the last row: before it all memory is the tensor's
   bool full = true, adjacent = x.inner_stride == 1;
   for (int lane = 0; lane < L; ++lane) {
     rows[lane] =
         block.active[lane] ? data + block.outer[lane] * x.outer_stride + block.inner[lane] * x.inner_stride : nullptr;
     full = full && block.active[lane];
     adjacent = adjacent && full && rows[lane] == rows[0] + lane;
+    if (rows[lane] && (!end || end < rows[lane] + classes)) end = rows[lane] + classes;
   }
   const V nothing = -infinity<V>();
   if (x.class_stride == 1) {
@@ -181,7 +182,7 @@ void load_block_of(const T* data, const Logits& x, const Block<S>& block, int64_
       for (int lane = 0; lane < L; ++lane) {
         if (!rows[lane]) {
           m[lane] = nothing;
-        } else if (classes >= L) {
+        } else if (classes >= L || end - rows[lane] >= L) {  // beyond a short row lies what is not used
           m[lane] = load<S>(rows[lane] + from);
         } else {
           T padded[L] = {};
@@ -206,11 +207,13 @@ void store_block_of(T* data, const Logits& x, const Block<S>& block, int64_t cla
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   T* rows[L];
-  bool adjacent = x.inner_stride == 1 && block.lanes == L;
+  bool adjacent = x.inner_stride == 1 && block.lanes == L, dense = true;
   for (int lane = 0; lane < block.lanes; ++lane) {
     rows[lane] = data + block.outer[lane] * x.outer_stride + block.inner[lane] * x.inner_stride;
     adjacent = adjacent && rows[lane] == rows[0] + lane;
+    dense = dense && rows[lane] == rows[0] + lane * classes;
   }
+  const int64_t room = dense ? block.lanes * classes : 0;  // from the first row on
   if (x.class_stride == 1) {
     for (int64_t c = 0; c < classes; c += L) {
       const int64_t at = window(c, classes, L);
@@ -218,7 +221,7 @@ void store_block_of(T* data, const Logits& x, const Block<S>& block, int64_t cla
       for (int j = 0; j < L; ++j) m[j] = load<S>(from + (at + j < classes ? at + j : 0) * L);
       transpose(m);
       for (int lane = 0; lane < block.lanes; ++lane) {
-        if (classes >= L) {
+        if (classes >= L || room - lane * classes >= L) {  // beyond a short row lie those that come next
           store<S>(rows[lane] + at, m[lane]);
         } else {
           T padded[L];
