@@ -149,11 +149,11 @@ class Case:
         """Bytes that measuring it may take: inputs, the copy's result, a call, and the truth.
 
         Of what is not fused, eager NKD holds most: 9.25 tensors of float32 at a time, measured with
-        bfloat16 logits. The truth is computed in chunks of float64.
+        bfloat16 logits. The truth is computed in chunks of float64, of the rows that count.
         """
         wide = max(4, DTYPES[self.dtype].itemsize)
         call = self.tensor_bytes if fused else 10 * wide * self.rows * self.classes
-        truth = 10 * 8 * max(CHUNK, self.classes)
+        truth = 10 * 8 * max(CHUNK, self.classes) + (2 * self.tensor_bytes if self.ignored else 0)
         return (2 * sets + 1) * self.tensor_bytes + max(call, truth)
 
 

@@ -111,14 +111,7 @@ def lines_of(case: Case, results: Results) -> list[list[object]]:
         for other in providers.BASELINES:
             line.append(times(results.ratio(case, other, name)) if fused else None)
         peak = record.get("peak_bytes")
-        line += (
-            [None, None]
-            if peak is None
-            else [
-                number(peak / MIB),
-                number(peak / case.tensor_bytes),
-            ]
-        )
+        line += [None if peak is None else number(peak / x) for x in (MIB, case.tensor_bytes)]
         line += [_error(record.get("loss_error")), _error(record.get("grad_error"))]
         lines.append(line)
     return lines
