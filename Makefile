@@ -1,6 +1,8 @@
 # Every target makes its environment first: .venv, from the versions in constraints.txt.
 # ENV=current uses the Python at hand instead, installs nothing, and builds the extension in place.
-#   make demo | test | bench     run the example, the tests, the benchmark (ARGS=... is passed on)
+#   make demo | bench            run the example, the benchmark (ARGS=... is passed on)
+#   make test                    the tests of what this machine can use
+#   make test-full               all tests: of the CUDA kernels too, emulated and as nvcc compiles them
 #   make lint | format           style and types; apply the style
 #   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
@@ -16,7 +18,7 @@ DEVICE := $(or $(GPU),$(wildcard /dev/nvidia[0-9]*))
 ifeq ($(KDKERNELS_CUDA_ARCHS),)
 KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
-ifneq ($(filter-out demo bench asan gpu-check gpu-bench,$(or $(MAKECMDGOALS),build)),)
+ifneq ($(filter test-full gate check,$(MAKECMDGOALS)),)
 KDKERNELS_SIMT ?= 1
 else ifeq ($(DEVICE),)
 KDKERNELS_BUILD ?= $(if $(shell command -v c++ g++ clang++),cpu,auto)
@@ -43,7 +45,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test bench gpu-check gpu-bench lint format gate check asan clean distclean
+.PHONY: build demo test test-full bench gpu-check gpu-bench lint format gate check asan clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -70,6 +72,10 @@ bench: build
 
 test: build
 	$(PY) -m pytest -q $(WORKERS) $(ARGS)
+
+test-full: export KDKERNELS_FUZZ_EXAMPLES ?= 400
+test-full: build
+	$(PY) -m pytest -q -m "not gate" $(WORKERS) $(ARGS)
 
 gpu-check: build
 	$(PY) tests/gpu_check.py $(ARGS)

@@ -388,7 +388,10 @@ def compiled(arch: str) -> list[Kernel]:
     return cached(f"sm_{arch}-{key}", make)
 
 
-SOURCES = [BUILT, *(pytest.param(x, marks=[pytest.mark.gate, pytest.mark.slow]) for x in GATE)]
+SOURCES = [
+    pytest.param(BUILT, marks=pytest.mark.full),
+    *(pytest.param(x, marks=pytest.mark.gate) for x in GATE),
+]
 
 
 @pytest.fixture(scope="session", params=SOURCES)
@@ -397,7 +400,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[list[Kernel]]:
 
 
 @pytest.mark.gate
-@pytest.mark.slow
 def test_device_compiles_without_a_warning(tmp_path):
     nvcc = find_nvcc()
     compile_cuda(nvcc, MAIN, "device.cu", tmp_path / "device.o", "-c")
