@@ -10,7 +10,9 @@ import kdkernels
 from kdkernels import ops
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (3, 1, 2), (7, 5, 5, 3, 2), (2, 2, 2, 2, 2, 9), (4,) * 6])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2), (3, 1, 2), (7, 5, 5, 3, 2), (2, 2, 2, 2, 2, 9), (4,) * 6]
+)
 def test_every_two_values_meet(sizes: tuple[int, ...]) -> None:
     rows = covering(sizes)
     for i, j in combinations(range(len(sizes)), 2):

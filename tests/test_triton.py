@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -86,19 +86,24 @@ Dtypes = tuple[torch.dtype, torch.dtype]
 REGIMES = ("as planned", "resident", "cluster", "sweeps", "split")
 
 
-def each_plan(regimes: Sequence[str] = REGIMES) -> Iterator[str]:
-    """As planned, and regimes with blocks of 32; the backward pass in one and in many slices."""
-    for regime in regimes:
-        with pytest.MonkeyPatch.context() as patch:
-            if regime != "as planned":
-                patch.setattr(launch, "plan", forced(regime, 32))
-                patch.setattr(launch, "SLICE", (32, 4))
-                patch.setattr(launch, "SLICE_WIDE", (32, 4))
-            yield regime
+def in_regime(regime: str) -> Iterator[str]:
+    """As planned, or with blocks of 32; the backward pass in one and in many slices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if regime != "as planned":
+            patch.setattr(launch, "plan", forced(regime, 32))
+            patch.setattr(launch, "SLICE", (32, 4))
+            patch.setattr(launch, "SLICE_WIDE", (32, 4))
+        yield regime
 
 
 def one(regime: str) -> Variants:
-    return partial(each_plan, [regime])
+    return partial(in_regime, regime)
+
+
+# For `make test` the grid below is enough of the others.
+every_regime = pytest.mark.parametrize(
+    "regime", [x if x == "as planned" else pytest.param(x, marks=pytest.mark.full) for x in REGIMES]
+)
 
 
 # ---- the grid -------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ def test_no_two_ctas_of_a_cluster_write_one_element(
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked)
     inputs = make_inputs("normal", 2, 103, torch.bfloat16, generator)
-    for _ in each_plan(["cluster"]):
+    for _ in in_regime("cluster"):
         for x in inputs[0], inputs[0].T.contiguous().T:  # in granules, and one by one
             evaluate(USUAL["kd"], x, *inputs[1:], backend="triton")
 
@@ -189,11 +194,12 @@ def test_layouts(
     check_rows(case, *views, dense[2], generator, backend="triton", variants=one(regime))
 
 
-@pairwise(case=MAIN_CASES, dim=[0, 1, -1], regime=REGIMES)
-def test_dim(case: Case, dim: int, regime: str, generator: torch.Generator) -> None:
-    student, teacher, target = make_inputs("normal", (2, 5, 3), 4, F32, generator)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
+    student, teacher, target = make_inputs("normal", (2, 3, 2), 4, F32, generator)
     inputs = (*(x.movedim(-1, dim).contiguous() for x in (student, teacher)), target)
-    check_rows(case, *inputs, generator, dim, backend="triton", variants=one(regime))
+    check_rows(case, *inputs, generator, dim, backend="triton", variants=one("as planned"))
 
 
 @pairwise(
@@ -219,52 +225,56 @@ def test_no_rows(case: Case, classes: int, generator: torch.Generator) -> None:
 # ---- the contracts --------------------------------------------------------------------------
 
 
+@every_regime
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_rows_that_do_not_count_are_not_read(case: Case, generator: torch.Generator) -> None:
-    contracts.check_that_rows_that_do_not_count_are_not_read(case, generator, "triton", each_plan)
-
-
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_nan_stays_in_its_row(case: Case, generator: torch.Generator) -> None:
-    contracts.check_that_nan_stays_in_its_row(case, generator, "triton", each_plan)
-
-
-@pytest.mark.parametrize(
-    ("bad", "regime"), [(-1, "split"), (70, "sweeps"), (2**32 + 1, "resident")]
-)
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_a_bad_target_makes_its_row_nan(
-    case: Case, bad: int, regime: str, generator: torch.Generator
+def test_rows_that_do_not_count_are_not_read(
+    case: Case, regime: str, generator: torch.Generator
 ) -> None:
-    variants = partial(each_plan, [regime])
-    contracts.check_that_a_bad_target_makes_its_row_nan(case, generator, "triton", variants, bad)
+    check = contracts.check_that_rows_that_do_not_count_are_not_read
+    check(case, generator, "triton", one(regime))
 
 
+@every_regime
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_nan_stays_in_its_row(case: Case, regime: str, generator: torch.Generator) -> None:
+    contracts.check_that_nan_stays_in_its_row(case, generator, "triton", one(regime))
+
+
+@every_regime
+@pytest.mark.parametrize("bad", [-1, 70, 2**32 + 1])
+def test_a_bad_target_makes_its_row_nan(bad: int, regime: str, generator: torch.Generator) -> None:
+    for case in MAIN_CASES if regime == "as planned" else [SOME]:
+        check = contracts.check_that_a_bad_target_makes_its_row_nan
+        check(case, generator, "triton", one(regime), bad)
+
+
+@every_regime
 @pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
-def test_same_bits_again_and_without_gradient(case: Case, generator: torch.Generator) -> None:
-    inputs = make_inputs("normal", 3, 70, torch.bfloat16, generator, ignored=0.2)
-    for _ in each_plan():
+def test_same_bits_again_and_without_gradient(
+    case: Case, regime: str, generator: torch.Generator
+) -> None:
+    inputs = make_inputs("normal", 3, 70, BF16, generator, ignored=0.2)
+    for _ in in_regime(regime):
         first, second = (evaluate(case, *inputs, backend="triton") for _ in range(2))
         assert_same(first[0], second[0])
         assert_same(first[1], second[1])
         assert_same(case(*inputs, backend="triton"), first[0])
 
 
-def test_nothing_outside_the_gradient_is_written(generator: torch.Generator) -> None:
+@pairwise(classes=[1, 7, 8, 9, 17, 40], offset=[0, 5, 8], regime=REGIMES)
+def test_nothing_outside_the_gradient_is_written(
+    classes: int, offset: int, regime: str, generator: torch.Generator
+) -> None:
     """The gradient as the middle of a larger buffer, for every alignment of both ends."""
-    student, teacher, target = make_inputs("normal", 3, 64, BF16, generator)
+    student, teacher, target = make_inputs("normal", 3, classes, BF16, generator)
+    buffer = torch.full((offset + student.numel() + 16,), 7.0, dtype=student.dtype)
+    grad = buffer[offset : offset + student.numel()].view(student.shape)
     name, params = SOME.operator
-    for classes in (1, 7, 8, 9, 17, 40):
-        for offset in (0, 5, 8):
-            s, t = (x[:, :classes].contiguous() for x in (student, teacher))
-            y = target % classes
-            buffer = torch.full((offset + s.numel() + 16,), 7.0, dtype=s.dtype)
-            grad = buffer[offset : offset + s.numel()].view(s.shape)
-            call = launch.Call.of(name, s, t, y, None, params, IGNORED, grad)
-            for _ in each_plan():
-                launch._run(call, s.new_empty(3, dtype=torch.float32), None)
-                assert (buffer[:offset] == 7).all() and (buffer[offset + s.numel() :] == 7).all()
-                assert (grad != 7).all()
+    call = launch.Call.of(name, student, teacher, target, None, params, IGNORED, grad)
+    for _ in in_regime(regime):
+        launch._run(call, student.new_empty(3, dtype=F32), None)
+    assert (buffer[:offset] == 7).all() and (buffer[offset + student.numel() :] == 7).all()
+    assert (grad != 7).all()
 
 
 def test_scale_writes_nothing_at_one() -> None:
@@ -292,17 +302,18 @@ def test_a_loss_of_several_outputs_is_not_reduced() -> None:
         kdkernels.ops.TRITON.reduced(*inputs)
 
 
+@every_regime
 @pytest.mark.parametrize("loss", [kdkernels.dkd_loss, kdkernels.aekt_loss])
-def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object) -> None:
-    for _ in each_plan():
+def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object, regime: str) -> None:
+    for _ in in_regime(regime):
         check_a_weight_of_0(loss, 70, "triton")
 
 
 @pytest.mark.parametrize("temperature", contracts.EXTREME_TEMPERATURES)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> None:
-    planned = partial(each_plan, ["as planned"])
-    contracts.check_that_extreme_temperatures_give_numbers(case, temperature, 9, "triton", planned)
+    check = contracts.check_that_extreme_temperatures_give_numbers
+    check(case, temperature, 9, "triton", one("as planned"))
 
 
 @pytest.mark.parametrize(
