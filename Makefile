@@ -8,6 +8,8 @@
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
 #   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
 #   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
+#   make versions                what a source build gives under the oldest torch (TORCH=2.14.1: another one)
+#   make prebuilt                the package with its modules in OUT, or in build/prebuilt, for a machine without compilers
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
@@ -45,7 +47,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test test-full bench gpu-check gpu-bench lint format gate check asan clean distclean
+.PHONY: build demo test test-full bench gpu-check gpu-bench lint format gate check asan versions prebuilt clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -113,10 +115,33 @@ asan: $(PACKAGE)
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(PY) -m pytest -q --capture=sys -o pythonpath=build/asan $(ASAN_TESTS) $(ARGS)
 
+# An environment beside .venv, with everything as pinned but torch and what torch itself pins.
+TORCH ?= 2.10.0
+BESIDE := .venv-torch-$(TORCH)
+VERSIONS_TESTS ?= tests/test_versions.py
+$(BESIDE)/.tools: constraints.txt
+	test -x $(BESIDE)/bin/python || $(PYTHON) -m venv $(BESIDE)
+	sed -E '/^(torch|triton|setuptools)==/d' constraints.txt > $(BESIDE)/constraints.txt
+	$(BESIDE)/bin/python -m pip install --disable-pip-version-check -c $(BESIDE)/constraints.txt \
+	    torch==$(TORCH) setuptools==81.0.0 ninja numpy pytest hypothesis tqdm
+	@touch $@
+
+versions: KDKERNELS_BUILD := auto
+versions: $(BESIDE)/.tools
+	$(BESIDE)/bin/python setup.py -q build --build-lib build/torch-$(TORCH)
+	$(BESIDE)/bin/python -m pytest -q -o pythonpath=build/torch-$(TORCH) $(VERSIONS_TESTS) $(ARGS)
+
+# For any Python >= 3.10 with torch >= 2.10, and FOR=python3.12 names the Python to build kdkernels._host for (by which
+# bench names kernels). To use it from a checkout: PYTHONSAFEPATH=1 PYTHONPATH=build/prebuilt:. python -m bench
+prebuilt: export KDKERNELS_PYTHON ?= $(FOR)
+prebuilt: $(TOOLS)
+	KDKERNELS_BUILD=cuda $(PY) setup.py -q build --build-lib '$(or $(OUT),build/prebuilt)'
+	@du -sh '$(or $(OUT),build/prebuilt)'
+
 clean:
 	rm -rf build dist *.egg-info kdkernels/_build.json kdkernels/*.so kdkernels/triton_kernels
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f .venv/.package
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-torch-*

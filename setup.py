@@ -1,10 +1,11 @@
-"""Builds kdkernels._C (the CPU's operators), kdkernels._host (for tests) and kdkernels._cuda.
+"""Builds kdkernels._C (the CPU's operators), kdkernels._cuda and, but for wheels, kdkernels._host.
 
 KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
 KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
                       TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
 KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host (for tests)
 KDKERNELS_SANITIZE    a value for -fsanitize
+KDKERNELS_PYTHON      another Python, such as python3.12, to build for (see make prebuilt)
 NVCC, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
 
 The CPU kernels are compiled once per instruction set and one is chosen at run time, so a build does
@@ -22,14 +23,22 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "\nkdkernels cannot be built: setuptools >= 70.1 is needed, this environment has "
+        f"{setuptools.__version__}\n"
+    ) from None
 
 # A subpackage that lives outside kdkernels/ gets a line here: "kdkernels.name": "folder".
 PACKAGES = {"kdkernels": "kdkernels", "kdkernels.triton_kernels": "triton_kernels"}
@@ -43,15 +52,15 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-wid
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"baseline": ""} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
 MACOS = sys.platform == "darwin"
-LINK = "-bundle -undefined dynamic_lookup" if MACOS else "-shared"
+LINK = "-bundle -undefined dynamic_lookup" if MACOS else "-shared -Wl,--no-as-needed"
 SANITIZE = os.environ.get("KDKERNELS_SANITIZE", "")
 if SANITIZE:
     COMPILE += f" -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize={SANITIZE}"
     LINK += f" -fsanitize={SANITIZE}"
-# The stable ABIs of torch 2.10 and Python 3.10; free-threaded Python has none.
+# The stable ABIs of torch 2.10 and Python 3.10. The rest is for one Python and stays out of wheels.
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-STABLE_PYTHON = not sysconfig.get_config_var("Py_GIL_DISABLED")
-PYTHON_ABI = "-DPy_LIMITED_API=0x030a0000" if STABLE_PYTHON else ""
+PYTHON_ABI = "-DPy_LIMITED_API=0x030a0000"
+STABLE = ("_C", "_cuda")
 
 NVCC_OLDEST = (12, 8)  # the first that knows sm_100 and sm_120
 ARCH_OLDEST = 80  # the first with bfloat16
@@ -74,6 +83,26 @@ def find_torch():
     return (Path(found).parent, importlib.metadata.version("torch")) if found else None
 
 
+@dataclass(frozen=True)
+class Python:
+    include: str
+    suffix: str  # of modules for this Python only
+    free_threaded: bool  # which has no stable ABI
+
+
+def find_python():
+    """The Python to build for."""
+    command = os.environ.get("KDKERNELS_PYTHON") or sys.executable
+    script = "import json, sysconfig as s; v = s.get_config_vars(); print(json.dumps("
+    script += "[s.get_path('include'), v['EXT_SUFFIX'], bool(v.get('Py_GIL_DISABLED'))]))"
+    try:
+        return Python(*json.loads(output([command, "-c", script])))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"\nkdkernels cannot be built: KDKERNELS_PYTHON={command}: {error}\n"
+        ) from None
+
+
 def find_compiler():
     """(command, first line of --version), or None."""
     for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
@@ -94,7 +123,7 @@ def missing_tool():
         return (
             f"no C++ compiler at build time (tried {os.environ.get('CXX') or 'c++, g++, clang++'})"
         )
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    if not Path(PYTHON.include, "Python.h").exists():
         return "no Python headers (Python.h) at build time"
     return None
 
@@ -231,7 +260,8 @@ def decide():
     if TORCH is None:
         error = (
             "the C++ operators are compiled against your torch, and this environment has none.\n"
-            "Install torch, setuptools and ninja, then: pip install --no-build-isolation .\n"
+            "pip install torch 'setuptools>=70.1' ninja\n"
+            "pip install --no-build-isolation .\n"
             "(KDKERNELS_BUILD=none installs the pure Python package without them.)"
         )
     elif tuple(map(int, re.findall(r"\d+", TORCH[1])[:2])) < (2, 10):
@@ -249,7 +279,7 @@ def decide():
 
 
 os.chdir(Path(__file__).resolve().parent)
-TORCH, COMPILER = find_torch(), find_compiler()
+PYTHON, TORCH, COMPILER = find_python(), find_torch(), find_compiler()
 OUTCOME, CUDA, REASONS, ERROR = decide()
 
 
@@ -266,7 +296,11 @@ def check():
     print(f"kdkernels: building {OUTCOME} ({what})", file=sys.stderr)
 
 
-def record(package):
+def name_of(module):
+    return module.split(".")[-1]
+
+
+def record(package, extensions):
     """Writes the build record, and removes the extensions that only an earlier build had."""
     built = OUTCOME != "none"
     facts = {
@@ -280,7 +314,7 @@ def record(package):
         "reasons": REASONS,
     }
     (package / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
-    kept = {extension.name.split(".")[1] for extension in EXTENSIONS}
+    kept = {name_of(extension.name) for extension in extensions}
     for path in package.glob("*.so"):
         if path.name.split(".")[0] not in kept:
             path.unlink()
@@ -294,13 +328,18 @@ def link_packages():
             link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
 
 
-def compile_modules(folder):
-    """Compiles every object once, links the modules. Paths are relative, so __FILE__ is too."""
+def compile_modules(folder, names):
+    """Compiles every object once, links the modules. Paths are relative, so __FILE__ is too.
+
+    Returns the folder of the modules: they and the objects that see torch or Python are apart, and
+    the kernels, which do not, are compiled once for all versions.
+    """
     torch = TORCH[0]
+    local = f"{PYTHON.suffix.split('.')[1]}-torch-{TORCH[1]}"
     cxx = [*COMPILER[0], *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE.split()]
     cxx += [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
     # pybind11's headers are those inside torch: they fit every Python that this torch runs on.
-    python = ["-isystem", sysconfig.get_path("include"), "-isystem", str(torch / "include")]
+    python = ["-isystem", PYTHON.include, "-isystem", str(torch / "include")]
     python.append(f"-ffile-prefix-map={torch.parent}{os.sep}=")
     steps = []  # (rule, output, inputs, command)
 
@@ -317,15 +356,12 @@ def compile_modules(folder):
         steps.append(("compile", out, [source], command))
         return out
 
-    def link(name, *inputs, libraries=()):
-        out = str(folder / f"{name}.so")
-        flags = [*LINK.split(), *shlex.split(os.environ.get("LDFLAGS", ""))]
-        command = [*COMPILER[0], *inputs, *libraries, *flags, "-o", out]
+    def link(name, *inputs, libraries=(), flags=()):
+        out = str(folder / local / f"{name}.so")
+        flags = [*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        command = [*COMPILER[0], *LINK.split(), *inputs, *libraries, *flags, "-o", out]
         steps.append(("link", out, inputs, command))
-
-    def torch_libraries(*names):
-        found = [torch / "lib" / f"lib{x}.{'dylib' if MACOS else 'so'}" for x in names]
-        return [str(path) for path in found if path.exists()]
+        return out
 
     # The slow ones first.
     if CUDA:
@@ -339,26 +375,30 @@ def compile_modules(folder):
         # The same source, without the toolkit.
         flags = ["-x", "c++", "-O1"]
         simt = [compile(f"simt_{x}", KERNELS, *flags, f"-DKD_TYPES={x}") for x in KD_TYPES]
-        simt += [compile(f"simt_{x}", f"csrc/simt/{x}.cpp", *python) for x in SIMT_SOURCES]
-    binding = [TORCH_ABI, *PYTHON_ABI.split(), *python]
+        simt += [compile(f"{local}/simt_{x}", f"csrc/simt/{x}.cpp", *python) for x in SIMT_SOURCES]
+    binding = [TORCH_ABI, *([] if PYTHON.free_threaded else [PYTHON_ABI]), *python]
     if CUDA:
         flags = ["-DUSE_CUDA", "-I", str(CUDA.include)]  # -isystem /usr/include would break g++
-        cuda.append(compile("ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags))
+        cuda.append(compile(f"{local}/ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags))
         cuda.append(compile_cuda("device", "csrc/cuda/device.cu"))
     shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp"))
-    ops = compile("ops", "csrc/ops.cpp", *binding)
-    host = compile("host", "csrc/host.cpp", *python)
-    link("_C", ops, *shared, libraries=torch_libraries("torch_cpu"))
-    link("_host", host, *shared)
+    ops = compile(f"{local}/ops", "csrc/ops.cpp", *binding)
+    torch_cpu = str(torch / "lib" / f"libtorch_cpu.{'dylib' if MACOS else 'so'}")
+    link("_C", ops, *shared, libraries=[torch_cpu])
+    if "_host" in names:
+        link("_host", compile(f"{local}/host", "csrc/host.cpp", *python), *shared)
     if CUDA:
-        libraries = [str(CUDA.runtime), *CUDART_LINK.split()]
-        # A torch without CUDA lacks some symbols. That links; backend.py leaves the module alone.
-        libraries += torch_libraries("torch_cpu", "torch_cuda")
-        link("_cuda", *cuda, libraries=libraries)
+        # Only a name: the module asks for torch's CUDA library whether this torch has one or not,
+        # and then loads under every torch that has. backend.py leaves it alone under the others.
+        empty = ["-x", "c++", os.devnull, "-Wl,-soname,libtorch_cuda.so"]
+        torch_cuda = link("libtorch_cuda", flags=empty)
+        libraries = [torch_cpu, str(CUDA.runtime), *CUDART_LINK.split()]
+        link("_cuda", *cuda, torch_cuda, libraries=libraries)
     if SIMT:
         link("_simt", *simt)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / local).mkdir(parents=True, exist_ok=True)
     run(steps, folder / "build.ninja")
+    return folder / local
 
 
 def ccbin():
@@ -402,24 +442,28 @@ class BuildExt(build_ext):
         check()
         super().run()
         if self.inplace:
-            record(Path("kdkernels"))
+            record(Path("kdkernels"), self.extensions)
             link_packages()
 
+    def get_ext_filename(self, fullname):
+        stable = name_of(fullname) in STABLE and not PYTHON.free_threaded
+        return fullname.replace(".", os.sep) + (".abi3.so" if stable else PYTHON.suffix)
+
     def build_extensions(self):
-        tag = f"{sys.implementation.cache_tag}-{platform.machine()}"
-        folder = Path("build", f"{tag}-sanitize" if SANITIZE else tag)
-        compile_modules(folder)
+        folder = Path("build", platform.machine() + ("-sanitize" if SANITIZE else ""))
+        folder = compile_modules(folder, [name_of(x.name) for x in self.extensions])
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / f"{extension.name.split('.')[1]}.so", target)
+            shutil.copy(folder / f"{name_of(extension.name)}.so", target)
 
 
 class BuildPy(build_py):
     def run(self):
         check()
         super().run()
-        record(Path("." if self.editable_mode else self.build_lib, "kdkernels"))
+        package = Path("." if self.editable_mode else self.build_lib, "kdkernels")
+        record(package, self.distribution.ext_modules)
 
 
 class DistInfo(dist_info):
@@ -430,15 +474,28 @@ class DistInfo(dist_info):
         super().run()
 
 
+class BdistWheel(bdist_wheel):
+    """Fits every Python from 3.10 on, so what does not is left out (free-threaded: this one)."""
+
+    def finalize_options(self):
+        if not PYTHON.free_threaded:
+            self.py_limited_api = "cp310"
+        super().finalize_options()
+
+    def run(self):
+        modules = self.distribution.ext_modules
+        self.distribution.ext_modules = [x for x in modules if name_of(x.name) in STABLE]
+        super().run()
+
+
 EXTENSIONS = []
 if OUTCOME != "none":
     EXTENSIONS += [
-        Extension("kdkernels._C", ["csrc/ops.cpp"], py_limited_api=STABLE_PYTHON),
+        Extension("kdkernels._C", ["csrc/ops.cpp"]),
         Extension("kdkernels._host", ["csrc/host.cpp"]),
     ]
     if CUDA:
-        source = "csrc/ops_cuda.cpp"
-        EXTENSIONS.append(Extension("kdkernels._cuda", [source], py_limited_api=STABLE_PYTHON))
+        EXTENSIONS.append(Extension("kdkernels._cuda", ["csrc/ops_cuda.cpp"]))
     if SIMT:
         EXTENSIONS.append(Extension("kdkernels._simt", ["csrc/simt/module.cpp"]))
 setup(
@@ -446,5 +503,10 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     ext_modules=EXTENSIONS,
-    cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "dist_info": DistInfo},
+    cmdclass={
+        "bdist_wheel": BdistWheel,
+        "build_ext": BuildExt,
+        "build_py": BuildPy,
+        "dist_info": DistInfo,
+    },
 )

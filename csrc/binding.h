@@ -122,7 +122,7 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
 inline Tensor fresh_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
                             const Place& place) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), place.type,
                                place.index < 0 ? 0 : place.index, &handle));
@@ -152,7 +152,7 @@ inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, c
 
 inline void multiply_(const Tensor& x, const Tensor& factor) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(factor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // the dispatcher hands its result over
 }
 

@@ -31,7 +31,7 @@ const kd::gpu::Device& facts_of(int32_t index) {
 
 void* stream_of(int32_t index) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   return stream;
 }
 

@@ -1,14 +1,19 @@
 """The sources as such: what may include what; and the outcomes of a build."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
+
+import kdkernels
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -102,7 +107,7 @@ u.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("before", "environment", "message"),
     [
@@ -123,7 +128,7 @@ def test_a_build_that_cannot_be_says_why(checkout, before, environment, message)
     assert message in done.stderr, done.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -162,6 +167,15 @@ case "$*" in
 *--dryrun*) echo '#$ _TARGET_DIR_=' >&2; echo '#$ TOP='"${0%/*}"/.. >&2 ;;
 *) echo "what does not compile"; exit 1 ;;
 esac
+"""
+# Writes down what it is asked for, and makes the files that are expected of it.
+COMPILER = r"""#!/bin/sh
+case "$*" in --version) echo "no compiler 1.0"; exit ;; esac
+echo "$* " >> "${0%/*}/compiled"
+while [ $# -gt 1 ]; do
+  case "$1" in -o | -MF) : > "$2" ;; esac
+  shift
+done
 """
 NVIDIA_SMI = r"""#!/bin/sh
 if [ -z "$GPUS" ]; then echo "No devices were found"; exit 6; fi
@@ -205,7 +219,7 @@ DEFAULT = "sm_80, sm_86, sm_90, sm_100, compute_100, baseline"
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("environment", "printed", "archs", "ptx"),
     [
@@ -243,7 +257,7 @@ def test_architectures(checkout, toolkit, environment, printed, archs, ptx):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -273,14 +287,14 @@ def test_architectures_that_cannot_be_are_refused(checkout, toolkit, environment
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_native_needs_nvidia_smi(checkout, toolkit):
     record, said = decided(checkout, KDKERNELS_CUDA_ARCHS="native")
     assert not record and "=native, but there is no nvidia-smi to ask" in said, said
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("missing", "environment", "reason"),
     [
@@ -305,7 +319,7 @@ def test_without_cuda_the_build_degrades_or_is_refused(
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_without_cuda_on_request(checkout, toolkit):
     """And nothing stays behind of a build that had it."""
     decided(checkout)
@@ -318,9 +332,123 @@ def test_without_cuda_on_request(checkout, toolkit):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_nvcc_that_fails_fails_the_build(checkout, toolkit):
     nvcc, path = toolkit / "bin" / "nvcc", os.environ["PATH"]
     done = build(checkout, CUDA_HOME=str(nvcc.parents[1]), RELEASE="13.0", MAX_JOBS="1", PATH=path)
     assert done.returncode != 0 and "the C++ build failed" in done.stderr
     assert "what does not compile" in done.stdout + done.stderr
+
+
+# ---- what was built -------------------------------------------------------------------------
+
+PACKAGE = Path(kdkernels.__file__).parent
+OPERATORS = ("forward", "backward", "reduced", "scale_")
+# Loads the CUDA module where torch has no CUDA as well: what it needs of torch's library is in a
+# stand-in, which torch would load as this does, out of sight of other modules.
+LOAD_CUDA = """
+import ctypes, sys, torch
+if torch.version.cuda is None:
+    ctypes.CDLL(sys.argv[1])
+import kdkernels, kdkernels._cuda
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*(name for name in sys.argv[2:] if has(f"kdkernels::{name}", "CUDA")))
+"""
+STAND_IN = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+
+
+def test_what_was_built_loads():
+    """Tests of kernels that do not load would all be skipped."""
+    record = PACKAGE / "_build.json"
+    if not record.is_file() or json.loads(record.read_text())["outcome"] == "none":
+        pytest.skip("nothing was built")
+    assert kdkernels.backends()["cpu"].reason == "compiled kernels are loaded"
+    assert "does not load" not in kdkernels.backends()["cuda"].reason
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="CUDA modules are Linux'")
+def test_the_cuda_module_loads_under_every_torch_with_cuda(tmp_path):
+    if importlib.util.find_spec("kdkernels._cuda") is None:
+        pytest.skip("built without CUDA")
+    (tmp_path / "stand_in.cpp").write_text(STAND_IN)
+    library = tmp_path / "libtorch_cuda.so"
+    command = [str(CXX), "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "stand_in.cpp"]
+    subprocess.run([*command, "-o", str(library)], cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_CUDA, str(library), *OPERATORS],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == list(OPERATORS), done.stderr
+
+
+@needs_compiler
+@pytest.mark.full
+def test_a_wheel_fits_every_python(checkout, tmp_path):
+    """With a compiler that does nothing: what is in it, and as what."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("a free-threaded Python has no stable ABI")
+    add_program(checkout / "c++", COMPILER)
+    environment = {"CXX": str(checkout / "c++"), "KDKERNELS_BUILD": "cpu"}
+    done = build(checkout, **environment)  # leaves its modules behind, for the wheel to ignore
+    assert done.returncode == 0, done.stderr
+    (package,) = (checkout / "build").glob("lib*/kdkernels")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert {x.name for x in package.glob("*.so")} == {"_C.abi3.so", f"_host{suffix}"}
+    done = build(checkout, command="bdist_wheel", **environment)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert [x for x in names if x.endswith(".so")] == ["kdkernels/_C.abi3.so"]
+    assert {"kdkernels/_build.json", "kdkernels/triton_kernels/row.py"} < set(names)
+
+
+@needs_compiler
+@pytest.mark.full
+def test_a_build_for_another_python(checkout):
+    include = checkout / "include"
+    include.mkdir()
+    (include / "Python.h").touch()
+    add_program(checkout / "c++", COMPILER)
+    add_program(
+        checkout / "other", f'#!/bin/sh\necho \'["{include}", ".cpython-399-x.so", false]\'\n'
+    )
+    environment = {"CXX": str(checkout / "c++"), "KDKERNELS_BUILD": "cpu"}
+    done = build(checkout, **environment, KDKERNELS_PYTHON=str(checkout / "other"))
+    assert done.returncode == 0, done.stderr
+    (package,) = (checkout / "build").glob("lib*/kdkernels")
+    assert {x.name for x in package.glob("*.so")} == {"_C.abi3.so", "_host.cpython-399-x.so"}
+    assert f"-isystem {include} " in (checkout / "compiled").read_text()
+    done = build(checkout, **environment, KDKERNELS_PYTHON="no-such-python")
+    assert done.returncode != 0 and "KDKERNELS_PYTHON=no-such-python: " in done.stderr
+
+
+def test_an_old_setuptools_is_refused(checkout):
+    before = "sys.modules['setuptools.command.bdist_wheel'] = None"
+    done = build(checkout, before)
+    assert done.returncode != 0 and "setuptools >= 70.1 is needed, this environment" in done.stderr
+
+
+def test_the_oldest_versions_are_the_same_everywhere():
+    """They are claimed, asked for, tested, and what the stable ABIs are set to."""
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("an installed copy has no setup.py")
+    project, setup, make, readme = (
+        (ROOT / name).read_text()
+        for name in ("pyproject.toml", "setup.py", "Makefile", "README.md")
+    )
+    python = re.search(r'requires-python = ">=3\.(\d+)"', project)[1]
+    torch = re.search(r'dependencies = \["torch>=2\.(\d+)"\]', project)[1]
+    setuptools = re.search(r'requires = \["setuptools>=([\d.]+)"', project)[1]
+    assert f'"-DPy_LIMITED_API=0x03{int(python):02x}0000"' in setup
+    assert f'"-DTORCH_TARGET_VERSION=0x02{int(torch):02x}000000000000"' in setup
+    assert f'self.py_limited_api = "cp3{python}"' in setup and f"< (2, {torch})" in setup
+    assert f"setuptools >= {setuptools} is needed" in setup
+    assert f"\nTORCH ?= 2.{torch}.0\n" in make
+    assert f"Python >= 3.{python} and" in readme and f"torch >= 2.{torch} " in readme
+    assert f"'setuptools>={setuptools}'" in readme and f'"setuptools>={setuptools}"' in project

@@ -3,6 +3,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(KD_HAVE_AVX2)
+#include <cpuid.h>
+#endif
 
 #include <cstdint>
 #include <cstdlib>
@@ -29,22 +32,29 @@ struct Entry {
   bool supported;
 };
 
+#if defined(KD_HAVE_AVX2)
+// Asked of the processor itself: Clang 14's __builtin_cpu_supports does not know this name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 // In ascending order of preference.
 const Entry* entries(int& count) {
-#if defined(KD_HAVE_AVX2) || defined(KD_HAVE_AVX512)
+#if defined(KD_HAVE_AVX2)
   __builtin_cpu_init();
 #endif
   static const Entry list[] = {
       {&baseline::kernels_of_this_isa, true},
 #if defined(KD_HAVE_AVX2)
-      {&avx2::kernels_of_this_isa, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")},
+      {&avx2::kernels_of_this_isa,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() && __builtin_cpu_supports("bmi2")},
 #endif
 #if defined(KD_HAVE_AVX512)
       {&avx512::kernels_of_this_isa, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                                         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                                         __builtin_cpu_supports("bmi2")},
+                                         __builtin_cpu_supports("fma") && has_f16c() && __builtin_cpu_supports("bmi2")},
 #endif
   };
   count = sizeof(list) / sizeof(list[0]);

@@ -36,7 +36,7 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
   static KD_FN void target_term(const Params<ScalarOf<V>>& params, const Split<V>& q, const Split<V>& p, V& phi, V& h) {
     const V zero = lit<V>(0), one = lit<V>(1), bound = Ops<V>::splat(params.log_ratio_max);
     // A target masked in both, probability 0 against 0, counts as equal.
-    const auto masked = (q.log_p == -infinity<V>()) & (p.log_p == -infinity<V>());
+    const auto masked = select(q.log_p == -infinity<V>(), p.log_p, zero) == -infinity<V>();
     const V log_ratio = select(masked, zero, q.log_p - p.log_p), clamped = min_of(log_ratio, bound),
             ratio = Ops<V>::exp(clamped);
     const V tckd = binary_kl(q, p), d = difference(p, q);
