@@ -4,8 +4,11 @@
 #   make lint | format           style and types; apply the style
 #   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
-#   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
-#   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
+#   make gpu-check               on a GPU, CUDA kernels: a smoke test, the headline, tests, memory checkers; one table
+#   make gpu-check-triton        the same of Triton's, which take minutes to compile
+#   make gpu-counters | gpu-sweep | gpu-bench   what Nsight Compute counts; all plans of long rows; the benchmark
+# Each of the five ends within 10 minutes, build included, and leaves its results in OUT as they come (CONTRIBUTING.md).
+# ENV=current BUILD=no builds nothing: the kdkernels that comes first on PYTHONPATH is used.
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
@@ -16,7 +19,8 @@ DEVICE := $(or $(GPU),$(wildcard /dev/nvidia[0-9]*))
 ifeq ($(KDKERNELS_CUDA_ARCHS),)
 KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
-ifneq ($(filter-out demo bench asan gpu-check gpu-bench,$(or $(MAKECMDGOALS),build)),)
+ON_GPU := gpu-check gpu-check-triton gpu-counters gpu-sweep gpu-bench
+ifneq ($(filter-out demo bench asan $(ON_GPU),$(or $(MAKECMDGOALS),build)),)
 KDKERNELS_SIMT ?= 1
 else ifeq ($(DEVICE),)
 KDKERNELS_BUILD ?= $(if $(shell command -v c++ g++ clang++),cpu,auto)
@@ -24,9 +28,15 @@ export KDKERNELS_BUILD
 endif
 export KDKERNELS_CUDA_ARCHS KDKERNELS_SIMT
 
+BUILT := $(if $(filter no,$(BUILD)),,build)
 ifeq ($(ENV),current)
 PY := $(PYTHON)
+ifeq ($(BUILT),)
+export PYTHONPATH := $(if $(PYTHONPATH),$(PYTHONPATH):)$(CURDIR)
+export PYTHONSAFEPATH := 1
+else
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
 TOOLS :=
 PACKAGE :=
 else ifeq ($(ENV),)
@@ -43,7 +53,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test bench gpu-check gpu-bench lint format gate check asan clean distclean
+.PHONY: build demo test bench $(ON_GPU) lint format gate check asan clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -71,12 +81,22 @@ bench: build
 test: build
 	$(PY) -m pytest -q $(WORKERS) $(ARGS)
 
-gpu-check: build
-	$(PY) tests/gpu_check.py $(ARGS)
+# The budgets are seconds, of 600 with the build of one architecture on 16 cores.
+gpu-check: $(BUILT)
+	$(PY) tests/gpu_check.py --budget 460 $(ARGS)
 
-# With gpu-check and the build 10 minutes on 16 cores, and the case under way when the budget ends.
-# make -k gpu-check gpu-bench: also when a check fails.
-gpu-bench: build
+gpu-check-triton: $(BUILT)
+	$(PY) tests/gpu_check.py --backend triton --stages smoke,tests,sanitizers --tools memcheck --budget 460 $(ARGS)
+
+gpu-counters: $(BUILT)
+	$(PY) -m bench.counters --budget 300 $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+# A second one goes on where the first one ended.
+gpu-sweep: $(BUILT)
+	$(PY) -m bench.sweep --device cuda --budget 240 $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+# And the case under way when the budget ends.
+gpu-bench: $(BUILT)
 	$(PY) -m bench --device cuda --budget 170 $(if $(OUT),--out '$(OUT)',--keep) $(ARGS)
 
 lint: $(TOOLS)

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from typing import Any
 LINES = "KD_LINES"
 START = 120.0  # seconds until a child is ready: imports, the device's context
 POLL = 0.02
-RUNNING: set[subprocess.Popen] = set()
+STOP = threading.Event()  # set where all of this is to end: children are killed, none is begun
 
 Line = dict[str, Any]
 
@@ -41,7 +42,6 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # a driver may take its time
         process.wait(5)
-    RUNNING.discard(process)
 
 
 def watch(
@@ -69,7 +69,6 @@ def watch(
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
         )
-        RUNNING.add(process)
         heard, allowed, half = time.monotonic(), START, ""
         try:
             with path.open(encoding="utf-8") as file:
@@ -82,7 +81,7 @@ def watch(
                     if status is not None:
                         yield {"status": status}
                         return
-                    if time.monotonic() > until:
+                    if STOP.is_set() or time.monotonic() > until:
                         yield {"late": True}
                         return
                     if time.monotonic() > heard + allowed:
@@ -104,7 +103,7 @@ def work_through(
     which is the last line, or of one that had nothing left to do.
     """
     left = list(names)
-    while left and time.monotonic() < until:
+    while left and not STOP.is_set() and time.monotonic() < until:
         ready = lost = False
         end: Line = {}
         for line in watch([*command, *left], until=until, **options):

@@ -13,11 +13,10 @@ taken, with KD and with DKD: the mean with its gradient in one sweep, and rows w
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ if not torch.cuda.is_available():  # before kdkernels is imported
 
 import kdkernels
 from bench.children import LINES, say
+from bench.providers import PLAN, planned
 
-PLAN = "KDKERNELS_PLAN"
 # Of value or gradient: the largest error over the largest entry.
 ALLOWED = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-4, "float64": 1e-9}
 
@@ -45,7 +44,7 @@ class Call:
     classes: int
     student: str = "bfloat16"
     teacher: str = ""  # as the student
-    layout: str = "dense"  # "skewed": begins between two granules; "strided": classes are apart
+    layout: str = "dense"  # of those in `logits`
     plan: str = ""  # the planner's override
     captured: bool = False  # in a CUDA graph
 
@@ -59,10 +58,15 @@ CASES: dict[str, tuple[Call, ...]] = {
     "rows counted first": (Call("lanes", 9000, 10, "float32"),),
     "block": (Call("block", 5, 1000),),
     "block in float32": (Call("block", 5, 4001, "float32"),),
-    "strided": (Call("strided", 12, 37, "float32", layout="strided"),),
+    "strided": (Call("strided", 12, 37, "float32", layout="classes first"),),
     "sweeps of two types": (Call("sweeps", 135, 3000, "bfloat16", "float32"),),
     "sweeps in double": (Call("sweeps", 135, 2053, "float64"),),
     "sweeps, skewed": (Call("sweeps", 9, 3001, layout="skewed"),),
+    "double and half, skewed": (
+        Call("sweeps", 5, 1003, "float64", "float16", layout="skewed"),
+    ),
+    "two types, skewed": (Call("cluster", 5, 16_391, "float32", "bfloat16", layout="skewed"),),
+    "every other class": (Call("strided", 5, 1003, layout="every other class"),),
     "split in double": (Call("split", 2, 8201, "float64"),),
     "cluster of 1": (_SHORT,),
     "cluster of 1, two types": (Call("cluster", 267, 5003, "bfloat16", "float32"),),
@@ -92,31 +96,30 @@ def names(backend: str) -> list[str]:
     return [x for x, calls in CASES.items() if backend == "cuda" or not any(y.plan for y in calls)]
 
 
+def first(backend: str) -> list[str]:
+    """What takes a fresh one. Triton compiles in it, which no capture allows."""
+    return [] if backend == "triton" else [*FIRST]
+
+
 def logits(call: Call, dtype: str, device: str, generator: torch.Generator) -> Tensor:
     """Their memory ends with a whole granule, as all that an allocator hands out does.
 
     Kernels read granules whole where that cannot fault; a memory checker goes by what was asked.
     """
     rows, classes = call.rows, call.classes
-    shape = {"strided": (classes, rows), "skewed": (rows, classes + 3)}.get(
-        call.layout, (rows, classes)
-    )
-    count = shape[0] * shape[1]
-    store = torch.zeros(-(-count // 8) * 8, dtype=getattr(torch, dtype), device=device)
-    store[:count].normal_(0, 3, generator=generator)
-    out = store[:count].view(shape)
-    return out.t() if call.layout == "strided" else out[:, 1:-2] if call.layout == "skewed" else out
 
+    def dense(*shape: int) -> Tensor:
+        count = math.prod(shape)
+        store = torch.zeros(-(-count // 8) * 8, dtype=getattr(torch, dtype), device=device)
+        return store[:count].normal_(0, 3, generator=generator).view(shape)
 
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.pop(name, None)
-    if value:
-        os.environ[name] = value
-    yield
-    os.environ.pop(name, None)
-    if before is not None:
-        os.environ[name] = before
+    if call.layout == "classes first":
+        return dense(classes, rows).t()
+    if call.layout == "every other class":
+        return dense(rows, 2 * classes)[:, ::2]
+    if call.layout == "skewed":  # rows begin between two granules
+        return dense(rows, classes + 3)[:, 1:-2]
+    return dense(rows, classes)
 
 
 def results(student: Tensor, teacher: Tensor, target: Tensor, backend: str) -> list[Tensor]:
@@ -135,7 +138,7 @@ def error_of(call: Call, backend: str, device: str) -> float:
     teacher = logits(call, call.teacher or call.student, device, generator)
     target = torch.randint(call.classes, (call.rows,), device=device, generator=generator)
     target[1::7] = -100
-    with environment(PLAN, call.plan):
+    with planned(call.plan):
         if call.captured and device == "cuda":
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
