@@ -4,7 +4,7 @@
     KDKERNELS_PLAN="parts=4" python -m bench.counters --shapes 4096x32000
 
 For each shape one launch is profiled, the second: sections SpeedOfLight, MemoryWorkloadAnalysis,
-Occupancy and WarpStateStats. They go to --out (default: out/bench) as counters-<shape>.txt and .csv,
+Occupancy and WarpStateStats. They go to --out (default: out/bench), counters-<shape>.txt and .csv,
 beside the report itself, which ncu-ui opens. Without ncu on PATH nothing is done, which is said.
 """
 
@@ -58,11 +58,11 @@ def count(program: str, case: Case, device: str, out: Path, until: float) -> str
     }
     for path, arguments in steps.items():
         path.unlink(missing_ok=True)
-        *_, end = watch(
-            [program, *arguments], limit=LIMIT, until=min(until, time.monotonic() + LIMIT), output=path
-        )
+        latest = min(until, time.monotonic() + LIMIT)
+        *_, end = watch([program, *arguments], limit=LIMIT, until=latest, output=path)
         if end != {"status": 0}:
-            return f"{Path(program).name} {'ended with' if 'status' in end else 'was killed:'} {end}"
+            how = f"ended with status {end['status']}" if "status" in end else "ran out of time"
+            return f"{Path(program).name} {how}, see {path.name}"
     return None
 
 

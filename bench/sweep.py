@@ -5,10 +5,10 @@
     python -m bench.sweep --shapes 512x32000 --plans "" "regime=split" "parts=4 stages=2"
 
 Every plan is asked for by KDKERNELS_PLAN; "" is the planner's own. Its gradient is compared with
-that of the planner's own plan, loss and gradient are compared with float64, and it is timed in turns
-with a copy of as many bytes as the loss must move. A line for each shape and plan goes to sweep.csv
-in --out (default: out/bench) as it comes: also for one that a kernel or the device cannot have, that
-gives wrong numbers, hangs or crashes. It runs in a child process, so that the next one has a device.
+that of the planner's own plan, loss and gradient with float64, and it is timed in turns with a copy
+of as many bytes as the loss must move. A line for each shape and plan goes to sweep.csv in --out
+(default: out/bench) as it comes: also for one that a kernel or the device cannot have, that gives
+wrong numbers, hangs or crashes. It runs in a child process, so that the next one has a device.
 Shapes and plans that are in the file are not measured again.
 """
 

@@ -194,6 +194,7 @@ def smoke(results: Results, until: float, options: argparse.Namespace, tool: str
             names = [x for x in names if not any(y.regime == "cluster" for y in gpu_smoke.CASES[x])]
         begun = [names]
     command = [*prefix, sys.executable, str(TESTS / "gpu_smoke.py"), "--backend", results.backend]
+    command += ["--sanitized"] if tool else []
     output = results.path(tool or "smoke")
     output.unlink(missing_ok=True)
     for group in begun:
@@ -278,7 +279,8 @@ def pytest(
         results.add("tests", {"name": name, "backend": "", "failed": why})
     name = f"pytest, {marker}"
     if "late" in end:
-        why = f"out of time: {max(0, collected - len(begun))} tests were not begun"
+        count = collected - len(begun) if collected else "all"
+        why = f"out of time: {count} tests were not begun"
         results.add("tests", {"name": name, "backend": "-", "left out": why})
     elif end.get("status") not in (0, NOTHING_SELECTED) and not failed:
         results.add("tests", {"name": name, "backend": "-", "failed": f"{end}, see tests"})
@@ -359,7 +361,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backend", choices=("cuda", "triton", "cpu"), default="cuda")
     add("--stages", default=",".join(STAGES), metavar="STAGE,..")
     add("--tools", default=",".join(TOOLS), metavar="TOOL,..", help="of the sanitizer")
-    add("--budget", type=float, default=460.0, metavar="SECONDS")
+    add("--budget", type=float, default=500.0, metavar="SECONDS")
     add("--limit", type=float, default=TEST, metavar="SECONDS", help="of a test")
     add("--jobs", type=int, metavar="N", help="processes that share the GPU in the tests")
     add("--table", type=Path, metavar="FILE", help="of what a check-*.jsonl has, and nothing else")

@@ -177,8 +177,8 @@ class Shape:
 
 
 # Together every kernel of both backends. Triton walks rows of float64 in chunks from 2049 classes
-# on, and splits those of few rows. No float16: there the gradient of a reduction is two passes, too,
-# see test_backward_in_float16.
+# on, and splits those of few rows. No float16: there the gradient of a reduction is two passes,
+# too, see test_backward_in_float16.
 REGIMES = {
     "8 lanes": Shape("few", 10, BF16, 300),
     "16 lanes": Shape("few", 100, BF16, 33),
@@ -859,7 +859,7 @@ def test_a_plan_that_is_not_possible_is_refused(
     inputs = inputs_on_device("normal", 7, 8003, BF16)
     for plan in ("regime=staged threads=1024", "regime=cluster parts=3", "threads=many"):
         monkeypatch.setenv("KDKERNELS_PLAN", plan)
-        with pytest.raises((RuntimeError, ValueError), match="KDKERNELS_PLAN.*allowed"):
+        with pytest.raises((RuntimeError, ValueError), match=r"KDKERNELS_PLAN.*allowed"):
             KD(*inputs, backend=cuda_backend)
 
 

@@ -1,13 +1,15 @@
-"""gpu_check.py and what it runs, without a GPU: stand-ins hang, crash, are wrong, lose the device."""
+"""gpu_check.py and what it runs, without a GPU: stand-ins hang, crash, and lose the device."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,17 +33,18 @@ FOREVER = 1e9
 # ends a kernel that hangs.
 CHILD = """#!/bin/sh
 say() { echo "$1" >> "$KD_LINES"; }
+name() { say "{\\"name\\": \\"$name\\", $1}"; }
 case "$*" in *"not ready"*) exit 9 ;; esac
 say '{"ready": true}'
 for name; do
   case "$name" in
     hangs*) echo "words of $name"; touch "$0.hangs"; trap '' INT TERM; sleep 300; sleep 300 ;;
     crashes*) kill -SEGV $$ ;;
-    lost*) say "{\\"name\\": \\"$name\\", \\"failed\\": \\"illegal access\\", \\"lost\\": true}"; exit 0 ;;
-    wrong*) say "{\\"name\\": \\"$name\\", \\"failed\\": \\"wrong: 3\\"}" ;;
+    lost*) name '"failed": "illegal access", "lost": true'; exit 0 ;;
+    wrong*) name '"failed": "wrong: 3"' ;;
     ends*) exit 0 ;;
     -* | cpu | cuda | *.py) ;;
-    *) say "{\\"name\\": \\"$name\\", \\"error\\": 0.5, \\"seconds\\": 2}" ;;
+    *) name '"error": 0.5, "seconds": 2' ;;
   esac
 done
 """
@@ -93,9 +96,7 @@ def test_what_hangs_crashes_or_loses_the_device_stops_nothing_else(child: str, c
 
 
 def test_a_child_that_does_not_get_ready_is_not_tried_again(child: str) -> None:
-    assert through([child], "a", "not ready", "b") == [
-        {"failed": "not ready: ended with status 9"}
-    ]
+    assert through([child], "a", "not ready", "b") == [{"failed": "not ready: ended with status 9"}]
 
 
 def test_how_the_last_child_ends_is_said_too(child: str, tmp_path: Path) -> None:
@@ -175,21 +176,52 @@ def test_a_case_is_compared_with_float64(small: None, monkeypatch: pytest.Monkey
 
     real = kdkernels.dkd_loss
     off = {"cpu": 1.02, "reference": 1.0}
-    monkeypatch.setattr(
-        kdkernels, "dkd_loss", lambda *a, **k: off[k["backend"]] * real(*a, **k)
-    )
+    monkeypatch.setattr(kdkernels, "dkd_loss", lambda *a, **k: off[k["backend"]] * real(*a, **k))
     assert gpu_smoke.attempt("x", "cpu", "cpu")["failed"].startswith("wrong: 3 x 37, error 2.")
     off["cpu"] = float("nan")
     assert gpu_smoke.attempt("x", "cpu", "cpu")["failed"] == "wrong: 3 x 37, error nan"
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_child_says_what_it_has_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lost: bool
+) -> None:
+    """After a lost device it ends, whatever is left to do; to its parent no failure is a status."""
+    ended: list[int] = []
+
+    def attempt(name: str, *_: Any) -> dict[str, Any]:
+        return {"failed": "why", "seconds": 0.1} | ({"lost": True} if lost else {})
+
+    def end(status: int) -> None:
+        ended.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(gpu_smoke, "attempt", attempt)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--backend", "cpu", "block", "8 lanes"])
+    monkeypatch.setenv(children.LINES, str(tmp_path / "lines"))
+    if lost:
+        with pytest.raises(SystemExit):
+            gpu_smoke.main()
+        assert ended == [0]
+    else:
+        assert gpu_smoke.main() == 0
+    said = [json.loads(x) for x in (tmp_path / "lines").read_text().splitlines()]
+    assert said[0] == {"ready": True}
+    assert [x["name"] for x in said[1:]] == ["block", "8 lanes"][: 1 if lost else 2]
+    monkeypatch.delenv(children.LINES)
+    if not lost:
+        assert gpu_smoke.main() == 1, "by hand it is one"
+
+
 @pytest.mark.parametrize(
-    ("error", "lost", "expected"),
+    ("error", "lost", "sanitized", "expected"),
     [
-        ("CUDA error: invalid cluster size", False, {"failed": "invalid cluster size"}),
-        ("CUDA error: illegal memory access", True, {"failed": "illegal", "lost": True}),
-        ("KDKERNELS_PLAN: not possible", False, {"skipped": "KDKERNELS_PLAN"}),
-        ("too many resources requested for launch", False, {"skipped": "too many resources"}),
+        ("CUDA error: invalid cluster size", False, True, {"failed": "invalid cluster size"}),
+        ("CUDA error: illegal memory access", True, True, {"failed": "illegal", "lost": True}),
+        ("KDKERNELS_PLAN: not possible", False, False, {"skipped": "KDKERNELS_PLAN"}),
+        ("too many resources requested for launch", False, True, {"skipped": "too many resources"}),
+        ("too many resources requested for launch", False, False, {"failed": "too many resources"}),
     ],
 )
 def test_errors_of_a_case(
@@ -197,6 +229,7 @@ def test_errors_of_a_case(
     monkeypatch: pytest.MonkeyPatch,
     error: str,
     lost: bool,
+    sanitized: bool,
     expected: dict[str, Any],
 ) -> None:
     def fails(*_: Any) -> None:
@@ -208,7 +241,7 @@ def test_errors_of_a_case(
 
     monkeypatch.setattr(gpu_smoke, "error_of", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    line = gpu_smoke.attempt("x", "cuda", "cuda")
+    line = gpu_smoke.attempt("x", "cuda", "cuda", sanitized)
     del line["seconds"]
     assert line.keys() == expected.keys()
     for key, value in expected.items():
@@ -388,9 +421,10 @@ def test_not_marked():
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of tests, and a torch that knows when its device is lost; it is imported in no time."""
+    """A file of tests, and a torch that knows when its device is lost: one to import quickly."""
     pytest.importorskip("xdist")
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer than the tests
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p xdist.plugin -p no:cacheprovider")
     for name in [x for x in os.environ if x.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -525,9 +559,42 @@ def test_verdict(
     monkeypatch.setitem(gpu_check.RUN, "smoke", stage)
     assert gpu_check.main(["--stages", "smoke"]) == expected
     text = (device / "check-cuda.txt").read_text()
-    assert text.startswith("facts\n") and words in text and " s of 460 s" in text
+    assert text.startswith("facts\n") and words in text and " s of 500 s" in text
     assert gpu_check.main(["--stages", "smoke", "--backend", "triton"]) == 1
     assert "1 skipped (no Triton)" in (device / "check-triton.txt").read_text()
+
+
+def test_a_run_that_is_ended_leaves_its_table(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(results: Results, *_: Any) -> None:
+        results.add("smoke", {"name": "a"})
+        gpu_check.end(signal.SIGTERM, None)
+
+    monkeypatch.setattr(children, "STOP", threading.Event())
+    monkeypatch.setitem(gpu_check.RUN, "smoke", stage)
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main([])
+    assert ended.value.code == 128 + signal.SIGTERM and children.STOP.is_set()
+    assert "\nsmoke  cuda     smoke       1" in (device / "check-cuda.txt").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_commands_end_within_ten_minutes() -> None:
+    """Their budgets leave room for the build, which BUILD=no leaves out."""
+    targets = ["gpu-check", "gpu-check-triton", "gpu-counters", "gpu-sweep", "gpu-bench"]
+
+    def steps(*arguments: str) -> list[str]:
+        command = ["make", "-n", "-C", str(gpu_check.ROOT), "ENV=current", "PYTHON=py", "OUT=/o"]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+        return [x for x in done.stdout.splitlines() if x.startswith("py ")]
+
+    for target in targets:
+        build, run = steps(target)
+        assert "build_ext" in build and steps(target, "BUILD=no") == [run]
+        words = shlex.split(run)
+        assert 0 < float(words[words.index("--budget") + 1]) <= 500
+        assert "gpu_check.py" in run or words[words.index("--out") + 1] == "/o"
 
 
 @pytest.mark.parametrize(
@@ -543,6 +610,7 @@ def test_processes_that_share_the_device(
     assert gpu_check.jobs() == 1
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not ISAS, reason="no CPU kernels")
 def test_a_rehearsal_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -588,7 +656,8 @@ def test_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("NCU_OUT", str(out))
     assert counters.main(arguments) == 1, "the other shape goes on"
-    assert "4x10007 bfloat16: ncu ended with {'status': 1}\nno permission" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4x10007 bfloat16: ncu ended with status 1, see counters-4x10007.log\nno perm" in printed
     assert (out / "counters-4x64.csv").read_text() == '"Metric Name"\n'
     assert (out / "counters-4x64.txt").read_text() == "Memory Throughput\n"
     profiled = (tmp_path / "ncu.log").read_text().splitlines()[1]

@@ -290,7 +290,7 @@ inline Plan cluster_plan(const Shape& x, const Device& d, const Override& o) {
   return out;
 }
 
-// By kTable; or, where a regime is asked for, the first from there on that can take the call.
+// By kTable; or, where a regime is asked for, that one, and another where it cannot take the call.
 inline Plan choose(const Shape& x, const Device& d, const Override& o) {
   const auto asked = [&](Regime regime) { return o.regime == regime; };
   // Persistent blocks, as many as are resident at a time: what each of them does once is then done seldom.
@@ -342,17 +342,20 @@ inline Plan choose(const Shape& x, const Device& d, const Override& o) {
   return out;
 }
 
-// An override that the call, the kernel or the device cannot have is refused.
+// Numbers alone are asked of the regime that the planner picks. What the call, the kernel or the device cannot have is
+// refused.
 inline Plan plan(const Shape& x, const Device& d, const Override& o = {}) {
-  if (x.pass == Pass::backward) return choose(x, d, {});
-  const Plan out = choose(x, d, o);
-  bool met = !o.regime || *o.regime == out.regime;
+  const Plan own = choose(x, d, {});
+  if (x.pass == Pass::backward) return own;
+  Override wanted = o;
+  if (!o.regime) wanted.regime = own.regime;
   std::string words = o.regime ? std::string(" regime=") + kRegimes[static_cast<int>(*o.regime)] : "";
-  for (const Wish& wish : kWishes) {
-    if (!(o.*wish.asked)) continue;
-    met = met && o.*wish.asked == out.*wish.made;
-    words += std::string(" ") + wish.name + "=" + std::to_string(o.*wish.asked);
-  }
+  for (const Wish& wish : kWishes)
+    if (o.*wish.asked) words += std::string(" ") + wish.name + "=" + std::to_string(o.*wish.asked);
+  if (words.empty()) return own;
+  const Plan out = choose(x, d, wanted);
+  bool met = out.regime == *wanted.regime;
+  for (const Wish& wish : kWishes) met = met && (!(o.*wish.asked) || o.*wish.asked == out.*wish.made);
   if (!met)
     throw std::invalid_argument(std::string(kOverrideVariable) + ":" + words + " is not possible for " +
                                 std::to_string(x.rows) + " rows of " + std::to_string(x.classes) +
