@@ -6,8 +6,11 @@
 #   make lint | format           style and types; apply the style
 #   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
-#   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
-#   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
+#   make gpu-check               on a GPU, CUDA kernels: a smoke test, the headline, tests, memory checkers; one table
+#   make gpu-check-triton        the same of Triton's, which take minutes to compile
+#   make gpu-counters | gpu-sweep | gpu-bench   what Nsight Compute counts; all plans of long rows; the benchmark
+# Each of the five ends within 10 minutes, build included, and leaves its results in OUT as they come (CONTRIBUTING.md).
+# ENV=current BUILD=no builds nothing: the kdkernels that comes first on PYTHONPATH is used.
 #   make versions                what a source build gives under the oldest torch (TORCH=2.14.1: another one)
 #   make prebuilt                the package with its modules in OUT, or in build/prebuilt, for a machine without compilers
 #   make build | clean | distclean
@@ -20,6 +23,7 @@ DEVICE := $(or $(GPU),$(wildcard /dev/nvidia[0-9]*))
 ifeq ($(KDKERNELS_CUDA_ARCHS),)
 KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
+ON_GPU := gpu-check gpu-check-triton gpu-counters gpu-sweep gpu-bench
 ifneq ($(filter test-full gate check,$(MAKECMDGOALS)),)
 KDKERNELS_SIMT ?= 1
 else ifeq ($(DEVICE),)
@@ -28,9 +32,15 @@ export KDKERNELS_BUILD
 endif
 export KDKERNELS_CUDA_ARCHS KDKERNELS_SIMT
 
+BUILT := $(if $(filter no,$(BUILD)),,build)
 ifeq ($(ENV),current)
 PY := $(PYTHON)
+ifeq ($(BUILT),)
+export PYTHONPATH := $(if $(PYTHONPATH),$(PYTHONPATH):)$(CURDIR)
+export PYTHONSAFEPATH := 1
+else
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
 TOOLS :=
 PACKAGE :=
 else ifeq ($(ENV),)
@@ -47,7 +57,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test test-full bench gpu-check gpu-bench lint format gate check asan versions prebuilt clean distclean
+.PHONY: build demo test test-full bench $(ON_GPU) lint format gate check asan versions prebuilt clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -79,12 +89,22 @@ test-full: export KDKERNELS_FUZZ_EXAMPLES ?= 400
 test-full: build
 	$(PY) -m pytest -q -m "not gate" $(WORKERS) $(ARGS)
 
-gpu-check: build
-	$(PY) tests/gpu_check.py $(ARGS)
+# The budgets are seconds, of 600 with the build of one architecture on 16 cores.
+gpu-check: $(BUILT)
+	$(PY) tests/gpu_check.py --budget 500 $(ARGS)
 
-# With gpu-check and the build 10 minutes on 16 cores, and the case under way when the budget ends.
-# make -k gpu-check gpu-bench: also when a check fails.
-gpu-bench: build
+gpu-check-triton: $(BUILT)
+	$(PY) tests/gpu_check.py --backend triton --stages tests,sanitizers --tools memcheck --budget 500 $(ARGS)
+
+gpu-counters: $(BUILT)
+	$(PY) -m bench.counters --budget 300 $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+# A second one goes on where the first one ended.
+gpu-sweep: $(BUILT)
+	$(PY) -m bench.sweep --device cuda --budget 240 $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+# And the case under way when the budget ends.
+gpu-bench: $(BUILT)
 	$(PY) -m bench --device cuda --budget 170 $(if $(OUT),--out '$(OUT)',--keep) $(ARGS)
 
 lint: $(TOOLS)

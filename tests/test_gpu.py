@@ -8,6 +8,7 @@ share a kernel: compiling is what takes time here.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +39,6 @@ from cases import (
 )
 from test_equivalence import DTYPE_PAIRS, KINDS, divisor
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import kdkernels
@@ -174,10 +176,10 @@ class Shape:
         return ["count", *own] if counted else own
 
 
-# Small enough for a sanitizer, together every kernel of both backends. Triton walks rows of float64
-# in chunks from 2049 classes on, and splits those of few rows. No float16: there the gradient of a
-# reduction is two passes, too, see test_backward_in_float16.
-REGIMES_IN_SHORT = {
+# Together every kernel of both backends. Triton walks rows of float64 in chunks from 2049 classes
+# on, and splits those of few rows. No float16: there the gradient of a reduction is two passes,
+# too, see test_backward_in_float16.
+REGIMES = {
     "8 lanes": Shape("few", 10, BF16, 300),
     "16 lanes": Shape("few", 100, BF16, 33),
     "32 lanes": Shape("few", 200, F32, 9),
@@ -192,8 +194,6 @@ REGIMES_IN_SHORT = {
     "split": Shape("part_stats", 16391, BF16, 2),
     "split in double": Shape("part_stats", 8201, F64, 2),
     "strided": Shape("strided", 37, F32, 12, layout="classes_second"),
-}
-REGIMES = REGIMES_IN_SHORT | {
     "1003 classes": Shape("block", 1003, F32, 300),
     "staged twice": Shape("staged", 10007, BF16, 3, 2),
     "staged twice in float32": Shape("staged", 10007, F32, 3, 2),
@@ -275,7 +275,7 @@ def test_shapes(case: Case, classes: int, backend: str, generator: torch.Generat
 
 
 @pytest.mark.parametrize(
-    "classes", [*LARGE, *(pytest.param(n, marks=pytest.mark.slow) for n in LARGEST)]
+    "classes", [*LARGE, *(pytest.param(n, marks=pytest.mark.full) for n in LARGEST)]
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_large_vocabularies(
@@ -391,8 +391,8 @@ def test_no_rows(case: Case, backend: str) -> None:
 def test_accesses_stay_inside_the_tensors(
     case: Case, classes: int, backend: str, generator: torch.Generator
 ) -> None:
-    """Odd shapes, rows at odd addresses. It takes compute-sanitizer to see a stray access, which
-    runs this one test: gpu_check.py."""
+    """Odd shapes, rows at odd addresses. It takes compute-sanitizer to see every stray access, in
+    gpu_smoke.py."""
     student, teacher, target = make_inputs("normal", 5, classes, BF16, generator, ignored=0.2)
     check(case, student, teacher, target, generator, backend)
     for layout in ("unaligned", "every_other_class"):
@@ -408,17 +408,6 @@ def test_accesses_stay_inside_the_tensors(
             x[16 // x.itemsize :].view_as(y) for x, y in zip(moved, inputs[:2], strict=True)
         )
         check(case, student, teacher, inputs[2], generator, backend)
-
-
-@pytest.mark.parametrize("shape", REGIMES_IN_SHORT.values(), ids=REGIMES_IN_SHORT)
-@pytest.mark.parametrize("case", [KD, DKD], ids=str)
-def test_every_kernel_once(
-    case: Case, shape: Shape, backend: str, generator: torch.Generator
-) -> None:
-    """What all of compute-sanitizer's tools run: gpu_check.py."""
-    inputs = shape.inputs("normal", generator, ignored=0.1)
-    check(case, *inputs, generator, backend)
-    check(case, *inputs, generator, backend, "mean")
 
 
 @pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES)
@@ -442,7 +431,7 @@ def test_backward_in_float16(
 
 @pytest.mark.parametrize(
     "shape",
-    [(33, 100), (5, 3001), (2, 50257), pytest.param((2, 151669), marks=pytest.mark.slow)],
+    [(33, 100), (5, 3001), (2, 50257), pytest.param((2, 151669), marks=pytest.mark.full)],
     ids=str,
 )
 @pytest.mark.parametrize("case", [case for case in MAIN_CASES if case.teacher], ids=str)
@@ -732,7 +721,7 @@ def test_calls_on_several_streams_at_once(backend: str, generator: torch.Generat
         assert not wrong.item(), str(case)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(300, 100), (33, 1003)], ids=str)
 def test_more_calls_than_there_are_counters(
     shape: tuple[int, int], backend: str, generator: torch.Generator
@@ -749,7 +738,13 @@ def test_more_calls_than_there_are_counters(
 # ---- launches -----------------------------------------------------------------------------------
 
 
-def kernels_of(call: Callable[[], object]) -> list[str]:
+def kernels_in(trace: dict[str, Any]) -> list[str]:
+    """The names of a profiler's trace, in the order of time: no copies, no ranges that it draws."""
+    kernels = [x for x in trace["traceEvents"] if x.get("cat") == "kernel"]
+    return [x["name"] for x in sorted(kernels, key=lambda x: x["ts"])]
+
+
+def kernels_of(call: Callable[[], object], folder: Path) -> list[str]:
     """The names of the kernels that a warm call launches."""
     call()
     torch.cuda.synchronize()
@@ -757,10 +752,11 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
         result = call()
         torch.cuda.synchronize()
     del result
-    names = [x.name for x in recorded.events() if x.device_type == DeviceType.CUDA]
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    names = kernels_in(json.loads((folder / "trace.json").read_text(errors="replace")))
     if not names:
         pytest.skip("the profiler sees no kernels here")
-    return [x for x in names if not x.startswith(("Memset", "Memcpy"))]
+    return names
 
 
 def our_kernels(names: list[str]) -> list[str]:
@@ -782,18 +778,23 @@ def our_kernels(names: list[str]) -> list[str]:
 @pytest.mark.parametrize("with_gradient", [True, False], ids=["gradient", "value"])
 @pytest.mark.parametrize("case", [x for x in ONE_NUMBER if x.loss != "tf_nkd"], ids=str)
 def test_launches_of_a_mean(
-    case: Case, with_gradient: bool, shape: tuple[int, int], kernels: list[str], cuda_backend: str
+    case: Case,
+    with_gradient: bool,
+    shape: tuple[int, int],
+    kernels: list[str],
+    cuda_backend: str,
+    tmp_path: Path,
 ) -> None:
     """tf-NKD looks at all rows once more."""
     student, teacher, target = inputs_on_device("normal", *shape, BF16)
     student.requires_grad_(with_gradient)
-    names = kernels_of(lambda: case(student, teacher, target, backend=cuda_backend))
+    names = kernels_of(lambda: case(student, teacher, target, backend=cuda_backend), tmp_path)
     assert our_kernels(names) == kernels, names
 
 
 @pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES)
 def test_shapes_reach_the_kernels_they_are_for(
-    shape: Shape, cuda_backend: str, generator: torch.Generator
+    shape: Shape, cuda_backend: str, generator: torch.Generator, tmp_path: Path
 ) -> None:
     student, teacher, target = (on_device(x) for x in shape.inputs("normal", generator))
     pair = student.itemsize + teacher.itemsize
@@ -803,15 +804,63 @@ def test_shapes_reach_the_kernels_they_are_for(
             pytest.skip("rows do not fit into the shared memory of this GPU")
     mean = shape.mean(target.numel())
     forward = [x for x in mean if x != "count"]
-    names = kernels_of(lambda: KD.rows(student, teacher, target, backend=cuda_backend))
+    names = kernels_of(lambda: KD.rows(student, teacher, target, backend=cuda_backend), tmp_path)
     assert our_kernels(names) == forward, names
     student.requires_grad_()
-    names = kernels_of(lambda: KD(student, teacher, target, backend=cuda_backend))
+    names = kernels_of(lambda: KD(student, teacher, target, backend=cuda_backend), tmp_path)
     assert our_kernels(names) == mean, names
     value = KD.rows(student, teacher, target, backend=cuda_backend)
     upstream = torch.ones_like(value)
-    names = kernels_of(lambda: torch.autograd.grad(value, student, upstream, retain_graph=True))
+    names = kernels_of(
+        lambda: torch.autograd.grad(value, student, upstream, retain_graph=True), tmp_path
+    )
     assert our_kernels(names) == [shape.backward], names
+
+
+@pytest.mark.parametrize(
+    ("plan", "kernels"),
+    [
+        ("regime=staged", ["staged"]),
+        ("regime=staged threads=256 per_multiprocessor=2", ["staged"]),
+        ("regime=sweeps", ["sweeps"]),
+        ("regime=split", ["part_stats", "part_gradient"]),
+        ("regime=split parts=3 threads=64", ["part_stats", "part_gradient"]),
+        ("regime=cluster parts=4 stages=2", ["cluster"]),
+        ("regime=cluster parts=16 stages=1 threads=192 per_multiprocessor=2", ["cluster"]),
+    ],
+)
+@pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
+def test_regimes_that_are_asked_for(
+    case: Case,
+    plan: str,
+    kernels: list[str],
+    cuda_backend: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """On Hopper clusters take the long rows of all of them."""
+    if kernels == ["cluster"] and not has_clusters():
+        pytest.skip("this GPU has no clusters")
+    monkeypatch.setenv("KDKERNELS_PLAN", plan)
+    rows = multiprocessors() + 3
+    student, teacher, target = make_inputs("normal", rows, 8003, BF16, generator, ignored=0.1)
+    check(case, student, teacher, target, generator, cuda_backend)
+    check(case, student, teacher, target, generator, cuda_backend, "mean")
+    placed = [on_device(x) for x in (student, teacher, target)]
+    names = kernels_of(lambda: case.rows(*placed, backend=cuda_backend), tmp_path)
+    ours = [x for x in our_kernels(names) if x in ("cluster", "staged", "sweeps", "part_stats")]
+    assert ours and set(ours) == set(kernels) - {"part_gradient"}, names
+
+
+def test_a_plan_that_is_not_possible_is_refused(
+    cuda_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_on_device("normal", 7, 8003, BF16)
+    for plan in ("regime=staged threads=1024", "regime=cluster parts=3", "threads=many"):
+        monkeypatch.setenv("KDKERNELS_PLAN", plan)
+        with pytest.raises((RuntimeError, ValueError), match=r"KDKERNELS_PLAN.*allowed"):
+            KD(*inputs, backend=cuda_backend)
 
 
 # ---- what must not be waited for ----------------------------------------------------------------
