@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MAIN_CASES, assert_same, evaluate, make_inputs, needs_cpu
+from cases import SOME, assert_same, evaluate, make_inputs, needs_cpu
 
 from bench import sweep
 from bench.cases import Case
@@ -31,13 +31,14 @@ def test_the_plans_are_all_there_are() -> None:
     assert words == {word for plan in sweep.PLANS for word in plan.split()}
 
 
+@pytest.mark.full  # the emulation is built for make test-full
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_gives_the_same_numbers(plan: str, generator: torch.Generator) -> None:
     """Of rows with room for all of them; the emulation would see an access out of its place."""
     from emulated import DEVICE, emulate
 
     device = {**DEVICE, "multiprocessors": 16, "clusters": [16, 8, 4, 2, 1]}
-    case = MAIN_CASES[1]
+    case = SOME
     inputs = make_inputs("normal", 3, 2003, BF16, generator, ignored=0.3)
     truth = evaluate(case, *inputs, backend="cpu")
     refused = "threads=384 per_multiprocessor=2" in plan  # the registers
@@ -181,14 +182,15 @@ def test_a_sweep_of_the_cpu(tmp_path: Path) -> None:
     assert all(float(x["ms"]) > 0 for x in lines)
 
 
+@pytest.mark.full
 def test_an_override_leaves_no_trace(generator: torch.Generator) -> None:
     from emulated import emulate
 
     inputs = make_inputs("normal", 3, 703, BF16, generator)
     with emulate(0):
-        before = evaluate(MAIN_CASES[0], *inputs, backend="cuda")
+        before = evaluate(SOME, *inputs, backend="cuda")
         with planned("regime=staged threads=64"):
-            evaluate(MAIN_CASES[0], *inputs, backend="cuda")
-        after = evaluate(MAIN_CASES[0], *inputs, backend="cuda")
+            evaluate(SOME, *inputs, backend="cuda")
+        after = evaluate(SOME, *inputs, backend="cuda")
     for x, y in zip(before, after, strict=True):
         assert_same(x, y)
