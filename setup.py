@@ -3,7 +3,8 @@
 KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
 KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
                       TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
-KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host (for tests)
+KDKERNELS_SIMT        1: for tests, kdkernels._simt too, the CUDA kernels emulated on the host, and with
+                      nvcc kdkernels._fake, their launches on a runtime that only checks them
 KDKERNELS_SANITIZE    a value for -fsanitize
 NVCC, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
 
@@ -64,6 +65,7 @@ KERNELS = "csrc/cuda/kernels.cu"
 # The kernels are compiled once for each set of logit types; the slowest first.
 KD_TYPES = ("mixed", "f64", "f32", "f16", "bf16")
 SIMT_SOURCES = ("simt", "faults", "module")
+FAKE_SOURCES = ("runtime", "module")
 SIMT = os.environ.get("KDKERNELS_SIMT", "0") not in ("", "0")
 
 
@@ -343,8 +345,13 @@ def compile_modules(folder):
     binding = [TORCH_ABI, *PYTHON_ABI.split(), *python]
     if CUDA:
         flags = ["-DUSE_CUDA", "-I", str(CUDA.include)]  # -isystem /usr/include would break g++
-        cuda.append(compile("ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags))
+        ops_cuda = compile("ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags)
         cuda.append(compile_cuda("device", "csrc/cuda/device.cu"))
+        if SIMT:
+            fake = [
+                compile(f"fake_{x}", f"csrc/fake/{x}.cpp", *python, "-I", str(CUDA.include))
+                for x in FAKE_SOURCES
+            ]
     shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp"))
     ops = compile("ops", "csrc/ops.cpp", *binding)
     host = compile("host", "csrc/host.cpp", *python)
@@ -354,7 +361,9 @@ def compile_modules(folder):
         libraries = [str(CUDA.runtime), *CUDART_LINK.split()]
         # A torch without CUDA lacks some symbols. That links; backend.py leaves the module alone.
         libraries += torch_libraries("torch_cpu", "torch_cuda")
-        link("_cuda", *cuda, libraries=libraries)
+        link("_cuda", ops_cuda, *cuda, libraries=libraries)
+        if SIMT:
+            link("_fake", *fake, *cuda)
     if SIMT:
         link("_simt", *simt)
     folder.mkdir(parents=True, exist_ok=True)
@@ -441,6 +450,8 @@ if OUTCOME != "none":
         EXTENSIONS.append(Extension("kdkernels._cuda", [source], py_limited_api=STABLE_PYTHON))
     if SIMT:
         EXTENSIONS.append(Extension("kdkernels._simt", ["csrc/simt/module.cpp"]))
+        if CUDA:
+            EXTENSIONS.append(Extension("kdkernels._fake", ["csrc/fake/module.cpp"]))
 setup(
     license="Apache-2.0",
     packages=list(PACKAGES),
