@@ -3,8 +3,8 @@
 KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
 KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
                       TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
-KDKERNELS_SIMT        1: for tests, kdkernels._simt too, the CUDA kernels emulated on the host, and with
-                      nvcc kdkernels._fake, their launches on a runtime that only checks them
+KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host, and with nvcc
+                      kdkernels._fake, their launches on a runtime that checks them (for tests)
 KDKERNELS_SANITIZE    a value for -fsanitize
 NVCC, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
 

@@ -1,4 +1,4 @@
-"""Launches of the CUDA kernels on a runtime that runs nothing and refuses what a device would refuse.
+"""Launches of the CUDA kernels on a runtime that refuses what a device would refuse.
 
 The objects are those of the build, compiled for sm_90: they stand for every device, because how a
 kernel is launched does not depend on the code, but for registers, which test_cuda_compiled.py holds
@@ -415,7 +415,7 @@ RULES = [
     ("H100", {"threads": 100}, BAD_CONFIGURATION, "a block of 100 threads is no number of warps"),
     ("H100", {"threads": 416}, BAD_VALUE, "a block of 416 threads of a kernel for 384"),
     ("H100", {"threads": 256, "registers": 169}, NO_ERROR, ""),
-    ("H100", {"threads": 288, "registers": 169}, TOO_MANY_RESOURCES, "288 threads of 169 registers"),
+    ("H100", {"threads": 288, "registers": 169}, TOO_MANY_RESOURCES, "of 169 registers"),
     ("H100", {"threads": 384, "registers": 168}, NO_ERROR, ""),
     ("H100", {"shared": 48 << 10}, NO_ERROR, ""),
     ("H100", {"shared": (48 << 10) + 1}, BAD_VALUE, "with 49153 bytes of shared memory"),

@@ -10,8 +10,8 @@ namespace gpu {
 // What a call needs on the current device.
 struct Needs {
   Plan plan;
-  int64_t bytes = 0;          // of memory, aligned to 16, for the time that its kernels run
-  int64_t counter_at = -1;    // in this memory; -1: the call takes one of the device's own
+  int64_t bytes = 0;        // of memory, aligned to 16, for the time that its kernels run
+  int64_t counter_at = -1;  // in this memory; -1: the call takes one of the device's own
 };
 
 // 0, or an error code, which error_text() explains.

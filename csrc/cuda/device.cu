@@ -74,8 +74,7 @@ int tell(const void* kernel, int device, uint8_t what) {
     if (const int error = code(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
       return error;
   }
-  if (what & kClusters)
-    return code(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  if (what & kClusters) return code(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   return 0;
 }
 

@@ -135,8 +135,8 @@ py::dict as_dict(const fake::Launch& x) {
 // ---- many calls ---------------------------------------------------------------------------------------------------
 
 struct Swept {
-  int64_t calls = 0, launches = 0, refused = 0;  // refused: calls
-  std::map<std::string, int64_t> regimes, clusters;  // calls
+  int64_t calls = 0, launches = 0, refused = 0;           // refused: calls
+  std::map<std::string, int64_t> regimes, clusters;       // calls
   std::map<std::string, std::vector<std::string>> wrong;  // what, and the first calls that it happened to
 
   void add(const std::string& what, const Spec& x, const gpu::Plan& plan) {
@@ -243,7 +243,8 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
                     if (two && !gpu::kLosses[loss].two_temperatures) continue;
                     // Reductions have one output to reduce.
                     if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, *device, seen, out);
+                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, *device, seen,
+                              out);
                   }
           });
       }
@@ -366,12 +367,13 @@ PYBIND11_MODULE(_fake, m) {
       py::arg("loss") = "kd", py::kw_only(), py::arg("pass_") = "forward_grad", py::arg("rows") = 4096,
       py::arg("classes") = 1000, py::arg("student") = "bfloat16", py::arg("teacher") = "bfloat16",
       py::arg("two") = false, py::arg("lie") = "aligned", py::arg("mean") = true, py::arg("stream") = 0,
-      py::arg("blocks") = 0, "A call as the binding makes it, on the current device: its plan. An error is a RuntimeError.");
+      py::arg("blocks") = 0,
+      "A call as the binding makes it, on the current device: its plan. An error is a RuntimeError.");
   m.def(
       "scale",
       [](const std::string& dtype, int64_t size, bool in_double) {
-        const int error = gpu::scale({memory(0), DType(index_of("dtype", dtype, kTypes)), size, memory(1), in_double,
-                                      nullptr});
+        const int error =
+            gpu::scale({memory(0), DType(index_of("dtype", dtype, kTypes)), size, memory(1), in_double, nullptr});
         if (error) fail(error);
       },
       py::arg("dtype"), py::arg("size"), py::arg("in_double"));

@@ -54,7 +54,7 @@ struct State {
   std::vector<Launch> launches;
   std::vector<std::string> refusals;
   std::pair<std::string, int> planted;  // the function whose next call fails, and how
-  std::string held;  // the function at whose call a thread shall wait
+  std::string held;                     // the function at whose call a thread shall wait
   bool waiting = false;
 };
 State& state() {
