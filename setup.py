@@ -3,7 +3,8 @@
 KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
 KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
                       TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
-KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host (for tests)
+KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host, and with nvcc
+                      kdkernels._fake, their launches on a runtime that checks them (for tests)
 KDKERNELS_SANITIZE    a value for -fsanitize
 KDKERNELS_PYTHON      another Python, such as python3.12, to build for (see make prebuilt)
 NVCC, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
@@ -73,6 +74,7 @@ KERNELS = "csrc/cuda/kernels.cu"
 # The kernels are compiled once for each set of logit types; the slowest first.
 KD_TYPES = ("mixed", "f64", "f32", "f16", "bf16")
 SIMT_SOURCES = ("simt", "faults", "module")
+FAKE_SOURCES = ("runtime", "module")
 SIMT = os.environ.get("KDKERNELS_SIMT", "0") not in ("", "0")
 
 
@@ -379,8 +381,13 @@ def compile_modules(folder, names):
     binding = [TORCH_ABI, *([] if PYTHON.free_threaded else [PYTHON_ABI]), *python]
     if CUDA:
         flags = ["-DUSE_CUDA", "-I", str(CUDA.include)]  # -isystem /usr/include would break g++
-        cuda.append(compile(f"{local}/ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags))
+        ops_cuda = compile(f"{local}/ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags)
         cuda.append(compile_cuda("device", "csrc/cuda/device.cu"))
+        if SIMT:
+            fake = [
+                compile(f"{local}/fake_{x}", f"csrc/fake/{x}.cpp", *python, "-I", str(CUDA.include))
+                for x in FAKE_SOURCES
+            ]
     shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp"))
     ops = compile(f"{local}/ops", "csrc/ops.cpp", *binding)
     torch_cpu = str(torch / "lib" / f"libtorch_cpu.{'dylib' if MACOS else 'so'}")
@@ -393,7 +400,9 @@ def compile_modules(folder, names):
         empty = ["-x", "c++", os.devnull, "-Wl,-soname,libtorch_cuda.so"]
         torch_cuda = link("libtorch_cuda", flags=empty)
         libraries = [torch_cpu, str(CUDA.runtime), *CUDART_LINK.split()]
-        link("_cuda", *cuda, torch_cuda, libraries=libraries)
+        link("_cuda", ops_cuda, *cuda, torch_cuda, libraries=libraries)
+        if SIMT:
+            link("_fake", *fake, *cuda)
     if SIMT:
         link("_simt", *simt)
     (folder / local).mkdir(parents=True, exist_ok=True)
@@ -498,6 +507,8 @@ if OUTCOME != "none":
         EXTENSIONS.append(Extension("kdkernels._cuda", ["csrc/ops_cuda.cpp"]))
     if SIMT:
         EXTENSIONS.append(Extension("kdkernels._simt", ["csrc/simt/module.cpp"]))
+        if CUDA:
+            EXTENSIONS.append(Extension("kdkernels._fake", ["csrc/fake/module.cpp"]))
 setup(
     license="Apache-2.0",
     packages=list(PACKAGES),

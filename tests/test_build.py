@@ -17,9 +17,10 @@ import kdkernels
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-# The only files that see torch, and the only ones that see the GPU's machinery.
+# The only files that see torch, and the only ones that see the GPU's machinery, or stand for it.
 BINDING = {CSRC / "ops.cpp", CSRC / "ops_cuda.cpp", CSRC / "binding.h"}
 MACHINE = {CSRC / "cuda" / "arch.cuh", CSRC / "cuda" / "device.cu"}
+FAKE = {CSRC / "fake" / "runtime.cpp"}
 # Everywhere else in csrc/cuda: what the emulation on the host knows, too.
 COMMON = {"__global__", "__device__", "__host__", "__forceinline__", "__restrict__"}
 COMMON |= {"__launch_bounds__", "__CUDACC__", "__VA_ARGS__", "__builtin_nanf"}
@@ -54,6 +55,12 @@ def test_kernels_reach_the_machine_through_one_header(path):
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
     found = set(re.findall(r"\basm\b|\b__\w+|\bcuda\w+", text)) - COMMON
     assert not found or path in MACHINE, found
+
+
+@pytest.mark.parametrize("path", sources("**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"), ids=names)
+def test_few_files_see_cuda(path):
+    found = [x for x in includes(path) if re.match(r"cuda\w*\.h$", Path(x).name)]
+    assert not found or path in MACHINE | FAKE, found
 
 
 @pytest.mark.parametrize("path", sources("lane.h", "stats.h", "losses/*.h"), ids=names)
@@ -324,7 +331,7 @@ def test_without_cuda_on_request(checkout, toolkit):
     """And nothing stays behind of a build that had it."""
     decided(checkout)
     (package,) = (checkout / "build").glob("lib*/kdkernels")
-    for name in ("_C", "_cuda", "_simt"):
+    for name in ("_C", "_cuda", "_fake", "_simt"):
         (package / f"{name}.abi3.so").touch()
     record, _ = decided(checkout, KDKERNELS_BUILD="cpu")
     assert record["reasons"] == {"cuda": "built with KDKERNELS_BUILD=cpu"}
