@@ -6,6 +6,7 @@
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
 #   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
 #   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
+#   make mutants                  plant the faults of tests/mutants_list.py: which test catches which
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
@@ -16,7 +17,7 @@ DEVICE := $(or $(GPU),$(wildcard /dev/nvidia[0-9]*))
 ifeq ($(KDKERNELS_CUDA_ARCHS),)
 KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
-ifneq ($(filter-out demo bench asan gpu-check gpu-bench,$(or $(MAKECMDGOALS),build)),)
+ifneq ($(filter-out demo bench asan mutants gpu-check gpu-bench,$(or $(MAKECMDGOALS),build)),)
 KDKERNELS_SIMT ?= 1
 else ifeq ($(DEVICE),)
 KDKERNELS_BUILD ?= $(if $(shell command -v c++ g++ clang++),cpu,auto)
@@ -43,7 +44,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test bench gpu-check gpu-bench lint format gate check asan clean distclean
+.PHONY: build demo test bench gpu-check gpu-bench lint format gate check asan mutants clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -106,6 +107,10 @@ asan: $(PACKAGE)
 	PYTHONPATH="$(CURDIR)/build/asan" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(PY) -m pytest -q --capture=sys -o pythonpath=build/asan $(ASAN_TESTS) $(ARGS)
+
+# Builds in copies of the tree, of what it needs itself. ARGS: see python tests/mutants.py --help.
+mutants: $(PACKAGE)
+	$(PY) tests/mutants.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info kdkernels/_build.json kdkernels/*.so kdkernels/triton_kernels

@@ -3,6 +3,7 @@
 KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
 KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
                       TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
+KDKERNELS_CPU_ISAS    such as "avx2": of the instruction sets below, only these and the baseline
 KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host (for tests)
 KDKERNELS_SANITIZE    a value for -fsanitize
 NVCC, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
@@ -42,6 +43,9 @@ AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"baseline": ""} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
+WANTED_ISAS = os.environ.get("KDKERNELS_CPU_ISAS", " ".join(ISAS)).split()
+UNKNOWN_ISAS = [name for name in WANTED_ISAS if name not in ISAS]
+ISAS = {name: flags for name, flags in ISAS.items() if name in ("baseline", *WANTED_ISAS)}
 MACOS = sys.platform == "darwin"
 LINK = "-bundle -undefined dynamic_lookup" if MACOS else "-shared"
 SANITIZE = os.environ.get("KDKERNELS_SANITIZE", "")
@@ -222,6 +226,8 @@ def decide():
     mode = os.environ.get("KDKERNELS_BUILD", "auto")
     if mode not in MODES:
         return "none", None, {}, f"KDKERNELS_BUILD={mode!r}; allowed: {', '.join(MODES)}"
+    if UNKNOWN_ISAS:
+        return "none", None, {}, f"KDKERNELS_CPU_ISAS: {UNKNOWN_ISAS[0]!r} is unknown here"
     if mode == "none":
         return "none", None, dict.fromkeys(("cuda", "cpu"), "built with KDKERNELS_BUILD=none"), None
     if reason := missing_tool():
