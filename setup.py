@@ -304,7 +304,6 @@ def compile_modules(folder):
     """Compiles every object once, links the modules. Paths are relative, so __FILE__ is too."""
     torch = TORCH[0]
     cxx = [*COMPILER[0], *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE.split()]
-    cxx += [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
     # pybind11's headers are those inside torch: they fit every Python that this torch runs on.
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", str(torch / "include")]
     python.append(f"-ffile-prefix-map={torch.parent}{os.sep}=")
@@ -351,7 +350,8 @@ def compile_modules(folder):
         flags = ["-DUSE_CUDA", "-I", str(CUDA.include)]  # -isystem /usr/include would break g++
         cuda.append(compile("ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags))
         cuda.append(compile_cuda("device", "csrc/cuda/device.cu"))
-    shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp"))
+    have = [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
+    shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp", *have))
     ops = compile("ops", "csrc/ops.cpp", *binding)
     host = compile("host", "csrc/host.cpp", *python)
     link("_C", ops, *shared, libraries=torch_libraries("torch_cpu"))
