@@ -13,6 +13,7 @@
 # ENV=current BUILD=no builds nothing: the kdkernels that comes first on PYTHONPATH is used.
 #   make versions                what a source build gives under the oldest torch (TORCH=2.14.1: another one)
 #   make prebuilt                the package with its modules in OUT, or in build/prebuilt, for a machine without compilers
+#   make mutants                 plant the faults of tests/mutants_list.py: which test catches which
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
@@ -57,7 +58,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test test-full bench $(ON_GPU) lint format gate check asan versions prebuilt clean distclean
+.PHONY: build demo test test-full bench $(ON_GPU) lint format gate check asan mutants versions prebuilt clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -134,6 +135,10 @@ asan: $(PACKAGE)
 	PYTHONPATH="$(CURDIR)/build/asan" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(PY) -m pytest -q --capture=sys -o pythonpath=build/asan $(ASAN_TESTS) $(ARGS)
+
+# Builds in copies of the tree, of what it needs itself. ARGS: see python tests/mutants.py --help.
+mutants: $(PACKAGE)
+	$(PY) tests/mutants.py $(ARGS)
 
 # An environment beside .venv, with everything as pinned but torch and what torch itself pins.
 TORCH ?= 2.10.0

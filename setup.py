@@ -3,6 +3,7 @@
 KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
 KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
                       TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
+KDKERNELS_CPU_ISAS    such as "avx2": of the instruction sets below, only these and the baseline
 KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host, and with nvcc
                       kdkernels._fake, their launches on a runtime that checks them (for tests)
 KDKERNELS_SANITIZE    a value for -fsanitize
@@ -52,6 +53,13 @@ AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"baseline": ""} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
+WANTED_ISAS = os.environ.get("KDKERNELS_CPU_ISAS", "").split() or list(ISAS)
+BAD_ISAS = [
+    f"KDKERNELS_CPU_ISAS: got {name!r}; allowed: {', '.join(ISAS)}"
+    for name in WANTED_ISAS
+    if name not in ISAS
+]
+ISAS = {name: flags for name, flags in ISAS.items() if name in ("baseline", *WANTED_ISAS)}
 MACOS = sys.platform == "darwin"
 LINK = "-bundle -undefined dynamic_lookup" if MACOS else "-shared -Wl,--no-as-needed"
 SANITIZE = os.environ.get("KDKERNELS_SANITIZE", "")
@@ -253,6 +261,8 @@ def decide():
     mode = os.environ.get("KDKERNELS_BUILD", "auto")
     if mode not in MODES:
         return "none", None, {}, f"KDKERNELS_BUILD={mode!r}; allowed: {', '.join(MODES)}"
+    if BAD_ISAS:
+        return "none", None, {}, BAD_ISAS[0]
     if mode == "none":
         return "none", None, dict.fromkeys(("cuda", "cpu"), "built with KDKERNELS_BUILD=none"), None
     if reason := missing_tool():
@@ -339,7 +349,6 @@ def compile_modules(folder, names):
     torch = TORCH[0]
     local = f"{PYTHON.suffix.split('.')[1]}-torch-{TORCH[1]}"
     cxx = [*COMPILER[0], *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE.split()]
-    cxx += [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
     # pybind11's headers are those inside torch: they fit every Python that this torch runs on.
     python = ["-isystem", PYTHON.include, "-isystem", str(torch / "include")]
     python.append(f"-ffile-prefix-map={torch.parent}{os.sep}=")
@@ -388,7 +397,8 @@ def compile_modules(folder, names):
                 compile(f"{local}/fake_{x}", f"csrc/fake/{x}.cpp", *python, "-I", str(CUDA.include))
                 for x in FAKE_SOURCES
             ]
-    shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp"))
+    have = [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
+    shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp", *have))
     ops = compile(f"{local}/ops", "csrc/ops.cpp", *binding)
     torch_cpu = str(torch / "lib" / f"libtorch_cpu.{'dylib' if MACOS else 'so'}")
     link("_C", ops, *shared, libraries=[torch_cpu])
