@@ -6,7 +6,7 @@
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
 #   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
 #   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
-#   make mutants                  plant the faults of tests/mutants_list.py: which test catches which
+#   make mutants                 plant faults, and show which test catches which (ARGS=--list)
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
