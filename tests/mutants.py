@@ -3,9 +3,8 @@
 A fault is applied to a copy of a checkout in a temporary folder; what its layer needs is built
 there, and the test files that could see it run, up to the first failure. It survived if all of them
 passed. A test that fails without the fault as well proves nothing: the fault is then "unclear".
-Results are appended to a file as they come, and a run with the same faults, code, tests and
-arguments goes on where one was stopped. There is no time limit: a fault that could make a kernel
-loop for ever has no place in the list.
+Results are appended to a file as they come, and the same run goes on where it was stopped. There is
+no time limit: a fault that could make a kernel loop for ever has no place in the list.
 """
 
 from __future__ import annotations
@@ -23,24 +22,15 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from mutants_list import LAYERS, MUTANTS, Mutant
+from mutants_list import LAYERS, MUTANTS, Mutant, broken
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILED = ("bindings", "cpu", "cuda")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", re.MULTILINE)
 CRASHED = re.compile(r'File ".*?/(tests/test_\w+\.py)", line \d+ in (test_\w+)')
-
-
-def broken(mutants: list[Mutant], tree: Path) -> list[str]:
-    """What is wrong with faults that a tree cannot take."""
-    texts = {file: (tree / file).read_text() for file in {x.file for x in mutants}}
-    found = ((x, texts[x.file].count(x.old)) for x in mutants)
-    return [f"{x.id}: {n} times in {x.file}, must be once" for x, n in found if n != 1]
 
 
 def files_of(tree: Path) -> list[str]:
@@ -49,9 +39,8 @@ def files_of(tree: Path) -> list[str]:
     return [name for name in listed.splitlines() if (tree / name).is_file()]
 
 
-def digest(*parts: str | bytes) -> str:
-    whole = b"\0".join(x if isinstance(x, bytes) else x.encode() for x in parts)
-    return hashlib.sha256(whole).hexdigest()[:16]
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class Copy:
@@ -86,10 +75,10 @@ class Copy:
 
     def build(self, emulation: bool) -> str | None:
         """What the compiler says, if it fails."""
-        simt = "1" if emulation else "0"
+        simt = str(int(emulation))
         done = self.run("setup.py", "-q", "build_ext", "--inplace", KDKERNELS_SIMT=simt)
-        errors = [line for line in done.stdout.splitlines() if "error" in line]
-        return (errors or [done.stdout])[0] if done.returncode else None
+        errors = (line for line in done.stdout.splitlines() if "error" in line)
+        return next(errors, done.stdout) if done.returncode else None
 
     def test(self, *arguments: str) -> tuple[str, str] | None:
         """The first test that fails and the first line of why, if one does."""
@@ -123,24 +112,22 @@ class Runner:
 
     def try_one(self, mutant: Mutant) -> dict[str, Any]:
         copy, begin = self.free.get(), time.monotonic()
-        path = copy.folder / mutant.file
-        text = path.read_text()
+        text = (path := copy.folder / mutant.file).read_text()
         path.write_text(text.replace(mutant.old, mutant.new))
         try:
             result = self.verdict(mutant, copy)
         finally:
             path.write_text(text)
             self.free.put(copy)
-        seconds = round(time.monotonic() - begin, 1)
-        return {"id": mutant.id, **result, "seconds": seconds}
+        return {"id": mutant.id, **result, "seconds": round(time.monotonic() - begin, 1)}
 
     def verdict(self, mutant: Mutant, copy: Copy) -> dict[str, str]:
-        if mutant.layer in COMPILED and (error := copy.build(mutant.layer == "cuda")):
+        if mutant.file.startswith("csrc") and (error := copy.build(mutant.layer == "cuda")):
             return {"verdict": "did not build", "message": error}
-        names = (f"tests/test_{name}.py" for name in LAYERS[mutant.layer].split())
+        files = (f"tests/test_{name}.py" for name in LAYERS[mutant.layer].split())
         # One by one, because it takes long to collect all of them.
-        there = (name for name in names if (copy.folder / name).is_file())
-        failed = next(filter(None, (copy.test(name, *self.selection) for name in there)), None)
+        there = (x for x in files if (copy.folder / x).is_file())
+        failed = next(filter(None, (copy.test(x, *self.selection) for x in there)), None)
         if failed is None:
             return {"verdict": "SURVIVED"}
         test, message = failed
@@ -168,23 +155,22 @@ def main() -> None:
     parser.add_argument("--isas", default="baseline", help="the CPU's instruction sets to build")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.jsonl")
     options = parser.parse_args()
-    mutants = [x for x in MUTANTS if x.layer in options.layers]
-    mutants = [x for x in mutants if not options.only or x.id in options.only]
+    wanted = set(options.only or (x.id for x in MUTANTS))
+    mutants = [x for x in MUTANTS if x.layer in options.layers and x.id in wanted]
     tree = options.tree.resolve()
-    if unknown := set(options.only or ()) - {x.id for x in mutants}:
-        raise SystemExit(f"no such faults: {', '.join(sorted(unknown))}")
-    if errors := broken(mutants, tree):
+    unknown = sorted(set(options.only or ()) - {x.id for x in mutants})
+    if errors := [f"{x}: no such fault" for x in unknown] + broken(mutants, tree):
         raise SystemExit("\n".join(errors))
     if options.list:
         print("\n".join(f"{x.id}: {x.why}" for x in mutants))
         return
 
-    code = [x for x in files_of(tree) if x.startswith(("csrc", "kdkernels", "triton_k", "tests"))]
-    code = [x for x in code if not x.startswith("tests/mutants")]
+    matters = re.compile(r"(csrc|kdkernels|triton_kernels|tests)/(?!mutants)")
+    code = filter(matters.match, files_of(tree))
     state = digest(*((tree / x).read_bytes() for x in code), options.tests, options.isas)
     keys = {x.id: digest(state, repr(x)) for x in mutants}
     results: dict[str, dict[str, Any]] = {}
-    with suppress(FileNotFoundError):
+    if options.out.exists():
         lines = [json.loads(line) for line in options.out.read_text().splitlines()]
         results = {x["id"]: x for x in lines if keys.get(x["id"]) == x["key"]}
     for result in results.values():

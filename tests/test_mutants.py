@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutants import ROOT, broken
-from mutants_list import LAYERS, MUTANTS
+from mutants import ROOT
+from mutants_list import LAYERS, MUTANTS, broken
 
 LEAST = {"python": 8, "triton": 8, "bindings": 4, "cpu": 8, "cuda": 8}
 
