@@ -689,10 +689,19 @@ def test_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     for words in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats"):
         assert f"--section {words} " in profiled
     assert "--launch-skip 1 --launch-count 1 --clock-control none" in profiled
-    # What it was to run, run: without a GPU, that it ends.
-    target = shlex.split(profiled.partition(f"{out}/counters-4x64 ")[2])
-    assert target[:4] == [sys.executable, "-m", "bench.counters", "--device"]
-    assert counters.main(target[3:]) == 0
+    target = [sys.executable, "-m", "bench.counters", "--device", "cpu", "--call", "4x64"]
+    assert shlex.split(profiled)[-len(target) :] == target
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels")
+def test_what_is_profiled_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = counters.LossCall.run
+    monkeypatch.setattr(
+        counters.LossCall, "run", lambda self, state: calls.append(run(self, state)[1].shape)
+    )
+    assert counters.main(["--device", "cpu", "--call", "4x64"]) == 0
+    assert calls == [(4, 64), (4, 64)]
 
 
 def test_kernels_of_a_trace() -> None:
