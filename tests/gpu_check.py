@@ -220,7 +220,7 @@ def headline(results: Results, until: float, options: argparse.Namespace) -> Non
     command += ["--seconds", "0.5", "--out", str(results.folder / f"headline-{results.backend}")]
     begin = time.monotonic()
     *_, end = children.watch(
-        command, limit=CALL, until=until, output=output, environment=environment()
+        command, limit=CALL, until=until, output=output, environment=environment(TQDM_DISABLE="1")
     )
     line = {"name": "KD against eager and a copy", "seconds": time.monotonic() - begin}
     if end != {"status": 0}:

@@ -79,9 +79,8 @@ class Reporter:
         """Of the set-up, the test itself and what comes after it; or of a worker's crash."""
         self.reports.setdefault(report.nodeid, []).append(report)
         if report.when not in ("setup", "call", "teardown"):
-            took = time.monotonic() - self.began.get(report.nodeid, time.monotonic())
-            stuck = f"still running after {self.limit:g} s"
-            self.end(report.nodeid, stuck if took >= self.limit else "its process crashed")
+            report.duration = time.monotonic() - self.began.get(report.nodeid, time.monotonic())
+            self.end(report.nodeid, f"its process crashed, or {self.limit:g} s were over")
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if self.reports[nodeid]:

@@ -371,6 +371,10 @@ def once(request):
         log.write(request.node.name + "\\n")
 
 @pytest.mark.gpu
+def test_loses_the_device():  # the first of its process
+    torch.lost = True
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("i", range(12))
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_passes(backend, i, record_property):
@@ -396,10 +400,6 @@ def test_hangs(backend):
 @pytest.mark.gpu
 def test_crashes():
     os._exit(7)
-
-@pytest.mark.gpu
-def test_loses_the_device():
-    torch.lost = True
 
 @pytest.mark.gpu
 @pytest.mark.alone
@@ -440,12 +440,13 @@ def test_the_tests_stage(results: Results, planted: Path) -> None:
     arguments = ["--limit", "5", "--jobs", "2", "-k", "not left_out", str(planted)]
     gpu_check.tests(results, time.monotonic() + FOREVER, gpu_check.parse(arguments))
     lost = "RuntimeError: CUDA error: an illegal memory access was encou"
+    gone = "its process crashed, or 5 s were over"
     assert shown(results) == {
         ("tests", "passes"): (12, 0, {}),
         ("tests", "fails"): (0, 1, {"assert [1, 2] == [1, 3]": 1}),
         ("tests", "skips"): (0, 0, {"skipped (a reason)": 1}),
-        ("tests", "hangs"): (0, 1, {"still running after 5 s": 1}),
-        ("tests", "crashes"): (0, 1, {"its process crashed": 1}),
+        ("tests", "hangs"): (0, 1, {gone: 1}),
+        ("tests", "crashes"): (0, 1, {gone: 1}),
         ("tests", "loses the device"): (0, 1, {lost: 1}),
         ("tests", "by itself"): (1, 0, {}),
     }
@@ -455,6 +456,30 @@ def test_the_tests_stage(results: Results, planted: Path) -> None:
     failures = results.failures.read_text()
     assert "At index 1 diff: 2 != 3" in failures and "illegal memory access" in failures
     assert "Timeout (0:00:05)!" in results.path("tests").read_text()
+
+
+def test_groups_and_table() -> None:
+    """A process that crashes behind a test's end fails it; names tell where the backend is not."""
+    lines = [
+        {"stage": "tests", "backend": "cuda", "name": "a.py::test_some_thing[cuda-x::y]"},
+        {"stage": "tests", "backend": "", "name": "a.py::test_some_thing[cuda-x::y]"},
+        {"stage": "tests", "backend": "-", "name": "a.py::C::test_some_thing[cuda-2]"},
+        {"stage": "tests", "backend": "cuda", "name": "a.py::test_some_thing[cuda-3]"},
+        {"stage": "sanitizers", "backend": "cuda", "tool": "memcheck", "name": "block"},
+        {"stage": "smoke", "backend": "cuda", "name": "block"},
+    ]
+    lines[1]["failed"] = "its process crashed"
+    lines[3] |= {"skipped": "why", "seconds": 1.5}
+    lines[4]["left out"] = "out of time"
+    lines += [lines[0]]
+    assert gpu_check.table(lines).splitlines() == [
+        "stage       backend  what        passed  failed  seconds  remarks",
+        "smoke       cuda     smoke            1       0      0.0",
+        "tests       -        some thing       1       0      0.0",
+        "tests       cuda     some thing       0       1      1.5  1 its process crashed, "
+        "1 skipped (why)",
+        "sanitizers  cuda     memcheck         0       0      0.0  1 left out (out of time)",
+    ]
 
 
 def lines_of(*lines: dict[str, Any]) -> Callable[..., Any]:
@@ -664,10 +689,19 @@ def test_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     for words in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats"):
         assert f"--section {words} " in profiled
     assert "--launch-skip 1 --launch-count 1 --clock-control none" in profiled
-    # What it was to run, run: without a GPU, that it ends.
-    target = shlex.split(profiled.partition(f"{out}/counters-4x64 ")[2])
-    assert target[:4] == [sys.executable, "-m", "bench.counters", "--device"]
-    assert counters.main(target[3:]) == 0
+    target = [sys.executable, "-m", "bench.counters", "--device", "cpu", "--call", "4x64"]
+    assert shlex.split(profiled)[-len(target) :] == target
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels")
+def test_what_is_profiled_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = counters.LossCall.run
+    monkeypatch.setattr(
+        counters.LossCall, "run", lambda self, state: calls.append(run(self, state)[1].shape)
+    )
+    assert counters.main(["--device", "cpu", "--call", "4x64"]) == 0
+    assert calls == [(4, 64), (4, 64)]
 
 
 def test_kernels_of_a_trace() -> None:

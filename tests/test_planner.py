@@ -169,6 +169,8 @@ def test_every_cuda_plan_is_possible(device: str, rows: int, itemsize: int) -> N
         ("H200", 4096, 128256, "stages=2", {"parts": 4 * 2, "stages": 2}),
         ("H200", 4096, 32000, "threads=192", {"threads": 192, "per_multiprocessor": 1}),
         ("H200", 4096, 32000, "per_multiprocessor=2", {"parts": 4, "blocks": 2 * 32 * 4}),
+        ("H200", 4096, 10007, "", {"threads": 192, "per_multiprocessor": 2}),
+        ("H200", 4096, 10007, "threads=384", {"threads": 384, "per_multiprocessor": 1}),
         ("H200", 4096, 128256, "parts=8 stages=1 per_multiprocessor=2", {"blocks": 2 * 16 * 8}),
         ("H200", 3, 151936, "parts=8", {"parts": 8, "blocks": 24}),  # few rows: no more than that
         ("H200", 4096, 100, "regime=cluster threads=32 stages=1", {"parts": 1, "threads": 32}),
