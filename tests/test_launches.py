@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from test_cuda_compiled import from_build, kernel
+from test_cuda_compiled import built_module, cubins, resources
 
 import kdkernels
 
@@ -96,14 +96,18 @@ ROWS = [1, 2, 7, 33, 66, 132, 135, 1000, 4096, 70000, 600001]
 def compiled() -> None:
     """Tells the runtime what nvcc made of each kernel."""
     reserved = 1 << 10  # of a block's shared memory, for the driver: counted by the tools as static
-    known = {x: x for x in from_build()}
-    for name in _fake.kernels():
-        if "probe" not in name:
-            x = known[kernel(name)]
-            static = max(0, x.shared - reserved)
-            _fake.know_kernel(
-                name, registers=x.registers, shared=static, most_threads=x.most_threads
-            )
+    with cubins(built_module()) as paths:
+        known = {name: x for path in paths for name, x in resources(path).items()}
+    names = [name for name in _fake.kernels() if "probe" not in name]
+    assert known.keys() == set(names)
+    for name in names:
+        x = known[name]
+        _fake.know_kernel(
+            name,
+            registers=x["registers"],
+            shared=max(0, x["shared"] - reserved),
+            most_threads=x["most_threads"],
+        )
 
 
 @pytest.mark.parametrize("large_first", [False, True], ids=["small-first", "large-first"])
