@@ -67,7 +67,7 @@ def new_device() -> Iterator[Callable[..., int]]:
         _fake.use_device(index)
         return index
 
-    _fake.take_launches(), _fake.take_refusals(), _fake.last_error()
+    _fake.forget()
     yield add
     assert _fake.mode() == "global"
 
@@ -374,14 +374,17 @@ def test_a_thread_does_not_rely_on_what_another_is_about_to_say(new_device, func
     first: list[Any] = []
 
     def run() -> None:
-        _fake.use_device(device)
-        first.append(_fake.call(**LARGE)["regime"])
+        try:
+            _fake.use_device(device)
+            first.append(_fake.call(**LARGE)["regime"])
+        finally:
+            _fake.release()
 
     other = threading.Thread(target=run)
     _fake.hold(function)
     other.start()
     try:
-        _fake.await_held()
+        assert _fake.await_held()
         plan, _ = call(**LARGE)
     finally:
         _fake.release()
@@ -394,17 +397,21 @@ def test_threads_learn_the_same_of_a_device(new_device):
     found: list[Any] = []
 
     def ask() -> None:
-        _fake.use_device(device)
-        found.append(_fake.device_facts())
+        try:
+            _fake.use_device(device)
+            found.append(_fake.device_facts())
+        finally:
+            _fake.release()
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     _fake.hold("cudaOccupancyMaxActiveClusters")
     for thread in threads:
         thread.start()
-    _fake.await_held()
+    held = _fake.await_held()
     _fake.release()
     for thread in threads:
         thread.join()
+    assert held
     assert found == [KNOWN["H100"]] * 2
 
 
