@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from test_cuda_compiled import from_build, kernel
+from test_cuda_compiled import built_module, cubins, resources
 
 import kdkernels
 
@@ -67,7 +67,7 @@ def new_device() -> Iterator[Callable[..., int]]:
         _fake.use_device(index)
         return index
 
-    _fake.take_launches(), _fake.take_refusals(), _fake.last_error()
+    _fake.forget()
     yield add
     assert _fake.mode() == "global"
 
@@ -96,14 +96,18 @@ ROWS = [1, 2, 7, 33, 66, 132, 135, 1000, 4096, 70000, 600001]
 def compiled() -> None:
     """Tells the runtime what nvcc made of each kernel."""
     reserved = 1 << 10  # of a block's shared memory, for the driver: counted by the tools as static
-    known = {x: x for x in from_build()}
-    for name in _fake.kernels():
-        if "probe" not in name:
-            x = known[kernel(name)]
-            static = max(0, x.shared - reserved)
-            _fake.know_kernel(
-                name, registers=x.registers, shared=static, most_threads=x.most_threads
-            )
+    with cubins(built_module()) as paths:
+        known = {name: x for path in paths for name, x in resources(path).items()}
+    names = [name for name in _fake.kernels() if "probe" not in name]
+    assert known.keys() == set(names)
+    for name in names:
+        x = known[name]
+        _fake.know_kernel(
+            name,
+            registers=x["registers"],
+            shared=max(0, x["shared"] - reserved),
+            most_threads=x["most_threads"],
+        )
 
 
 @pytest.mark.parametrize("large_first", [False, True], ids=["small-first", "large-first"])
@@ -370,14 +374,17 @@ def test_a_thread_does_not_rely_on_what_another_is_about_to_say(new_device, func
     first: list[Any] = []
 
     def run() -> None:
-        _fake.use_device(device)
-        first.append(_fake.call(**LARGE)["regime"])
+        try:
+            _fake.use_device(device)
+            first.append(_fake.call(**LARGE)["regime"])
+        finally:
+            _fake.release()
 
     other = threading.Thread(target=run)
     _fake.hold(function)
     other.start()
     try:
-        _fake.await_held()
+        assert _fake.await_held()
         plan, _ = call(**LARGE)
     finally:
         _fake.release()
@@ -390,17 +397,21 @@ def test_threads_learn_the_same_of_a_device(new_device):
     found: list[Any] = []
 
     def ask() -> None:
-        _fake.use_device(device)
-        found.append(_fake.device_facts())
+        try:
+            _fake.use_device(device)
+            found.append(_fake.device_facts())
+        finally:
+            _fake.release()
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     _fake.hold("cudaOccupancyMaxActiveClusters")
     for thread in threads:
         thread.start()
-    _fake.await_held()
+    held = _fake.await_held()
     _fake.release()
     for thread in threads:
         thread.join()
+    assert held
     assert found == [KNOWN["H100"]] * 2
 
 

@@ -281,7 +281,7 @@ PYBIND11_MODULE(_fake, m) {
         return out;
       },
       "The planner's list of devices.");
-  m.def("device_count", &fake::device_count);
+  m.def("forget", &fake::forget, "Captures, records, errors: what a test begins without.");
   m.def("use_device", &fake::use_device, py::arg("index"), "Makes it this thread's current one.");
   m.def("break_device", &fake::break_device, py::arg("index"), py::arg("error"), "As an illegal access does.");
   m.def("kernels", &fake::kernels, "The mangled names of all kernels.");
@@ -322,7 +322,8 @@ PYBIND11_MODULE(_fake, m) {
   m.def("last_error", &fake::last_error, "What cudaGetLastError() says to this thread.");
   m.def("plant_error", &fake::plant_error, py::arg("function"), py::arg("error"), "Of its next call.");
   m.def("hold", &fake::hold, py::arg("function"), "The next thread that calls it waits for release().");
-  m.def("await_held", &fake::await_held, py::call_guard<py::gil_scoped_release>());
+  m.def("await_held", &fake::await_held, py::call_guard<py::gil_scoped_release>(),
+        "Until a thread waits, or release() is called: whether one waited.");
   m.def("release", &fake::release);
 
   m.def(

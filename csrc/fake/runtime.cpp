@@ -233,9 +233,16 @@ int add_device(const Device& device) {
   state().devices.push_back({device, 0});
   return static_cast<int>(state().devices.size()) - 1;
 }
-int device_count() {
+void forget() {
   const Lock lock(state().mutex);
-  return static_cast<int>(state().devices.size());
+  for (const auto& stream : state().streams) stream->capturing = false;
+  state().launches.clear();
+  state().refusals.clear();
+  state().planted = {};
+  state().held.clear();
+  state().waiting = false;
+  self.last_error = 0;
+  self.mode = Mode::global;
 }
 void use_device(int index) {
   const Lock lock(state().mutex);
@@ -318,9 +325,10 @@ void hold(const std::string& function) {
   state().held = function;
   state().waiting = false;
 }
-void await_held() {
+bool await_held() {
   Lock lock(state().mutex);
-  state().moved.wait(lock, [] { return state().waiting; });
+  state().moved.wait(lock, [] { return state().waiting || state().held.empty(); });
+  return state().waiting;
 }
 void release() {
   const Lock lock(state().mutex);

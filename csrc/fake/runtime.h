@@ -20,7 +20,8 @@ struct Device {
   std::vector<int> clusters;  // of 1, 2, 4, .. blocks that take all of the shared memory: how many are resident
 };
 int add_device(const Device&);  // its index
-int device_count();
+// Everything but devices, streams, and what kernels have been told: what a test begins with.
+void forget();
 void use_device(int index);  // by this thread
 // As after an illegal access: every call on the device fails with this error from now on.
 void break_device(int index, int error);
@@ -56,7 +57,7 @@ int last_error();  // cudaGetLastError()
 void plant_error(const std::string& function, int error);
 // The next thread that calls it waits there until release().
 void hold(const std::string& function);
-void await_held();
+bool await_held();  // until one waits, or release() is called: whether one waited
 void release();
 
 }  // namespace fake
