@@ -129,6 +129,8 @@ LOSSES = {
               for x in AEKT_VARIANTS),
             {"variant": "ratio_weighted_tckd", "temperature": 1.0, "beta": 1.0, "ce_weight": 1.0},
             {"variant": "ratio_coupled_tckd", "temperature": 2.0, "beta": 1.0, "ce_weight": 0.5},
+            {"variant": "ratio_divergence", "temperature": 1.0, "alpha": 0.5, "beta": 1.0,
+             "log_ratio_max": 0.4},
         ],
         defaults={
             "temperature": 4.0,

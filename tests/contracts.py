@@ -17,6 +17,8 @@ from cases import (
     INF,
     ISAS,
     OPERATORS,
+    SOME,
+    USUAL,
     Case,
     assert_same,
     assert_within,
@@ -233,6 +235,166 @@ def check_a_weight_of_0(loss, classes: int, backend: str) -> None:
     assert value.isfinite().all() and gradient.isfinite().all() and gradient[2].any()
 
 
+# ---- infinite and huge logits ----------------------------------------------------------------
+
+
+def agree_with_reference(
+    case: Case, student: Tensor, teacher: Tensor, target: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Value and gradient of float32 inputs, held against the reference in float64."""
+    inputs = (student, teacher, target)
+    exact = (student.double(), teacher.double(), target)
+    truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
+    eager, eager_gradient = evaluate(case.rows, *inputs, backend="reference")
+    value, gradient = evaluate(case.rows, *inputs, backend=backend)
+    allowed = value_tolerance(case, truth, student, teacher, F32)
+    assert_within(value, truth, eager, allowed, "value")
+    allowed = gradient_tolerance(
+        case, truth_gradient, student, teacher, target, torch.ones_like(truth), F32
+    )
+    assert_within(gradient, truth_gradient, eager_gradient, allowed, "gradient")
+    return value, gradient
+
+
+# Edits of (student, teacher) in row 3, whose target is class 2.
+PATTERNS: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "student lacks a class": lambda s, t: s[3, 1:2].fill_(-INF),
+    "student lacks the target": lambda s, t: s[3, 2:3].fill_(-INF),
+    "teacher lacks a class": lambda s, t: t[3, 1:2].fill_(-INF),
+    "teacher lacks the target": lambda s, t: t[3, 2:3].fill_(-INF),
+    "neither has the target": lambda s, t: (s[3, 2:3].fill_(-INF), t[3, 2:3].fill_(-INF)),
+    "student has one other class": lambda s, t: (s[3, :4].fill_(-INF), s[3, 5:].fill_(-INF)),
+    "student has the target only": lambda s, t: (s[3, :2].fill_(-INF), s[3, 3:].fill_(-INF)),
+    "teacher has one other class": lambda s, t: (t[3, :4].fill_(-INF), t[3, 5:].fill_(-INF)),
+    "teacher has the target only": lambda s, t: (t[3, :2].fill_(-INF), t[3, 3:].fill_(-INF)),
+    "both have the target only": lambda s, t: (
+        s[3, :2].fill_(-INF), s[3, 3:].fill_(-INF), t[3, :2].fill_(-INF), t[3, 3:].fill_(-INF),
+    ),
+    "they have no class in common": lambda s, t: (s[3, ::2].fill_(-INF), t[3, 1::2].fill_(-INF)),
+}  # fmt: skip
+
+
+def check_infinite_logits(
+    case: Case, pattern: str, classes: int, backend: str, generator: torch.Generator
+) -> None:
+    """Values may be infinite; gradients are finite, and other rows are what they were."""
+    student, teacher, target = make_inputs("normal", 7, classes, F32, generator)
+    target[3] = 2
+    _, before = evaluate(case.rows, student, teacher, target, backend=backend)
+    PATTERNS[pattern](student, teacher)
+    value, gradient = agree_with_reference(case, student, teacher, target, backend)
+    assert not value.isnan().any() and gradient.isfinite().all()
+    if case.outputs == 1:
+        loss, from_mean = evaluate(case, student, teacher, target, backend=backend)
+        assert loss == INF if value.isinf().any() else loss.isfinite()
+        assert from_mean.isfinite().all()
+    if not case.facts.apart:  # else rows share a number
+        others = torch.arange(7) != 3
+        assert value[..., others].isfinite().all()
+        assert_same(gradient[others], before[others])
+
+
+def expected_dkd(
+    student: Tensor, teacher: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient at T = 1 of float64 rows with target 0, b and c near 1."""
+    odds = [x[:, 0] - x[:, 1:].logsumexp(1) for x in (teacher, student)]
+    b_rest, c_rest = ((-g).sigmoid() for g in odds)
+    log_b_rest, log_c_rest = (torch.nn.functional.logsigmoid(-g) for g in odds)
+    # log(b / c) from what is missing to 1.
+    tckd = (1 - b_rest) * torch.log1p((c_rest - b_rest) / (1 - c_rest))
+    tckd = tckd + b_rest * (log_b_rest - log_c_rest)
+    log_ph, log_qh = (x[:, 1:].log_softmax(1) for x in (student, teacher))
+    nckd = (log_qh.exp() * (log_qh - log_ph)).sum(1)
+    h = alpha * (b_rest - c_rest).unsqueeze(1)
+    others = (beta - h) * log_ph.exp() - beta * log_qh.exp()
+    return alpha * tckd + beta * nckd, torch.cat((h, others), 1)
+
+
+def check_saturated_target_of_dkd(
+    gap: float, classes: int, backend: str, generator: torch.Generator
+) -> None:
+    """The published code gives TCKD < 0 and target gradient 0 at 20 and 60, NaN at 120."""
+    student, teacher, target = make_inputs("normal", 4, classes, F32, generator)
+    target.zero_()
+    student[:, 0] = student.amax(1) + gap
+    teacher[:, 0] = teacher.amax(1) + 30.0
+    for alpha, beta in ((1.0, 0.0), (1.0, 8.0)):
+        truth, truth_gradient = expected_dkd(student.double(), teacher.double(), alpha, beta)
+        options = dict(temperature=1.0, alpha=alpha, beta=beta)
+        value, gradient = evaluate(
+            Case("dkd", options).rows, student, teacher, target, backend=backend
+        )
+        close = dict(rtol=3e-5, atol=3e-6 * beta, check_dtype=False)
+        torch.testing.assert_close(value, truth, **close)
+        torch.testing.assert_close(gradient, truth_gradient, **close)
+        # The target's own gradient is 1e-13 here, and right to 5 digits.
+        at_target = gradient[:, 0], truth_gradient[:, 0]
+        torch.testing.assert_close(*at_target, rtol=3e-5, atol=0, check_dtype=False)
+
+
+def check_saturated_target_of_nkd(
+    gap: float, temperature: float, classes: int, backend: str, generator: torch.Generator
+) -> None:
+    """Non-target distributions stay exact although all of their mass is e^-200 of the row."""
+    student, teacher, target = make_inputs("normal", 4, classes, F32, generator)
+    student.scatter_add_(1, target.unsqueeze(1), torch.full((4, 1), gap))
+    teacher.scatter_add_(1, target.unsqueeze(1), torch.full((4, 1), 200.0))
+    options = dict(temperature=temperature, gamma=1.0)
+    value, gradient = evaluate(Case("nkd", options).rows, student, teacher, target, backend=backend)
+    hot = torch.arange(classes) == target.unsqueeze(1)
+    rest_1, rest_s, rest_t = (
+        torch.where(hot, -INF, x.double() / t)
+        for x, t in ((student, 1), (student, temperature), (teacher, temperature))
+    )
+    # b = 1, and the target's term is -log c.
+    odds = student[hot].double() - rest_1.logsumexp(1)
+    target_term = torch.nn.functional.softplus(-odds)
+    log_ph = torch.where(hot, 0.0, rest_s.log_softmax(1))
+    expected = target_term - temperature**2 * (rest_t.softmax(1) * log_ph).sum(1)
+    torch.testing.assert_close(value, expected, rtol=3e-6, atol=0, check_dtype=False)
+
+    c_rest = (-odds).sigmoid().unsqueeze(1)
+    non_target = temperature * (rest_s.softmax(1) - rest_t.softmax(1))
+    expected = torch.where(hot, -c_rest, c_rest * rest_1.softmax(1) + non_target)
+    close = dict(rtol=3e-5, check_dtype=False)
+    torch.testing.assert_close(gradient, expected, atol=3e-7 * temperature, **close)
+    # The target's own is -2e-9 or so at the gap of 20, and right to 5 digits.
+    torch.testing.assert_close(gradient[hot], expected[hot], atol=1e-30, **close)
+
+
+# ---- targets that may be left out -------------------------------------------------------------
+
+
+def check_that_any_class_may_be_ignored(
+    ignore_index: int, rows: int, backend: str, generator: torch.Generator, variants: Variants
+) -> None:
+    """Also by the count of rows that the mean divides by."""
+    student, teacher, target = make_inputs("normal", rows, 6, F32, generator)
+    target[1::3] = ignore_index
+    common = {"ignore_index": ignore_index}
+    truth = evaluate(SOME, student, teacher, target, backend="reference", **common)
+    for _ in variants():
+        ours = evaluate(SOME, student, teacher, target, backend=backend, **common)
+        torch.testing.assert_close(ours[0], truth[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours[1], truth[1], rtol=1e-5, atol=1e-7)
+
+
+def check_kd_without_a_target(
+    dtype: torch.dtype, classes: int, backend: str, generator: torch.Generator, variants: Variants
+) -> None:
+    kd = USUAL["kd"]
+    student, teacher, _ = make_inputs("normal", 3, classes, dtype, generator)
+    exact = (student.double(), teacher.double(), None)
+    for call in (kd.rows, kd):
+        truth = evaluate(call, *exact, backend="reference")
+        for _ in variants():
+            value, gradient = evaluate(call, student, teacher, None, backend=backend)
+            torch.testing.assert_close(value.double(), truth[0], rtol=1e-5, atol=1e-4)
+            rounded = truth[1].to(dtype).double()
+            torch.testing.assert_close(gradient.double(), rounded, rtol=1e-2, atol=1e-6)
+
+
 # ---- the operators, called with what the functions never give them --------------------------
 
 STUDENT, TEACHER, TARGET = make_inputs("normal", (2, 4), 5)
@@ -290,19 +452,24 @@ def check_refusal(op, like, argument: str, value: object, stats: torch.dtype) ->
         op(**{**arguments, argument: value})
 
 
-def check_operators(operators: ops.Operators, name: str, passes: Sequence[str]) -> None:
+def check_operators(
+    operators: ops.Operators,
+    name: str,
+    passes: Sequence[str],
+    dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32),
+) -> None:
     """torch.library.opcheck of the operators of a loss, on strided logits with ignored rows."""
     facts, params = ops.LOSSES[name], list(OPERATORS[name])
-    student, teacher, target = make_inputs("normal", (2, 4), 9, ignored=0.2)
+    student, teacher, target = make_inputs("normal", (2, 4), 9, dtypes, ignored=0.2)
     plain = (
         student[:, :-1],
         teacher[:, :-1] if facts.teacher else None,
         target[:, :-1].contiguous(),
-        torch.rand(2, 3),
+        torch.rand(2, 3).to(loss_dtype(student, teacher if facts.teacher else None)),
     )
     leaves = (plain[0].clone().requires_grad_(), *plain[1:])
     rows, stats = operators.forward(name, *plain, params, IGNORED)
-    normalizer = torch.tensor(4.0)
+    normalizer = torch.tensor(4.0, dtype=rows.dtype)
     arguments: dict[str, list[tuple]] = {
         "forward": [(name, *leaves, params, IGNORED)],
         "backward": [(name, torch.randn_like(rows), *plain, stats, params, IGNORED)],

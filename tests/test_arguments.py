@@ -302,8 +302,10 @@ assert len(caught) == 1 and "slower backend" in str(caught[0].message), caught
     assert done.returncode == 0, done.stderr
 
 
-def test_a_broken_extension_says_why(tmp_path, monkeypatch):
-    (tmp_path / "kd_broken_module.py").write_text("raise ImportError('undefined symbol: xyz')")
+@pytest.mark.parametrize("error", ["ImportError", "OSError", "AttributeError"])
+def test_a_broken_extension_says_why(tmp_path, monkeypatch, error):
+    (tmp_path / "kd_broken_module.py").write_text(f"raise {error}('undefined symbol: xyz')")
+    monkeypatch.delitem(sys.modules, "kd_broken_module", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     reason = backend._import_error("kd_broken_module", "absent")
     assert reason == "kd_broken_module does not load: undefined symbol: xyz"

@@ -1,14 +1,19 @@
 """Differentiation: whatever the upstream gradient, however often, and whichever input asks."""
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import (
+    BF16,
     CASES,
     DTYPES,
+    F16,
+    F32,
+    F64,
     LAYOUTS,
     MAIN_CASES,
     MAIN_SCALARS,
@@ -64,6 +69,12 @@ def op_inputs(name: str, teacher_gradient: bool = False) -> tuple[Tensor | None,
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name):
     check_operators(ops.FUSED, name, ["forward", "reduced", "backward", "scale_"])
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F64), (F16, F32)], ids=str)
+def test_opcheck_of_dtypes(dtypes):
+    """The loss has another one than the student: for 16 bits, and with a teacher in float64."""
+    check_operators(ops.FUSED, "dkd", ["forward", "reduced", "backward"], dtypes)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -338,22 +349,43 @@ def test_operators_called_directly_differentiate_every_input():
 
 @pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_gradients_of_row_weight_and_normalizer(case, backend):
+@pytest.mark.parametrize("learned", ["row_weight", "normalizer", "both"])
+def test_gradients_of_row_weight_and_normalizer(case, backend, learned):
     case = case.apart  # a mean over rows leaves out those of weight 0
     student, teacher, target = inputs_of(case)
-    weight = torch.linspace(0, 2, ROWS, dtype=torch.float64, requires_grad=True)
-    normalizer = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    weight = torch.linspace(0, 2, ROWS, dtype=torch.float64)
+    normalizer = torch.tensor(5.0, dtype=torch.float64)
+    weight.requires_grad_(learned != "normalizer")
+    normalizer.requires_grad_(learned != "row_weight")
     options = {"row_weight": weight, "normalizer": normalizer, "backend": backend}
     loss = case(student.requires_grad_(), teacher, target, **options)
-    leaves = (student, weight, normalizer)
-    of_student, of_weight, of_normalizer = torch.autograd.grad(loss, leaves)
+    leaves = [x for x in (student, weight, normalizer) if x.requires_grad]
+    of_student, *others = torch.autograd.grad(loss, leaves)
 
     rows = case.rows(student, teacher, target, backend=backend).detach()
     close(loss, (rows * weight).sum() / 5)
-    close(of_weight, rows / 5)
-    close(of_normalizer, -loss.detach() / 5)
+    if weight.requires_grad:
+        close(others.pop(0), rows / 5)
+    if normalizer.requires_grad:
+        close(others.pop(0), -loss.detach() / 5)
     options = {"row_weight": weight.detach(), "normalizer": 5, "backend": backend}
     close(of_student, evaluate(case, student, teacher, target, **options)[1])
+
+
+@pytest.mark.parametrize("case", [case for case in MAIN_SCALARS if case.teacher], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_learned_weight_of_0_hides_an_infinite_loss(case, backend):
+    """Of a row whose student lacks a class that the teacher has."""
+    student, teacher, target = make_inputs("normal", ROWS, CLASSES, torch.float64)
+    student[1] = -math.inf
+    student[1, target[1]] = 0
+    weight = torch.ones(ROWS, dtype=torch.float64)
+    weight[1] = 0
+    options = {"row_weight": weight.requires_grad_(), "backend": backend, "reduction": "sum"}
+    others = torch.arange(ROWS) != 1
+    rows = case.rows(student, teacher, target, backend=backend)
+    assert rows[1].isinf()
+    close(case(student, teacher, target, **options).detach(), rows[others].sum())
 
 
 # ---- memory and bits ------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Each test states what must come out; most run on the reference as well as on the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,14 +20,19 @@ from cases import (
     SCALAR_CASES,
     Case,
     assert_same,
-    assert_within,
     evaluate,
-    gradient_tolerance,
     make_inputs,
     needs_cpu,
     value_tolerance,
 )
-from contracts import check_a_weight_of_0
+from contracts import (
+    PATTERNS,
+    agree_with_reference,
+    check_a_weight_of_0,
+    check_infinite_logits,
+    check_saturated_target_of_dkd,
+    check_saturated_target_of_nkd,
+)
 from torch import Tensor, tensor
 
 from kdkernels import aekt_loss, dkd_loss, kd_loss, nkd_loss, target_split, tf_nkd_loss
@@ -37,24 +41,6 @@ NAN = math.nan
 EPS = torch.finfo(F32).eps
 # Fewer than fill two vectors, batches of rows, larger batches, and two tiles: see test_planner.py.
 CLASSES = (5, 40, 300, 1100)
-
-
-def agree_with_reference(
-    case: Case, student: Tensor, teacher: Tensor, target: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Value and gradient of float32 inputs, held against the reference in float64."""
-    inputs = (student, teacher, target)
-    exact = (student.double(), teacher.double(), target)
-    truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
-    eager, eager_gradient = evaluate(case.rows, *inputs, backend="reference")
-    value, gradient = evaluate(case.rows, *inputs, backend=backend)
-    allowed = value_tolerance(case, truth, student, teacher, F32)
-    assert_within(value, truth, eager, allowed, "value")
-    allowed = gradient_tolerance(
-        case, truth_gradient, student, teacher, target, torch.ones_like(truth), F32
-    )
-    assert_within(gradient, truth_gradient, eager_gradient, allowed, "gradient")
-    return value, gradient
 
 
 # ---- infinite logits ------------------------------------------------------------------------
@@ -87,45 +73,13 @@ def test_class_missing_in_both_is_as_if_not_there(
         assert wide_gradient.count_nonzero() <= gradient.numel()
 
 
-# Edits of (student, teacher) in row 3, whose target is class 2.
-PATTERNS: dict[str, Callable[[Tensor, Tensor], None]] = {
-    "student lacks a class": lambda s, t: s[3, 1:2].fill_(-INF),
-    "student lacks the target": lambda s, t: s[3, 2:3].fill_(-INF),
-    "teacher lacks a class": lambda s, t: t[3, 1:2].fill_(-INF),
-    "teacher lacks the target": lambda s, t: t[3, 2:3].fill_(-INF),
-    "neither has the target": lambda s, t: (s[3, 2:3].fill_(-INF), t[3, 2:3].fill_(-INF)),
-    "student has one other class": lambda s, t: (s[3, :4].fill_(-INF), s[3, 5:].fill_(-INF)),
-    "student has the target only": lambda s, t: (s[3, :2].fill_(-INF), s[3, 3:].fill_(-INF)),
-    "teacher has one other class": lambda s, t: (t[3, :4].fill_(-INF), t[3, 5:].fill_(-INF)),
-    "teacher has the target only": lambda s, t: (t[3, :2].fill_(-INF), t[3, 3:].fill_(-INF)),
-    "both have the target only": lambda s, t: (
-        s[3, :2].fill_(-INF), s[3, 3:].fill_(-INF), t[3, :2].fill_(-INF), t[3, 3:].fill_(-INF),
-    ),
-    "they have no class in common": lambda s, t: (s[3, ::2].fill_(-INF), t[3, 1::2].fill_(-INF)),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_infinite_logits(
     case: Case, pattern: str, backend: str, generator: torch.Generator
 ) -> None:
-    """Values may be infinite; gradients are finite, and other rows are what they were."""
     for classes in CLASSES:
-        student, teacher, target = make_inputs("normal", 7, classes, F32, generator)
-        target[3] = 2
-        _, before = evaluate(case.rows, student, teacher, target, backend=backend)
-        PATTERNS[pattern](student, teacher)
-        value, gradient = agree_with_reference(case, student, teacher, target, backend)
-        assert not value.isnan().any() and gradient.isfinite().all()
-        if case.outputs == 1:
-            loss, from_mean = evaluate(case, student, teacher, target, backend=backend)
-            assert loss == INF if value.isinf().any() else loss.isfinite()
-            assert from_mean.isfinite().all()
-        if not case.facts.apart:  # else rows share a number
-            others = torch.arange(7) != 3
-            assert value[..., others].isfinite().all()
-            assert_same(gradient[others], before[others])
+        check_infinite_logits(case, pattern, classes, backend, generator)
 
 
 def test_infinite_losses_by_hand(backend: str) -> None:
@@ -302,45 +256,12 @@ def test_divergence_is_not_negative(
 # ---- saturated target -----------------------------------------------------------------------
 
 
-def expected_dkd(
-    student: Tensor, teacher: Tensor, alpha: float, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Loss and gradient at T = 1 of float64 rows with target 0, b and c near 1."""
-    odds = [x[:, 0] - x[:, 1:].logsumexp(1) for x in (teacher, student)]
-    b_rest, c_rest = ((-g).sigmoid() for g in odds)
-    log_b_rest, log_c_rest = (torch.nn.functional.logsigmoid(-g) for g in odds)
-    # log(b / c) from what is missing to 1.
-    tckd = (1 - b_rest) * torch.log1p((c_rest - b_rest) / (1 - c_rest))
-    tckd = tckd + b_rest * (log_b_rest - log_c_rest)
-    log_ph, log_qh = (x[:, 1:].log_softmax(1) for x in (student, teacher))
-    nckd = (log_qh.exp() * (log_qh - log_ph)).sum(1)
-    h = alpha * (b_rest - c_rest).unsqueeze(1)
-    others = (beta - h) * log_ph.exp() - beta * log_qh.exp()
-    return alpha * tckd + beta * nckd, torch.cat((h, others), 1)
-
-
 @pytest.mark.parametrize("gap", [20.0, 60.0, 120.0, 200.0])
 @pytest.mark.parametrize("classes", CLASSES)
 def test_saturated_target_of_dkd(
     gap: float, classes: int, backend: str, generator: torch.Generator
 ) -> None:
-    """The published code gives TCKD < 0 and target gradient 0 at 20 and 60, NaN at 120."""
-    student, teacher, target = make_inputs("normal", 4, classes, F32, generator)
-    target.zero_()
-    student[:, 0] = student.amax(1) + gap
-    teacher[:, 0] = teacher.amax(1) + 30.0
-    for alpha, beta in ((1.0, 0.0), (1.0, 8.0)):
-        truth, truth_gradient = expected_dkd(student.double(), teacher.double(), alpha, beta)
-        options = dict(temperature=1.0, alpha=alpha, beta=beta)
-        value, gradient = evaluate(
-            Case("dkd", options).rows, student, teacher, target, backend=backend
-        )
-        close = dict(rtol=3e-5, atol=3e-6 * beta, check_dtype=False)
-        torch.testing.assert_close(value, truth, **close)
-        torch.testing.assert_close(gradient, truth_gradient, **close)
-        # The target's own gradient is 1e-13 here, and right to 5 digits.
-        at_target = gradient[:, 0], truth_gradient[:, 0]
-        torch.testing.assert_close(*at_target, rtol=3e-5, atol=0, check_dtype=False)
+    check_saturated_target_of_dkd(gap, classes, backend, generator)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -349,31 +270,7 @@ def test_saturated_target_of_dkd(
 def test_saturated_target_of_nkd(
     gap: float, classes: int, temperature: float, backend: str, generator: torch.Generator
 ) -> None:
-    """Non-target distributions stay exact although all of their mass is e^-200 of the row."""
-    student, teacher, target = make_inputs("normal", 4, classes, F32, generator)
-    student.scatter_add_(1, target.unsqueeze(1), torch.full((4, 1), gap))
-    teacher.scatter_add_(1, target.unsqueeze(1), torch.full((4, 1), 200.0))
-    options = dict(temperature=temperature, gamma=1.0)
-    value, gradient = evaluate(Case("nkd", options).rows, student, teacher, target, backend=backend)
-    hot = torch.arange(classes) == target.unsqueeze(1)
-    rest_1, rest_s, rest_t = (
-        torch.where(hot, -INF, x.double() / t)
-        for x, t in ((student, 1), (student, temperature), (teacher, temperature))
-    )
-    # b = 1, and the target's term is -log c.
-    odds = student[hot].double() - rest_1.logsumexp(1)
-    target_term = torch.nn.functional.softplus(-odds)
-    log_ph = torch.where(hot, 0.0, rest_s.log_softmax(1))
-    expected = target_term - temperature**2 * (rest_t.softmax(1) * log_ph).sum(1)
-    torch.testing.assert_close(value, expected, rtol=3e-6, atol=0, check_dtype=False)
-
-    c_rest = (-odds).sigmoid().unsqueeze(1)
-    non_target = temperature * (rest_s.softmax(1) - rest_t.softmax(1))
-    expected = torch.where(hot, -c_rest, c_rest * rest_1.softmax(1) + non_target)
-    close = dict(rtol=3e-5, check_dtype=False)
-    torch.testing.assert_close(gradient, expected, atol=3e-7 * temperature, **close)
-    # The target's own is -2e-9 or so at the gap of 20, and right to 5 digits.
-    torch.testing.assert_close(gradient[hot], expected[hot], atol=1e-30, **close)
+    check_saturated_target_of_nkd(gap, temperature, classes, backend, generator)
 
 
 # ---- NaN, ignored rows and weights ----------------------------------------------------------

@@ -18,6 +18,7 @@ from kdkernels import aekt_loss, dkd_loss, kd_loss, nkd_loss, target_split, tf_n
 from kdkernels.reference import AEKT_VARIANTS
 
 F64 = torch.float64
+LN_10 = math.log(10)
 TARGET = tensor([0])
 # Student (1/3, 1/3, 1/3), teacher (1/2, 3/8, 1/8): c = 1/3, b = 1/2, r = 3/2, and among the other
 # classes ph = (1/2, 1/2), qh = (3/4, 1/4).
@@ -206,9 +207,9 @@ def explicit(b, c, variant, log_ratio_max):
     }[variant]
 
 
-def author_aekt(s, t, y, temperature, variant, beta, alpha=1.0, ce_weight=0.0, bound=10.0):
+def author_aekt(s, t, y, temperature, variant, beta, alpha=1.0, ce_weight=0.0, log_ratio_max=LN_10):
     b, c = (of_target(probabilities(x, temperature), y) for x in (t, s))
-    phi = explicit(b, c, variant, math.log(bound))
+    phi = explicit(b, c, variant, log_ratio_max)
     loss = temperature**2 * (alpha * phi + beta * masked_kl(s, t, y, temperature))
     return loss + ce_weight * cross_entropy(s, y)
 

@@ -39,10 +39,12 @@ from cases import (
 )
 from contracts import (
     KINDS,
+    PATTERNS,
     REDUCTIONS,
     Reduction,
     Variants,
     check_a_weight_of_0,
+    check_infinite_logits,
     check_operators,
     check_reduction,
     check_rows,
@@ -194,6 +196,29 @@ def test_layouts(
     check_rows(case, *views, dense[2], generator, backend="triton", variants=one(regime))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("same", ["student", "teacher", "both"])
+def test_layouts_of_one_type(layout: str, same: str, generator: torch.Generator) -> None:
+    """Which alone may lie alike: one tensor of a layout beside a contiguous one, or both of it."""
+    dense = make_inputs("normal", (2, 3), 37, F32, generator)
+    views = []
+    for name, x in zip(("student", "teacher"), dense[:2], strict=True):
+        view, dim = LAYOUTS[layout if same in (name, "both") else "contiguous"](x)
+        views.append(view.movedim(dim, -1))
+    check_rows(SOME, *views, dense[2], generator, backend="triton", variants=one("as planned"))
+
+
+@pytest.mark.parametrize("classes", [31, 32, 63, 64])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_rows_that_reach_into_one_more_block(
+    regime: str, classes: int, generator: torch.Generator
+) -> None:
+    """Because they begin between two granules: blocks have 32 classes here."""
+    student, teacher, target = make_inputs("normal", (1, 3), classes, BF16, generator)
+    views = [LAYOUTS["unaligned"](x)[0] for x in (student, teacher)]
+    check_rows(SOME, *views, target, generator, backend="triton", variants=one(regime))
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
@@ -238,6 +263,32 @@ def test_rows_that_do_not_count_are_not_read(
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_nan_stays_in_its_row(case: Case, regime: str, generator: torch.Generator) -> None:
     contracts.check_that_nan_stays_in_its_row(case, generator, "triton", one(regime))
+
+
+@pairwise(case=CASES, pattern=[*PATTERNS], regime=REGIMES)
+def test_infinite_logits(case: Case, pattern: str, regime: str, generator: torch.Generator) -> None:
+    for _ in in_regime(regime):
+        check_infinite_logits(case, pattern, 9, "triton", generator)
+
+
+@pairwise(regime=REGIMES, gap=[20.0, 60.0, 120.0, 200.0], temperature=[1.0, 3.0])
+def test_saturated_targets(
+    regime: str, gap: float, temperature: float, generator: torch.Generator
+) -> None:
+    for _ in in_regime(regime):
+        contracts.check_saturated_target_of_dkd(gap, 40, "triton", generator)
+        contracts.check_saturated_target_of_nkd(gap, temperature, 40, "triton", generator)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 3, 2**40])
+def test_any_class_may_be_ignored(ignore_index: int, generator: torch.Generator) -> None:
+    check = contracts.check_that_any_class_may_be_ignored
+    check(ignore_index, 5, "triton", generator, one("as planned"))
+
+
+@every_regime
+def test_kd_without_a_target(regime: str, generator: torch.Generator) -> None:
+    contracts.check_kd_without_a_target(F32, 40, "triton", generator, one(regime))
 
 
 @every_regime
