@@ -163,7 +163,7 @@ class Results:
         if "failed" in line:
             where = f"{stage} {line.get('tool', '')}".strip()
             self._append(self.failures, f"== {where}: {line['name']}\n{text or line['failed']}\n")
-        if "failed" in line or stage != "tests":
+        if "failed" in line or "left out" in line or stage != "tests" or line["name"] == stage:
             known = ("failed", "skipped", "left out")
             word = next((f"{x}, {line[x]}" for x in known if x in line), "ok")
             error = f", error {line['error']:.1e}" if "error" in line else ""
@@ -186,9 +186,10 @@ def smoke(results: Results, until: float, options: argparse.Namespace, tool: str
     names = gpu_smoke.names(results.backend)
     begun = [names, gpu_smoke.first(results.backend)]
     if tool:
+        # It would give up on a process that takes 10 s to begin. What a call of the runtime
+        # returns is for its caller to judge.
         prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
-        # What a call of the runtime returns is for its caller to judge.
-        prefix += ["--report-api-errors", "no", "--print-limit", "20"]
+        prefix += ["--launch-timeout", "0", "--report-api-errors", "no", "--print-limit", "20"]
         variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         if tool == "racecheck":  # bulk copies that barriers in memory wait for look like races
             names = [x for x in names if not any(y.regime == "cluster" for y in gpu_smoke.CASES[x])]

@@ -165,6 +165,7 @@ def test_every_cuda_plan_is_possible(device: str, rows: int, itemsize: int) -> N
         ("H200", 4096, 128256, "regime=split parts=5 threads=64", {"parts": 5, "threads": 64}),
         ("H200", 4096, 128256, "regime=sweeps threads=128", {"threads": 128, "blocks": 55}),
         ("H200", 4096, 10007, "regime=sweeps per_multiprocessor=1", {"blocks": 132}),
+        ("H200", 4096, 10007, "regime=sweeps threads=64 per_multiprocessor=2", {"blocks": 264}),
         ("H200", 4096, 128256, "parts=4", {"regime": "cluster", "parts": 4, "stages": 1}),
         ("H200", 4096, 128256, "stages=2", {"parts": 4 * 2, "stages": 2}),
         ("H200", 4096, 32000, "threads=192", {"threads": 192, "per_multiprocessor": 1}),
