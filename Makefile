@@ -1,13 +1,19 @@
 # Every target makes its environment first: .venv, from the versions in constraints.txt.
 # ENV=current uses the Python at hand instead, installs nothing, and builds the extension in place.
-#   make demo | test | bench     run the example, the tests, the benchmark (ARGS=... is passed on)
+#   make demo | bench            run the example, the benchmark (ARGS=... is passed on)
+#   make test                    the tests of what this machine can use
+#   make test-full               all tests: of the CUDA kernels too, emulated and as nvcc compiles them
 #   make lint | format           style and types; apply the style
 #   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
-#   make gpu-check               what needs a GPU: tests and memory checker, one table (ARGS go to pytest)
-#   make gpu-bench               the benchmark of a GPU; both leave results in OUT, or in bench/results/<GPU>
+#   make gpu-check               on a GPU, CUDA kernels: a smoke test, the headline, tests, memory checkers; one table
+#   make gpu-check-triton        the same of Triton's, which take minutes to compile
+#   make gpu-counters | gpu-sweep | gpu-bench   what Nsight Compute counts; all plans of long rows; the benchmark
+# Each of the five ends within 10 minutes, build included, and leaves its results in OUT as they come (CONTRIBUTING.md).
+# ENV=current BUILD=no builds nothing: the kdkernels that comes first on PYTHONPATH is used.
 #   make versions                what a source build gives under the oldest torch (TORCH=2.14.1: another one)
 #   make prebuilt                the package with its modules in OUT, or in build/prebuilt, for a machine without compilers
+#   make mutants                 plant the faults of tests/mutants_list.py: which test catches which
 #   make build | clean | distclean
 PYTHON ?= python3
 ARGS ?=
@@ -18,7 +24,8 @@ DEVICE := $(or $(GPU),$(wildcard /dev/nvidia[0-9]*))
 ifeq ($(KDKERNELS_CUDA_ARCHS),)
 KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
-ifneq ($(filter-out demo bench asan gpu-check gpu-bench versions prebuilt,$(or $(MAKECMDGOALS),build)),)
+ON_GPU := gpu-check gpu-check-triton gpu-counters gpu-sweep gpu-bench
+ifneq ($(filter test-full gate check,$(MAKECMDGOALS)),)
 KDKERNELS_SIMT ?= 1
 else ifeq ($(DEVICE),)
 KDKERNELS_BUILD ?= $(if $(shell command -v c++ g++ clang++),cpu,auto)
@@ -26,9 +33,15 @@ export KDKERNELS_BUILD
 endif
 export KDKERNELS_CUDA_ARCHS KDKERNELS_SIMT
 
+BUILT := $(if $(filter no,$(BUILD)),,build)
 ifeq ($(ENV),current)
 PY := $(PYTHON)
+ifeq ($(BUILT),)
+export PYTHONPATH := $(if $(PYTHONPATH),$(PYTHONPATH):)$(CURDIR)
+export PYTHONSAFEPATH := 1
+else
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
 TOOLS :=
 PACKAGE :=
 else ifeq ($(ENV),)
@@ -45,7 +58,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test bench gpu-check gpu-bench lint format gate check asan versions prebuilt clean distclean
+.PHONY: build demo test test-full bench $(ON_GPU) lint format gate check asan mutants versions prebuilt clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -73,12 +86,26 @@ bench: build
 test: build
 	$(PY) -m pytest -q $(WORKERS) $(ARGS)
 
-gpu-check: build
-	$(PY) tests/gpu_check.py $(ARGS)
+test-full: export KDKERNELS_FUZZ_EXAMPLES ?= 400
+test-full: build
+	$(PY) -m pytest -q -m "not gate" $(WORKERS) $(ARGS)
 
-# With gpu-check and the build 10 minutes on 16 cores, and the case under way when the budget ends.
-# make -k gpu-check gpu-bench: also when a check fails.
-gpu-bench: build
+# The budgets are seconds, of 600 with the build of one architecture on 16 cores.
+gpu-check: $(BUILT)
+	$(PY) tests/gpu_check.py --budget 500 $(ARGS)
+
+gpu-check-triton: $(BUILT)
+	$(PY) tests/gpu_check.py --backend triton --stages tests,sanitizers --tools memcheck --budget 500 $(ARGS)
+
+gpu-counters: $(BUILT)
+	$(PY) -m bench.counters --budget 300 $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+# A second one goes on where the first one ended.
+gpu-sweep: $(BUILT)
+	$(PY) -m bench.sweep --device cuda --budget 240 $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+# And the case under way when the budget ends.
+gpu-bench: $(BUILT)
 	$(PY) -m bench --device cuda --budget 170 $(if $(OUT),--out '$(OUT)',--keep) $(ARGS)
 
 lint: $(TOOLS)
@@ -109,12 +136,15 @@ asan: $(PACKAGE)
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(PY) -m pytest -q --capture=sys -o pythonpath=build/asan $(ASAN_TESTS) $(ARGS)
 
-# An environment beside .venv, with everything as pinned but torch and what torch itself pins. The three numbers of classes
-# together bring every pair of types to every loss.
+# Builds in copies of the tree, of what it needs itself. ARGS: see python tests/mutants.py --help.
+mutants: $(PACKAGE)
+	$(PY) tests/mutants.py $(ARGS)
+
+# An environment beside .venv, with everything as pinned but torch and what torch itself pins.
 TORCH ?= 2.10.0
 BESIDE := .venv-torch-$(TORCH)
 VERSIONS_TESTS := build equivalence autograd compile
-VERSIONS_CHOICE := loads or (test_shapes and (-17] or -32] or -100])) or opcheck or any_upstream or (every_loss and cpu])
+VERSIONS_CHOICE := loads or layouts or opcheck or any_upstream or (every_loss and cpu])
 $(BESIDE)/.tools: constraints.txt
 	test -x $(BESIDE)/bin/python || $(PYTHON) -m venv $(BESIDE)
 	sed -E '/^(torch|triton|setuptools)==/d' constraints.txt > $(BESIDE)/constraints.txt

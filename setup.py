@@ -3,7 +3,9 @@
 KDKERNELS_BUILD       auto (default: what the tools here allow) | cuda | cpu (it or an error) | none
 KDKERNELS_CUDA_ARCHS  such as "80 90a 120+PTX", or native: the GPUs here. Without it,
                       TORCH_CUDA_ARCH_LIST, and without both all that this nvcc has of ARCHS
-KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host (for tests)
+KDKERNELS_CPU_ISAS    such as "avx2": of the instruction sets below, only these and the baseline
+KDKERNELS_SIMT        1: kdkernels._simt too, the CUDA kernels emulated on the host, and with nvcc
+                      kdkernels._fake, their launches on a runtime that checks them (for tests)
 KDKERNELS_SANITIZE    a value for -fsanitize
 KDKERNELS_PYTHON      another Python, such as python3.12, to build for (see make prebuilt)
 NVCC, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS and MAX_JOBS have their usual meaning.
@@ -51,6 +53,13 @@ AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"baseline": ""} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})
+WANTED_ISAS = os.environ.get("KDKERNELS_CPU_ISAS", "").split() or list(ISAS)
+BAD_ISAS = [
+    f"KDKERNELS_CPU_ISAS: got {name!r}; allowed: {', '.join(ISAS)}"
+    for name in WANTED_ISAS
+    if name not in ISAS
+]
+ISAS = {name: flags for name, flags in ISAS.items() if name in ("baseline", *WANTED_ISAS)}
 MACOS = sys.platform == "darwin"
 LINK = "-bundle -undefined dynamic_lookup" if MACOS else "-shared -Wl,--no-as-needed"
 SANITIZE = os.environ.get("KDKERNELS_SANITIZE", "")
@@ -73,6 +82,7 @@ KERNELS = "csrc/cuda/kernels.cu"
 # The kernels are compiled once for each set of logit types; the slowest first.
 KD_TYPES = ("mixed", "f64", "f32", "f16", "bf16")
 SIMT_SOURCES = ("simt", "faults", "module")
+FAKE_SOURCES = ("runtime", "module")
 SIMT = os.environ.get("KDKERNELS_SIMT", "0") not in ("", "0")
 
 
@@ -251,6 +261,8 @@ def decide():
     mode = os.environ.get("KDKERNELS_BUILD", "auto")
     if mode not in MODES:
         return "none", None, {}, f"KDKERNELS_BUILD={mode!r}; allowed: {', '.join(MODES)}"
+    if BAD_ISAS:
+        return "none", None, {}, BAD_ISAS[0]
     if mode == "none":
         return "none", None, dict.fromkeys(("cuda", "cpu"), "built with KDKERNELS_BUILD=none"), None
     if reason := missing_tool():
@@ -337,7 +349,6 @@ def compile_modules(folder, names):
     torch = TORCH[0]
     local = f"{PYTHON.suffix.split('.')[1]}-torch-{TORCH[1]}"
     cxx = [*COMPILER[0], *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE.split()]
-    cxx += [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
     # pybind11's headers are those inside torch: they fit every Python that this torch runs on.
     python = ["-isystem", PYTHON.include, "-isystem", str(torch / "include")]
     python.append(f"-ffile-prefix-map={torch.parent}{os.sep}=")
@@ -379,9 +390,15 @@ def compile_modules(folder, names):
     binding = [TORCH_ABI, *([] if PYTHON.free_threaded else [PYTHON_ABI]), *python]
     if CUDA:
         flags = ["-DUSE_CUDA", "-I", str(CUDA.include)]  # -isystem /usr/include would break g++
-        cuda.append(compile(f"{local}/ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags))
+        ops_cuda = compile(f"{local}/ops_cuda", "csrc/ops_cuda.cpp", *binding, *flags)
         cuda.append(compile_cuda("device", "csrc/cuda/device.cu"))
-    shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp"))
+        if SIMT:
+            fake = [
+                compile(f"{local}/fake_{x}", f"csrc/fake/{x}.cpp", *python, "-I", str(CUDA.include))
+                for x in FAKE_SOURCES
+            ]
+    have = [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
+    shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp", *have))
     ops = compile(f"{local}/ops", "csrc/ops.cpp", *binding)
     torch_cpu = str(torch / "lib" / f"libtorch_cpu.{'dylib' if MACOS else 'so'}")
     link("_C", ops, *shared, libraries=[torch_cpu])
@@ -393,7 +410,9 @@ def compile_modules(folder, names):
         empty = ["-x", "c++", os.devnull, "-Wl,-soname,libtorch_cuda.so"]
         torch_cuda = link("libtorch_cuda", flags=empty)
         libraries = [torch_cpu, str(CUDA.runtime), *CUDART_LINK.split()]
-        link("_cuda", *cuda, torch_cuda, libraries=libraries)
+        link("_cuda", ops_cuda, *cuda, torch_cuda, libraries=libraries)
+        if SIMT:
+            link("_fake", *fake, *cuda)
     if SIMT:
         link("_simt", *simt)
     (folder / local).mkdir(parents=True, exist_ok=True)
@@ -498,6 +517,8 @@ if OUTCOME != "none":
         EXTENSIONS.append(Extension("kdkernels._cuda", ["csrc/ops_cuda.cpp"]))
     if SIMT:
         EXTENSIONS.append(Extension("kdkernels._simt", ["csrc/simt/module.cpp"]))
+        if CUDA:
+            EXTENSIONS.append(Extension("kdkernels._fake", ["csrc/fake/module.cpp"]))
 setup(
     license="Apache-2.0",
     packages=list(PACKAGES),

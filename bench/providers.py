@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from bench.peers import PEERS
 FUSED = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # backend: the type of its devices
 BASELINES = ("eager", "compile")  # the published formulation, and torch.compile of it
 NAMES = (*FUSED, *BASELINES, *PEERS)
+PLAN = "KDKERNELS_PLAN"  # overrides the CUDA backend's planner: see csrc/cuda/plan.h
 
 
 def of(case: Case, device: str) -> list[str]:
@@ -78,18 +82,39 @@ def regime(name: str, case: Case, machine: Machine) -> str | None:
         from kdkernels import _host
     except ImportError:
         return None
-    strided, itemsize = case.layout == "classes-first", DTYPES[case.dtype].itemsize
-    if name == "cpu":
-        isa = os.environ.get("KDKERNELS_CPU_ISA") or list(_host.isas())[-1]
-        return _host.plan(isa, case.rows, case.classes, strided)
-    if name != "cuda":
+    if name == "cuda":
+        return (cuda_plan(case, machine) or {}).get("regime")
+    if name != "cpu":
         return None
+    isa = os.environ.get("KDKERNELS_CPU_ISA") or list(_host.isas())[-1]
+    return _host.plan(isa, case.rows, case.classes, case.layout == "classes-first")
+
+
+@contextmanager
+def planned(plan: str) -> Iterator[None]:
+    """While the planner is overridden; "": while it is not."""
+    before = os.environ.pop(PLAN, None)
+    if plan:
+        os.environ[PLAN] = plan
+    try:
+        yield
+    finally:
+        os.environ.pop(PLAN, None)
+        if before is not None:
+            os.environ[PLAN] = before
+
+
+def cuda_plan(case: Case, machine: Machine) -> dict[str, Any] | None:
+    """What the CUDA planner makes of the case, under the environment's override if there is one."""
+    from kdkernels import _host
+
+    itemsize = DTYPES[case.dtype].itemsize
     # Cards of a name may differ: an H100 has 114 or 132 multiprocessors.
     count = getattr(machine, "multiprocessors", 0)
     known = [x for x, y in _host.gpu_devices().items() if x in machine.name and y == count]
     if not known:
         return None
-    plan = _host.gpu_plan(
+    return _host.gpu_plan(
         device=known[0],
         rows=case.rows,
         classes=case.classes,
@@ -97,9 +122,9 @@ def regime(name: str, case: Case, machine: Machine) -> str | None:
         teacher=case.spec.tensors == 2,
         kept=case.spec.exponentials,
         alike=case.layout == "dense",
-        strided=strided,
+        strided=case.layout == "classes-first",
         wide=itemsize == 8,
         backward=case.direction == "backward",
         writes=case.direction != "forward",
+        override=os.environ.get(PLAN, ""),
     )
-    return plan["regime"]

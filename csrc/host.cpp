@@ -78,7 +78,7 @@ const gpu::Device& gpu_device(const std::string& name) {
 }
 
 py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int itemsize, bool teacher, int kept,
-                  bool alike, bool strided, bool wide, bool backward, bool writes) {
+                  bool alike, bool strided, bool wide, bool backward, bool writes, const std::string& override) {
   gpu::Shape x = {rows,
                   classes,
                   wide ? 32 / itemsize : 16 / itemsize,
@@ -90,7 +90,7 @@ py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int 
                   writes,
                   backward ? kd::Pass::backward : kd::Pass::forward_grad};
   if (wide) x.vector = itemsize == 8 ? 2 : 8;
-  const gpu::Plan plan = gpu::plan(x, gpu_device(device));
+  const gpu::Plan plan = gpu::plan(x, gpu_device(device), gpu::parse_override(override));
   py::dict out = gpu::as_dict(plan);
   out["vector"] = x.vector;
   return out;
@@ -135,7 +135,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("gpu_plan", &gpu_plan, py::kw_only(), py::arg("device"), py::arg("rows"), py::arg("classes"),
         py::arg("itemsize") = 2, py::arg("teacher") = true, py::arg("kept") = 2, py::arg("alike") = true,
         py::arg("strided") = false, py::arg("wide") = false, py::arg("backward") = false, py::arg("writes") = true,
-        "What the CUDA planner picks on a known device, for logits of so many bytes.");
+        py::arg("override") = "",
+        "What the CUDA planner picks on a known device, for logits of so many bytes; override: as KDKERNELS_PLAN.");
   m.def("gpu_table", &gpu_table, py::arg("device") = "H200", "The CUDA planner's rules and some of its choices.");
   m.def("stats_width", [] { return kd::kStatsWidth; });
   m.def("exp2_f32", [](const std::string& isa, py::array_t<float, py::array::c_style> x) {

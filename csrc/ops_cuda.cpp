@@ -1,33 +1,17 @@
 // The operators on a CUDA device: they launch on torch's current stream and wait for nothing.
 #include <torch/csrc/stable/accelerator.h>
 
-#include <mutex>
+#include <cstdlib>
 
 #include "binding.h"
-#include "cuda/device.h"
-#include "cuda/run.h"
+#include "cuda/call.h"
 
 namespace {
 
 using namespace kd::binding;
 using kd::gpu::Call;
-using kd::gpu::Plan;
 
 void check(int error) { STD_TORCH_CHECK(error == 0, "CUDA error: ", kd::gpu::error_text(error)); }
-
-// A device attribute never changes; asking for six of them would take as long as a launch.
-const kd::gpu::Device& facts_of(int32_t index) {
-  static std::array<std::optional<kd::gpu::Device>, kd::gpu::kMostDevices> known;
-  static std::mutex mutex;
-  STD_TORCH_CHECK(index >= 0 && index < kd::gpu::kMostDevices, "device: index ", index, " is out of range");
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (!known[index]) {
-    kd::gpu::Device facts;
-    check(kd::gpu::device_facts(index, facts));
-    known[index] = facts;
-  }
-  return *known[index];
-}
 
 void* stream_of(int32_t index) {
   void* stream = nullptr;
@@ -59,23 +43,21 @@ Described describe_call(const std::string& loss, const Tensor& student, const st
   return {place, torch::stable::accelerator::DeviceGuard(place.index), call, kd::gpu::kLosses[p.loss]};
 }
 
+// Looked at in every call, so that measuring one plan after another takes no new process.
+kd::gpu::Override override_of_environment() {
+  const char* text = std::getenv(kd::gpu::kOverrideVariable);
+  return text ? kd::gpu::parse_override(text) : kd::gpu::Override{};
+}
+
 void run(Described& d) {
   if (d.call.problem.rows_total() == 0) return;
-  const Plan plan = kd::gpu::plan(kd::gpu::shape_of(d.call.problem), facts_of(d.place.index));
-  const int64_t bytes = kd::gpu::scratch_bytes(d.call, plan);
-  bool captured = false;
-  if (d.call.total) check(kd::gpu::is_captured(d.call.stream, captured));
+  kd::gpu::Needs needs;
+  check(kd::gpu::prepare(d.call, needs, override_of_environment()));
   // Handed back to torch's allocator when this returns, which keeps it from any other stream until the kernels are
   // done.
   std::optional<Tensor> scratch;
-  if (bytes > 0 || captured) scratch = fresh({bytes + 16}, ScalarType::Byte, d.place);
-  char* const memory = scratch ? static_cast<char*>(scratch->data_ptr()) : nullptr;
-  d.call.scratch = memory;
-  if (d.call.total) {
-    uint32_t* const offered = captured ? reinterpret_cast<uint32_t*>(memory + (bytes + 15) / 16 * 16) : nullptr;
-    check(kd::gpu::take_counter(d.place.index, d.call.stream, offered, &d.call.counter));
-  }
-  check(kd::gpu::run(d.call, plan));
+  if (needs.bytes > 0) scratch = fresh({needs.bytes}, ScalarType::Byte, d.place);
+  check(kd::gpu::run(d.call, needs, scratch ? scratch->data_ptr() : nullptr));
 }
 
 Tensor empty_gradient(const Tensor& student, Described& d) {

@@ -2,32 +2,169 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 import kdkernels
+from kdkernels import losses
 from kdkernels.reference import AEKT_VARIANTS
+
+# Every random number of a run follows from one seed; the workers of pytest-xdist inherit it.
+if os.environ.get("KDKERNELS_SEED") == "random":
+    os.environ["KDKERNELS_SEED"] = str(int.from_bytes(os.urandom(4), "little"))
+SEED = int(os.environ.get("KDKERNELS_SEED") or 20240913)
 
 IGNORED = -100
 INF = math.inf
 CPU = kdkernels.backends()["cpu"]
-needs_cpu = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")
-ISAS: list[str] = []
+ISAS: list[str] = []  # instruction sets of the CPU kernels, best last
 if CPU.available:
     try:
         from kdkernels import _host
 
         ISAS = _host.isas()
-    except ImportError:  # it is not in wheels; this is the choice of the kernels
-        ISAS = [""]
+    except ImportError:  # a wheel holds nothing for tests
+        CPU = CPU._replace(available=False, reason="kdkernels._host, for tests, is not built")
+needs_cpu = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")
 
 # ---- losses ---------------------------------------------------------------------------------
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the tests know of a loss. An entry in LOSSES brings it into every grid."""
+
+    tested: Sequence[Options]  # options it is tested with, its usual ones first
+    defaults: Options  # of its own parameters, as published
+    weight: Callable[[Options], float]  # the sum of the weights of its terms, for tolerances
+    divergence: Callable[[Options], bool] = lambda options: False  # >= 0; 0 at student == teacher
+    drawn: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # what fuzz tests choose from
+    module: str | None = None
+    teacher: bool = True
+    target: bool = True  # whether one is needed
+    outputs: int = 1
+    student: str = "student"  # the name of its first argument
+    ratio: bool = False  # the ratio b / c of target probabilities is a factor of the gradient
+    held: Callable[[Options], bool] = lambda options: False  # factors are: no gradcheck
+    apart: Options = field(default_factory=dict)  # options under which rows do not share a number
+    blind: Callable[[Options], bool] = lambda options: False  # to the target's own logit
+    # Per class of its operator at one temperature, and at two: for the sums, for the gradient.
+    exponentials: Sequence[tuple[int, int]] = ()
+
+
+def _ce(options: Options) -> float:
+    return options["ce_weight"]
+
+
+FACTORS = (0.0, 0.5, 1.0, 8.0)
+# Temperature 1 and others, with and without cross-entropy: the kernels sum at one temperature or
+# at two.
+LOSSES = {
+    "kd": Loss(
+        tested=[
+            {"temperature": 4.0, "ce_weight": 0.0},
+            {"temperature": 1.0, "ce_weight": 0.0},
+            {"temperature": 1.0, "ce_weight": 0.7},
+            {"temperature": 2.5, "ce_weight": 0.7},
+        ],
+        defaults={"temperature": 4.0},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        module="KDLoss",
+        target=False,
+        exponentials=[(2, 2), (3, 3)],
+    ),
+    "dkd": Loss(
+        tested=[
+            {"temperature": 4.0, "alpha": 1.0, "beta": 8.0, "ce_weight": 0.0},
+            {"temperature": 1.0, "alpha": 1.0, "beta": 0.5, "ce_weight": 1.0},
+            {"temperature": 0.5, "alpha": 2.0, "beta": 0.0, "ce_weight": 1.0},
+            {"temperature": 2.0, "alpha": 0.0, "beta": 1.0, "ce_weight": 0.0},
+        ],
+        defaults={"temperature": 4.0, "alpha": 1.0, "beta": 8.0},
+        weight=lambda o: o["alpha"] + o["beta"] + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        drawn={"alpha": FACTORS, "beta": FACTORS},
+        module="DKDLoss",
+        blind=lambda o: o["alpha"] == 0,
+        exponentials=[(2, 2), (3, 3)],
+    ),
+    "nkd": Loss(
+        tested=[
+            {"temperature": 1.0, "gamma": 1.5, "ce_weight": 0.0},
+            {"temperature": 3.0, "gamma": 3.5, "ce_weight": 1.0},
+            {"temperature": 2.0, "gamma": 0.0, "ce_weight": 0.0},
+        ],
+        defaults={"temperature": 1.0, "gamma": 1.5},
+        weight=lambda o: 1 + o["gamma"] + _ce(o),
+        drawn={"gamma": FACTORS},
+        module="NKDLoss",
+        exponentials=[(2, 2), (4, 3)],
+    ),
+    "tf_nkd": Loss(
+        tested=[{}, {"ce_weight": 1.0, "mean_confidence": 0.3}],
+        defaults={"mean_confidence": None},
+        weight=lambda o: 2 + _ce(o),
+        module="TFNKDLoss",
+        teacher=False,
+        held=lambda o: True,
+        apart={"mean_confidence": 0.3},
+        exponentials=[(1, 1)],
+    ),
+    "aekt": Loss(
+        tested=[
+            *({"variant": x, "temperature": 4.0, "beta": 8.0, "ce_weight": 0.0}
+              for x in AEKT_VARIANTS),
+            {"variant": "ratio_weighted_tckd", "temperature": 1.0, "beta": 1.0, "ce_weight": 1.0},
+            {"variant": "ratio_coupled_tckd", "temperature": 2.0, "beta": 1.0, "ce_weight": 0.5},
+        ],
+        defaults={
+            "temperature": 4.0,
+            "alpha": 1.0,
+            "beta": 8.0,
+            "variant": "ratio_weighted_tckd",
+            "log_ratio_max": math.log(10),
+        },
+        weight=lambda o: math.exp(o["log_ratio_max"]) * o["alpha"] + o["beta"] + _ce(o),
+        divergence=lambda o: _ce(o) == 0 and not o["variant"].endswith("_ce"),
+        drawn={
+            "alpha": FACTORS,
+            "beta": FACTORS,
+            "variant": AEKT_VARIANTS,
+            "log_ratio_max": (0.0, 0.5, math.log(10)),
+        },
+        module="AEKTLoss",
+        ratio=True,
+        held=lambda o: o["variant"].startswith("ratio_weighted"),
+        blind=lambda o: o["alpha"] == 0,
+        exponentials=[(2, 2), (3, 3)],
+    ),
+    "target_split": Loss(
+        tested=[{"temperature": 1.0}, {"temperature": 3.0}],
+        defaults={"temperature": 1.0},
+        weight=lambda o: 1.0,
+        teacher=False,
+        outputs=3,
+        student="logits",
+        exponentials=[(1, 1)],
+    ),
+}  # fmt: skip
+
+
+class _Called(Exception):
+    """An operator was about to run."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +173,73 @@ class Case:
 
     loss: str  # the function's name without _loss
     options: dict[str, Any] = field(default_factory=dict)
-    teacher: bool = True
-    outputs: int = 1
-    divergence: bool = False  # never negative, and 0 at student == teacher
-    weight: float = 1.0  # the sum of the weights of its terms, for tolerances
 
     def __str__(self) -> str:
         shown = [str(x) if isinstance(x, str) else f"{k[0]}{x:g}" for k, x in self.options.items()]
         return "-".join([self.loss, *shown])
 
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    @property
+    def facts(self) -> Loss:
+        return LOSSES[self.loss]
+
+    @property
+    def teacher(self) -> bool:
+        return self.facts.teacher
+
+    @property
+    def outputs(self) -> int:
+        return self.facts.outputs
+
+    @property
+    def usual(self) -> bool:
+        return self.options == self.facts.tested[0]
+
+    @cached_property
+    def all_options(self) -> dict[str, Any]:
+        """Defaults included."""
+        parameters = inspect.signature(self.function).parameters.values()
+        defaults = {x.name: x.default for x in parameters if x.kind is x.KEYWORD_ONLY}
+        return defaults | self.options
+
+    @property
+    def weight(self) -> float:
+        return self.facts.weight(self.all_options)
+
+    @property
+    def divergence(self) -> bool:
+        return self.facts.divergence(self.all_options)
+
     @property
     def temperature(self) -> float:
-        return self.options.get("temperature", 1.0)
+        return self.all_options.get("temperature", 1.0)
 
     @property
     def function(self) -> Callable[..., Any]:
         return getattr(kdkernels, self.loss if self.outputs > 1 else f"{self.loss}_loss")
+
+    @property
+    def apart(self) -> Case:
+        """The same, with rows that do not share a number, such as a mean."""
+        return self.having(**self.facts.apart)
+
+    def having(self, **options: Any) -> Case:
+        return replace(self, options={**self.options, **options})
+
+    @cached_property
+    def operator(self) -> tuple[str, tuple[float, ...]]:
+        """The loss and the parameters that the operators are called with."""
+        inputs = make_inputs("normal", 1, 2)
+        with (
+            patch.object(losses, "choose", lambda *_: "cpu"),
+            patch.object(losses, "_run", side_effect=_Called) as run,
+            pytest.raises(_Called),
+        ):
+            self.rows(*inputs)
+        _, name, _, params, *_ = run.call_args.args
+        return name, tuple(params)
 
     def __call__(
         self, student: Tensor, teacher: Tensor | None, target: Tensor | None, **common: Any
@@ -69,58 +257,25 @@ class Case:
         return self(student, teacher, target, **reduction, **common)
 
 
-def _kd(temperature: float, ce_weight: float = 0.0) -> Case:
-    options = {"temperature": temperature, "ce_weight": ce_weight}
-    return Case("kd", options, divergence=ce_weight == 0, weight=1 + ce_weight)
-
-
-def _dkd(temperature: float, alpha: float, beta: float, ce_weight: float = 0.0) -> Case:
-    options = dict(temperature=temperature, alpha=alpha, beta=beta, ce_weight=ce_weight)
-    return Case("dkd", options, divergence=ce_weight == 0, weight=alpha + beta + ce_weight)
-
-
-def _nkd(temperature: float, gamma: float, ce_weight: float = 0.0) -> Case:
-    options = dict(temperature=temperature, gamma=gamma, ce_weight=ce_weight)
-    return Case("nkd", options, weight=1 + gamma + ce_weight)
-
-
-def _aekt(variant: str, temperature: float = 4.0, beta: float = 8.0, ce_weight: float = 0) -> Case:
-    options = dict(variant=variant, temperature=temperature, beta=beta, ce_weight=ce_weight)
-    divergence = ce_weight == 0 and not variant.endswith("_ce")
-    return Case("aekt", options, divergence=divergence, weight=10 + beta + ce_weight)  # ratio <= 10
-
-
-# Temperature 1 and others, with and without cross-entropy: the kernels sum at one temperature or
-# at two. Each loss begins with its usual options.
-CASES = [
-    _kd(4.0),
-    _kd(1.0),
-    _kd(1.0, ce_weight=0.7),
-    _kd(2.5, ce_weight=0.7),
-    _dkd(4.0, alpha=1.0, beta=8.0),
-    _dkd(1.0, alpha=1.0, beta=0.5, ce_weight=1.0),
-    _dkd(0.5, alpha=2.0, beta=0.0, ce_weight=1.0),
-    _dkd(2.0, alpha=0.0, beta=1.0),
-    _nkd(1.0, gamma=1.5),
-    _nkd(3.0, gamma=3.5, ce_weight=1.0),
-    _nkd(2.0, gamma=0.0),
-    Case("tf_nkd", teacher=False, weight=2.0),
-    Case("tf_nkd", {"ce_weight": 1.0, "mean_confidence": 0.3}, teacher=False, weight=3.0),
-    *(_aekt(variant) for variant in AEKT_VARIANTS),
-    _aekt("ratio_weighted_tckd", temperature=1.0, beta=1.0, ce_weight=1.0),
-    _aekt("ratio_coupled_tckd", temperature=2.0, beta=1.0, ce_weight=0.5),
-    Case("target_split", {"temperature": 1.0}, teacher=False, outputs=3),
-    Case("target_split", {"temperature": 3.0}, teacher=False, outputs=3),
-]
+CASES = [Case(name, dict(options)) for name, loss in LOSSES.items() for options in loss.tested]
 SCALAR_CASES = [case for case in CASES if case.outputs == 1]
 DIVERGENCES = [case for case in CASES if case.divergence]
-# One of each kind, for tests that need not see every option.
-MAIN_CASES = [next(case for case in CASES if case.loss == name) for name in
-              ("kd", "dkd", "nkd", "tf_nkd", "aekt", "target_split")]  # fmt: skip
+# Each loss with its usual options, for tests that need not see every option.
+USUAL = {case.loss: case for case in CASES if case.usual}
+MAIN_CASES = list(USUAL.values())
+MAIN_SCALARS = [case for case in MAIN_CASES if case.outputs == 1]
+# Any loss, where which one does not matter: with a target, a teacher, and two terms.
+SOME = USUAL["dkd"]
 
 # ---- inputs ---------------------------------------------------------------------------------
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = (F32, BF16, F16, F64)
+# Of student and teacher.
+DTYPE_PAIRS = [
+    *((dtype, dtype) for dtype in DTYPES),
+    (F32, BF16), (BF16, F32), (F16, F32), (F32, F64), (F64, F16), (F16, BF16),
+]  # fmt: skip
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -201,6 +356,9 @@ def make_inputs(
         teacher = torch.where(hot & teacher.isneginf(), -0.5, teacher)
     return student, teacher, target
 
+
+# The operators, each with the parameters of a loss that leads to it.
+OPERATORS = dict(case.operator for case in reversed(CASES))
 
 # ---- layouts --------------------------------------------------------------------------------
 
@@ -316,7 +474,7 @@ def gradient_tolerance(
     for x in logits:
         for t in {case.temperature, 1.0}:
             scaled = x.double() / t
-            envelope += _sensitivity(scaled, target, case.loss == "aekt")
+            envelope += _sensitivity(scaled, target, case.facts.ratio)
             envelope += exact * scaled.softmax(-1)
     upstream = upstream.double().abs().sum(0) if case.outputs > 1 else upstream.double().abs()
     scale = (upstream * _rounding(case, student, teacher, dtype, 1)).unsqueeze(-1)

@@ -1,3 +1,5 @@
+"""How the tests run: where, from which seed, and which of them are for `make test-full` alone."""
+
 import os
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ if (
 ):  # before kdkernels is imported; where there is a GPU it runs there
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from cases import ISAS
+pytest.register_assert_rewrite("cases", "contracts")
+from cases import ISAS, SEED, Case  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
@@ -19,10 +22,24 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench is not instal
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` sees the usual options of a loss, and the instruction set of this processor."""
+    for item in items:
+        chosen = item.callspec.params if hasattr(item, "callspec") else {}
+        case, isa = chosen.get("case"), chosen.get("isa", chosen.get("backend"))
+        if (isinstance(case, Case) and not case.usual) or isa in ISAS[:-1]:
+            item.add_marker(pytest.mark.full)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"KDKERNELS_SEED={SEED} draws the same again, =random others")
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
-    """The source of a test's random numbers: the same ones in every run."""
-    return torch.Generator().manual_seed(20240913)
+    """The source of a test's random numbers."""
+    return torch.Generator().manual_seed(SEED)
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip("no CPU kernels here"))])

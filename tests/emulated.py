@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,7 @@ def _run(
         ignore_index=ignore_index,
         device=settings.device,
         forced=settings.forced,
+        override=os.environ.get("KDKERNELS_PLAN", ""),  # as the binding does
         seed=settings.seed,
         **{k: _array(x) if isinstance(x, Tensor) else x for k, x in more.items()},
     )

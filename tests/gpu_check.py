@@ -1,79 +1,311 @@
-"""`make gpu-check`: everything that needs a GPU, in one table, within a limit of time.
+"""`make gpu-check`: everything that needs a GPU, the most telling first, within a limit of time.
 
-    python tests/gpu_check.py                               all tests marked `gpu`
-    python tests/gpu_check.py -m "gpu and not slow" -x      arguments go on to pytest
-    python tests/gpu_check.py --tools memcheck,racecheck    these of the sanitizer's tools, or none
-    python tests/gpu_check.py --budget 1200 --jobs 4        seconds in all, processes at once
+    python tests/gpu_check.py                          the CUDA backend
+    python tests/gpu_check.py --backend triton         Triton's tests, which compile 1000 kernels
+    python tests/gpu_check.py --backend cpu            rehearses the smoke test without a GPU
+    python tests/gpu_check.py --stages tests -k mean   some stages; other arguments go on to pytest
+    python tests/gpu_check.py --table FILE             the table of a run, of its check-*.jsonl
 
-Prints the device, the versions and the backends, runs the tests marked `gpu` and, where
-compute-sanitizer is installed, its four tools on a selection. Tests run in several processes where
-pytest-xdist is installed, those marked `alone` after them in one, and then the sanitizer's runs at
-the same time. What runs out of time is stopped and has failed; what had ended by then counts. The
-table has one line for each backend and group of tests or tool. Where there is a device it is
-written, too: to check.txt in the folder named by the environment's OUT, or else in
-bench/results/<GPU>. Exit status 1 when something failed, or when there is a device and nothing
-passed on it; without a device it says so and ends with 0.
+After the device, the versions and the backends come, in this order,
+
+    smoke       one small call per way of launching a kernel, gpu_smoke.py
+    headline    KD at four vocabularies against eager PyTorch and a copy, `python -m bench`
+    tests       those marked `gpu`, in several processes (pytest-xdist)
+    sanitizers  the smoke test under compute-sanitizer's tools, racecheck without clusters
+
+each in child processes (bench/children.py): what hangs, crashes or loses the device is a failure,
+and the next one gets another process. Each stage has its share of --budget, and what earlier ones
+leave; what is not begun by then is left out, and the table says so. Results go to the folder named
+by the environment's OUT, or else to bench/results/<GPU>, as they come: check-<backend>.txt is what
+the screen shows, check-<backend>.jsonl has a line for everything that ended, failures-<backend>.txt
+the texts of failures; other files are what the children print. Exit status 1 when something failed,
+or when there is a device and nothing passed on it; without a device it says so and ends with 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 START = time.monotonic()  # importing torch counts, too
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # run as a script; an installed kdkernels comes first
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+sys.path += [str(TESTS), str(ROOT)]  # an installed kdkernels comes first
 
+import gpu_smoke  # noqa: E402
 import torch  # noqa: E402
-from live_report import Group, Groups, group, lines_of  # noqa: E402
 
 import kdkernels  # noqa: E402
-from bench import measure, report  # noqa: E402
+from bench import children, measure, report  # noqa: E402
 
-# Of compute-sanitizer: the tests that each tool runs. memcheck sees what leaves an allocation,
-# racecheck shared memory, initcheck what is read from global memory before it is written,
-# synccheck barriers.
-TOOLS = {
-    "memcheck": "every_kernel_once or accesses_stay_inside",
-    "racecheck": "every_kernel_once",
-    "initcheck": "every_kernel_once",
-    "synccheck": "every_kernel_once",
-}
-BACKENDS = ("cuda", "triton")
+# Shares of the budget, in the order of the stages.
+STAGES = {"smoke": 2.0, "headline": 1.0, "tests": 5.0, "sanitizers": 3.0}
+# memcheck sees what leaves an allocation, racecheck shared memory, initcheck what is read from
+# global memory before it is written, synccheck barriers.
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86  # what compute-sanitizer exits with when it has found something
-OUT_OF_TIME = 124
+CALL, CALL_SANITIZED = 30.0, 60.0  # seconds without a word from a smoke test
+TEST = 120.0  # seconds for a test
+MEMORY = 4 << 30  # free memory of the GPU for each process
 NOTHING_SELECTED = 5  # of pytest's
-# The two calls of pytest, and the part of the budget that is over when each must have ended.
-CALLS = {"not alone": 0.5, "alone": 0.6}
-SANITIZED = 0.98  # the same for the sanitizer's runs; what is killed may take seconds to go
-GRACE = 15.0  # seconds from an interrupt to the end: pytest-xdist waits 10 for a worker that hangs
-MEMORY = 10 << 30  # free memory of the GPU for each process
-RUNNING: set[subprocess.Popen] = set()
+HEADLINE = ["4096x128256", "4096x32000", "4096x262144", "4096x10007"]
+
+
+# ---- results ----------------------------------------------------------------------------------
 
 
 @dataclass
-class Budget:
-    """Seconds since the start of the process."""
+class Group:
+    """Results of one kind, whatever their parameters."""
 
-    seconds: float
+    passed: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    remarks: Counter[str] = field(default_factory=Counter)  # why failed, skipped or left out
 
-    def left(self, part: float) -> float:
-        """Until this part of it is over."""
-        return START + self.seconds * part - time.monotonic()
+
+def key_of(line: dict[str, Any]) -> tuple[str, str, str]:
+    """Stage, backend, and of a test its function; of the others, tool or stage."""
+    if line["stage"] != "tests":
+        return line["stage"], line["backend"], line.get("tool", line["stage"])
+    known = re.search(r"[\[-](cuda|triton)[]-]", line["name"])  # of a crash, no more than its name
+    backend = line["backend"] or (known[1] if known else "-")
+    name = line["name"].partition("[")[0].rpartition("::")[2].removeprefix("test_")
+    return "tests", backend, name.replace("_", " ")
+
+
+def grouped(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Group]:
+    """Of things with two lines, one that says failed counts."""
+    last: dict[Any, dict[str, Any]] = {}
+    for line in lines:
+        key = (*key_of(line), line["name"])
+        if "failed" not in last.get(key, {}):
+            last[key] = line
+    groups: dict[tuple[str, str, str], Group] = {}
+    for key, line in last.items():
+        entry = groups.setdefault(key[:3], Group())
+        entry.seconds += line.get("seconds", 0.0)
+        if "failed" in line:
+            entry.failed += 1
+            entry.remarks[str(line["failed"])[:60]] += 1
+        elif why := line.get("skipped") or line.get("left out"):
+            entry.remarks[f"{'skipped' if 'skipped' in line else 'left out'} ({why})"] += 1
+        else:
+            entry.passed += 1
+    return groups
+
+
+def table(lines: Iterable[dict[str, Any]]) -> str:
+    header = ["stage", "backend", "what", "passed", "failed", "seconds", "remarks"]
+    rows = [header]
+    order = [*STAGES]
+    groups = sorted(grouped(lines).items(), key=lambda x: (order.index(x[0][0]), x[0]))
+    for key, x in groups:
+        remarks = ", ".join(f"{n} {remark}" for remark, n in x.remarks.items())
+        rows.append([*key, str(x.passed), str(x.failed), f"{x.seconds:.1f}", remarks])
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    out = []
+    for row in rows:
+        words = [x.ljust(w) for x, w in zip(row[:3], widths[:3], strict=True)]
+        words += [x.rjust(w) for x, w in zip(row[3:6], widths[3:], strict=True)]
+        out.append("  ".join([*words, row[6]]).rstrip())
+    return "\n".join(out)
+
+
+class Results:
+    """Everything that a run has found out, in files as soon as it is known."""
+
+    def __init__(self, folder: Path, backend: str) -> None:
+        self.folder, self.backend = folder, backend
+        self.lines: list[dict[str, Any]] = []
+        self._lock = Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.path("check", "txt"), self.path("check", "jsonl"), self.failures):
+            path.unlink(missing_ok=True)
+
+    def path(self, what: str, suffix: str = "txt") -> Path:
+        return self.folder / f"{what}-{self.backend}.{suffix}"
+
+    @property
+    def failures(self) -> Path:
+        return self.path("failures")
+
+    def _append(self, path: Path, text: str) -> None:
+        with self._lock, path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def print(self, text: str) -> None:
+        print(text, flush=True)
+        self._append(self.path("check"), text)
+
+    def add(self, stage: str, line: dict[str, Any]) -> None:
+        """A line says failed, skipped, left out, or else that it passed."""
+        line = {"stage": stage, "backend": self.backend} | line
+        text = line.pop("text", None)
+        self.lines.append(line)
+        self._append(self.path("check", "jsonl"), json.dumps(line))
+        if "failed" in line:
+            where = f"{stage} {line.get('tool', '')}".strip()
+            self._append(self.failures, f"== {where}: {line['name']}\n{text or line['failed']}\n")
+        if "failed" in line or stage != "tests":
+            known = ("failed", "skipped", "left out")
+            word = next((f"{x}, {line[x]}" for x in known if x in line), "ok")
+            error = f", error {line['error']:.1e}" if "error" in line else ""
+            what = f"{line.get('tool', stage)}: {line['name']}"
+            self.print(f"{what}: {word}{error}, {line.get('seconds', 0.0):.1f} s")
+
+
+# ---- stages -----------------------------------------------------------------------------------
+
+
+def smoke(results: Results, until: float, options: argparse.Namespace, tool: str = "") -> None:
+    """All of it in one process while that lasts, then what needs a fresh one; under a tool or not.
+
+    A memory checker knows what CUDA has allocated, so every tensor gets an allocation of its own
+    instead of a part of a block of the caching allocator's.
+    """
+    stage, limit = ("sanitizers", CALL_SANITIZED) if tool else ("smoke", CALL)
+    prefix: list[str] = []
+    variables = environment()
+    names = gpu_smoke.names(results.backend)
+    begun = [names, gpu_smoke.first(results.backend)]
+    if tool:
+        prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND)]
+        # What a call of the runtime returns is for its caller to judge.
+        prefix += ["--report-api-errors", "no", "--print-limit", "20"]
+        variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        if tool == "racecheck":  # bulk copies that barriers in memory wait for look like races
+            names = [x for x in names if not any(y.regime == "cluster" for y in gpu_smoke.CASES[x])]
+        begun = [names]
+    command = [*prefix, sys.executable, str(TESTS / "gpu_smoke.py"), "--backend", results.backend]
+    command += ["--sanitized"] if tool else []
+    output = results.path(tool or "smoke")
+    output.unlink(missing_ok=True)
+    for group in begun:
+        left = set(group)
+        for line in children.work_through(
+            group, command, limit=limit, until=until, output=output, environment=variables
+        ):
+            if "name" not in line and str(FOUND) in line["failed"]:
+                line["failed"] = f"found by compute-sanitizer, see {output.name}"
+            left.discard(line.setdefault("name", "the process"))
+            results.add(stage, line | ({"tool": tool} if tool else {}))
+        why = "out of time" if time.monotonic() >= until else "no process got ready for it"
+        for name in (x for x in group if x in left):
+            line = {"name": name, "left out": why}
+            results.add(stage, line | ({"tool": tool} if tool else {}))
+
+
+def headline(results: Results, until: float, options: argparse.Namespace) -> None:
+    output = results.path("headline")
+    output.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "bench", "--device", "cuda", "--losses", "kd", "--shapes"]
+    command += [*HEADLINE, "--dtypes", "bfloat16", "--providers", results.backend, "eager"]
+    command += ["--seconds", "0.5", "--out", str(results.folder / f"headline-{results.backend}")]
+    begin = time.monotonic()
+    *_, end = children.watch(
+        command, limit=CALL, until=until, output=output, environment=environment(TQDM_DISABLE="1")
+    )
+    line = {"name": "KD against eager and a copy", "seconds": time.monotonic() - begin}
+    if end != {"status": 0}:
+        line["left out" if "late" in end else "failed"] = f"{end}, see {output.name}"
+    results.print(output.read_text(encoding="utf-8", errors="replace"))
+    results.add("headline", line)
+
+
+def tests(results: Results, until: float, options: argparse.Namespace) -> None:
+    """The tests that can share the GPU, then those that cannot."""
+    if importlib.util.find_spec("xdist") is None:
+        results.add("tests", {"name": "all", "failed": "pytest-xdist is not installed"})
+        return
+    results.path("tests").unlink(missing_ok=True)
+    pytest(results, until, options, "not alone", options.jobs or jobs())
+    pytest(results, until, options, "alone", 1)
+
+
+def pytest(
+    results: Results, until: float, options: argparse.Namespace, marker: str, processes: int
+) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "live_report"]
+    # Neighbours share what had to be compiled: chunks of them, and help at the end.
+    command += ["-n", str(processes), "--dist=worksteal", "--max-worker-restart=200"]
+    command += [f"--test-limit={options.limit}", "-o", "faulthandler_timeout=0"]
+    command += ["-m", f"({options.m}) and {marker}" if options.m else marker]
+    backend = "triton" if results.backend == "triton" else "not triton"
+    command += ["-k", f"({options.k}) and {backend}" if options.k else backend]
+    command += options.rest
+    if not any(Path(x.partition("::")[0]).exists() for x in options.rest):
+        command += [str(x) for x in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in x.read_text()]
+    collected, begun, ended, failed = 0, set(), set(), False
+    end: dict[str, Any] = {}
+    shown = time.monotonic()
+    for line in children.watch(
+        command,
+        limit=options.limit + 60,
+        until=until,
+        output=results.path("tests"),
+        environment=environment(TORCHINDUCTOR_COMPILE_THREADS="1"),
+    ):
+        if "name" in line:
+            ended.add(line["name"])
+            failed |= "failed" in line
+            results.add("tests", line)
+        elif "begun" in line:
+            begun.add(line["begun"])
+        else:
+            collected = line.get("collected", collected)
+            end = line
+        if time.monotonic() > shown + 10:
+            shown = time.monotonic()
+            results.print(f"tests, {marker}: {len(ended)} of {collected} ended")
+    for name in sorted(begun - ended):
+        why = "stopped: out of time" if "late" in end else "did not end"
+        results.add("tests", {"name": name, "backend": "", "failed": why})
+    name = f"pytest, {marker}"
+    if "late" in end:
+        count = collected - len(begun) if collected else "all"
+        why = f"out of time: {count} tests were not begun"
+        results.add("tests", {"name": name, "backend": "-", "left out": why})
+    elif end.get("status") not in (0, NOTHING_SELECTED) and not failed:
+        results.add("tests", {"name": name, "backend": "-", "failed": f"{end}, see tests"})
+
+
+def sanitizers(results: Results, until: float, options: argparse.Namespace) -> None:
+    """The tools at the same time."""
+    if shutil.which("compute-sanitizer") is None:
+        for tool in options.tools:
+            line = {"name": tool, "tool": tool, "skipped": "compute-sanitizer is not on PATH"}
+            results.add("sanitizers", line)
+        return
+    with ThreadPoolExecutor(max(1, len(options.tools))) as pool:
+        list(pool.map(lambda tool: smoke(results, until, options, tool), options.tools))
+
+
+RUN: dict[str, Callable[[Results, float, argparse.Namespace], None]] = {
+    "smoke": smoke,
+    "headline": headline,
+    "tests": tests,
+    "sanitizers": sanitizers,
+}
+
+
+# ---- the machine ------------------------------------------------------------------------------
 
 
 def describe() -> str:
@@ -86,6 +318,9 @@ def describe() -> str:
                 f"{device.multi_processor_count} multiprocessors, "
                 f"{device.total_memory / 2**30:.0f} GiB"
             )
+        if program := shutil.which("nvidia-smi"):
+            done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+            lines.append(done.stdout.strip())
     else:
         lines.append("device: no CUDA device")
     lines.append(
@@ -99,224 +334,98 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def environment(**more: str) -> dict[str, str]:
+    """For children: kdkernels from where this process has it, whatever the folder; the plugin."""
+    paths = [Path(kdkernels.__file__).parents[1], TESTS, ROOT, os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(str(x) for x in paths if x)
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | more
+
+
 def jobs() -> int:
-    """How many processes share the GPU: two cores each (Triton compiles), and memory for each."""
+    """How many processes share the GPU: a core each, and memory for each."""
     if not torch.cuda.is_available():
         return 1
     known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return max(1, min(8, cores // 2, torch.cuda.mem_get_info()[0] // MEMORY))
+    return max(1, min(16, cores, torch.cuda.mem_get_info()[0] // MEMORY))
 
 
-def send(process: subprocess.Popen, number: signal.Signals) -> None:
-    """To it and all that it has started."""
-    with suppress(ProcessLookupError, PermissionError):  # none is left; macOS: or none but zombies
-        os.killpg(process.pid, number)
-
-
-def run_limited(command: Sequence[str], seconds: float, **options) -> int:
-    """The exit status. What runs out of time is interrupted first: pytest then still reports."""
-    if seconds <= 0:
-        return OUT_OF_TIME
-    grace = min(GRACE, seconds / 4)
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
-    RUNNING.add(process)
-    try:
-        return process.wait(seconds - grace)
-    except subprocess.TimeoutExpired:
-        send(process, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-        return OUT_OF_TIME
-    finally:
-        send(process, signal.SIGKILL)
-        RUNNING.discard(process)
-        with suppress(subprocess.TimeoutExpired):  # a driver may take its time
-            process.wait(5)
-
-
-def run_tests(
-    arguments: Sequence[str],
-    seconds: float,
-    prefix: Sequence[str] = (),
-    environment: dict[str, str] | None = None,
-    **options,
-) -> tuple[int, list[dict]]:
-    """Runs pytest; its exit status, and the lines that live_report.py has written meanwhile."""
-    paths = filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH")))
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {})
-    hung = f"faulthandler_timeout={max(1, seconds / 2):.0f}"  # shows where
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "lines"
-        command = [*prefix, sys.executable, "-m", "pytest", "-q", "-o", hung]
-        command += ["-p", "live_report", f"--live-report={file}", *arguments]
-        return run_limited(command, seconds, env=variables, **options), lines_of(file)
-
-
-def unfinished(status: int) -> str:
-    return "out of time" if status == OUT_OF_TIME else "did not end"
-
-
-def run_all_tests(
-    chosen: str, rest: Sequence[str], budget: Budget, processes: int
-) -> tuple[list[int], Groups]:
-    """The tests that can share the GPU, then those that cannot; the exit statuses that matter."""
-    groups: Groups = defaultdict(Group)
-    statuses = []
-    for marker, part in CALLS.items():
-        arguments = ["-m", f"({chosen}) and {marker}" if chosen.strip() else marker, *rest]
-        environment = {}
-        if marker == "alone":
-            if any(x.startswith(("-n", "--numprocesses")) for x in rest):
-                arguments.append("-n0")
-        elif processes > 1 and importlib.util.find_spec("xdist"):
-            # Neighbours share what had to be compiled: chunks of them, and help at the end.
-            arguments = ["-n", str(processes), "--dist=worksteal", *arguments]
-            environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in each of them
-        status, lines = run_tests(arguments, budget.left(part), environment=environment)
-        for key, entry in group(lines, unfinished(status)).items():
-            groups[key].add(entry)
-        if status == OUT_OF_TIME:
-            ended = len({x["test"] for x in lines if x.get("outcome") in ("ended", "failed")})
-            collected = max((x.get("collected", 0) for x in lines), default=0)
-            remark = f"out of time: {ended} of {collected or '?'} tests had ended"
-            groups["-", f"pytest, {marker}"].fail(remark)
-        statuses.append(status)
-    selected = [x for x in statuses if x != NOTHING_SELECTED]
-    return selected or [NOTHING_SELECTED], groups
-
-
-def sanitize(tools: Sequence[str], budget: Budget, processes: int) -> Groups:
-    """compute-sanitizer over the tests made for it, tools and backends at the same time.
-
-    It knows what CUDA has allocated, so every tensor gets its own allocation instead of a part of
-    a block of the caching allocator's; tests end theirs with a granule that is written, because
-    Triton's kernels read whole ones (see on_device in test_gpu.py).
-    """
-    groups: Groups = defaultdict(Group)
-    program = shutil.which("compute-sanitizer")
-    runs = []
-    for tool in tools:
-        if not torch.cuda.is_available() or program is None:
-            missing = torch.cuda.is_available() and "compute-sanitizer is not on PATH"
-            groups["-", tool].skip(missing or "no CUDA device")
-            continue
-        for backend in BACKENDS:
-            state = kdkernels.backends()[backend]
-            if state.available:
-                runs.append((program, tool, backend))
-            else:
-                groups[backend, tool].skip(state.reason)
-
-    def run(i: int) -> Group:
-        # Where not all run at once, those that wait for their turn keep their part of the time.
-        return sanitized(*runs[i], budget.left(SANITIZED) / -(-(len(runs) - i) // processes))
-
-    pool = ThreadPoolExecutor(processes)
-    try:
-        for (_, tool, backend), entry in zip(runs, pool.map(run, range(len(runs))), strict=True):
-            groups[backend, tool].add(entry)
-    finally:  # at once, where this is interrupted
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(RUNNING):
-            send(process, signal.SIGKILL)
-    return groups
-
-
-def sanitized(program: str, tool: str, backend: str, seconds: float) -> Group:
-    start = time.monotonic()
-    prefix = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"]
-    # What is killed must not take along what it had to say.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
-    arguments = ["tests/test_gpu.py", "-k", f"({TOOLS[tool]}) and {backend}"]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        status, lines = run_tests(
-            arguments, seconds, prefix, environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        output.seek(0)
-        printed = output.read().splitlines()[-60:]
-    entry = Group()
-    for part in group(lines, unfinished(status)).values():
-        entry.add(part)
-    entry.seconds = time.monotonic() - start
-    remark = {FOUND: "found by compute-sanitizer", OUT_OF_TIME: "out of time"}
-    if status in remark and not entry.remarks[remark[status]]:
-        entry.fail(remark[status])  # it does not say in which test
-    elif status != 0 and not entry.failed:
-        entry.fail(f"ended with status {status}")
-    words = f"compute-sanitizer {tool}, {backend}: status {status}, {entry.seconds:.0f} s"
-    print("\n".join([words, *(printed if status else ())]), flush=True)  # one write: no mixture
-    return entry
-
-
-def table(groups: Groups) -> str:
-    header = ["backend", "tests", "passed", "failed", "seconds", "remarks"]
-    lines = [header, *(entry.line(*key) for key, entry in sorted(groups.items()))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
-    out = []
-    for line in lines:
-        words = [x.ljust(w) for x, w in zip(line[:2], widths[:2], strict=True)]
-        words += [x.rjust(w) for x, w in zip(line[2:5], widths[2:], strict=True)]
-        out.append("  ".join([*words, line[5]]))
-    return "\n".join(out)
-
-
-def write(text: str) -> None:
-    """Where there is a device."""
-    folder = os.environ.get("OUT")
-    out = Path(folder or report.RESULTS / report.folder_of(torch.cuda.get_device_name()))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "check.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"written: {out / 'check.txt'}")
-
-
-def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own options, with the sanitizer's tools as a list, and what goes on to pytest."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Our own options; `rest` goes on to pytest."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--tools", default=",".join(TOOLS), metavar="TOOL,..")
-    parser.add_argument("--budget", type=float, default=330.0, metavar="SECONDS")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes that share the GPU")
-    parser.add_argument("-m", default="gpu", metavar="EXPRESSION", help="as pytest's")
-    options, rest = parser.parse_known_args(arguments)
-    options.tools = [x for x in options.tools.split(",") if x not in ("", "none")]
-    if unknown := sorted(set(options.tools) - set(TOOLS)):
-        parser.error(f"--tools: {', '.join(unknown)}; there are {', '.join(TOOLS)} and none")
-    if options.budget <= 0 or (options.jobs is not None and options.jobs < 1):
-        parser.error("--budget and --jobs: must be positive")
-    return options, rest
+    add = parser.add_argument
+    add("--backend", choices=("cuda", "triton", "cpu"), default="cuda")
+    add("--stages", default=",".join(STAGES), metavar="STAGE,..")
+    add("--tools", default=",".join(TOOLS), metavar="TOOL,..", help="of the sanitizer")
+    add("--budget", type=float, default=500.0, metavar="SECONDS")
+    add("--limit", type=float, default=TEST, metavar="SECONDS", help="of a test")
+    add("--jobs", type=int, metavar="N", help="processes that share the GPU in the tests")
+    add("--table", type=Path, metavar="FILE", help="of what a check-*.jsonl has, and nothing else")
+    add("-m", default="gpu", metavar="EXPRESSION", help="as pytest's")
+    add("-k", default="", metavar="EXPRESSION", help="as pytest's")
+    options, options.rest = parser.parse_known_args(arguments)
+    for name, known in (("stages", STAGES), ("tools", TOOLS)):
+        words = [x for x in getattr(options, name).split(",") if x]
+        if unknown := sorted(set(words) - set(known)):
+            parser.error(f"--{name}: {', '.join(unknown)}; there are {', '.join(known)}")
+        setattr(options, name, [x for x in known if x in words])
+    if options.budget <= 0 or options.limit <= 0 or (options.jobs is not None and options.jobs < 1):
+        parser.error("--budget, --limit and --jobs: must be positive")
+    return options
+
+
+def run(results: Results, options: argparse.Namespace) -> None:
+    """The stages, each until its share of the budget, of all that were chosen, is over."""
+    over, whole = 0.0, sum(STAGES[x] for x in options.stages)
+    for stage in options.stages:
+        over += STAGES[stage]
+        state = kdkernels.backends()[results.backend]
+        if not state.available:
+            results.add(stage, {"name": stage, "skipped": state.reason})
+        elif stage != "smoke" and (results.backend == "cpu" or not torch.cuda.is_available()):
+            results.add(stage, {"name": stage, "skipped": "no CUDA device"})
+        else:
+            until = START + options.budget * over / whole
+            results.print(f"\n{stage}, for at most {until - time.monotonic():.0f} s")
+            RUN[stage](results, until, options)
+
+
+def end(number: int, _frame: object) -> None:
+    """What ends this ends what it has started."""
+    children.STOP.set()
+    sys.exit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options, rest = parse(arguments)
-    # What ends this ends what it has started; a background job of a shell would ignore interrupts.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    budget, processes = Budget(options.budget), options.jobs or jobs()
-    facts = describe()
-    print(facts + "\n", flush=True)
-    statuses, groups = run_all_tests(options.m, rest, budget, processes)
-    groups |= sanitize(options.tools, budget, processes)
-    passed = sum(entry.passed for entry in groups.values())
-    failed = sum(entry.failed for entry in groups.values())
-    bad = any(statuses) or failed > 0
-    if bad:
-        ends = ["out of time" if x == OUT_OF_TIME else f"status {x}" for x in statuses]
-        verdict = f"FAILED: {failed} failures, pytest ended with {' and '.join(ends)}"
-    elif torch.cuda.is_available():
-        verdict = f"{passed} passed on {torch.cuda.get_device_name()}"
-    else:
-        verdict = (
-            "There is no CUDA device here: nothing ran on a GPU, and nothing was checked on one."
-        )
-    took = f"{time.monotonic() - START:.0f} s of {budget.seconds:.0f} s, {processes} at a time"
-    print(f"\n{table(groups)}\n\n{verdict}\n{took}")
-    if torch.cuda.is_available():
-        write(f"{facts}\n\n{table(groups)}\n\n{verdict}\n{took}")
-    return int(bad or (torch.cuda.is_available() and not passed))
+    options = parse(arguments)
+    if options.table:
+        text = options.table.read_text(encoding="utf-8").rpartition("\n")[0]  # whole lines
+        print(table(map(json.loads, text.splitlines())))
+        return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    device = torch.cuda.is_available()
+    kept = report.RESULTS / report.folder_of(torch.cuda.get_device_name()) if device else None
+    folder = Path(os.environ.get("OUT") or kept or ROOT / "out" / "gpu-check")
+    results = Results(folder, options.backend)
+    results.print(describe())
+    try:
+        run(results, options)
+    finally:
+        results.print(f"\n{table(results.lines)}\n")
+    groups = grouped(results.lines).values()
+    passed, failed = sum(x.passed for x in groups), sum(x.failed for x in groups)
+    verdict = f"{passed} passed on {torch.cuda.get_device_name()}" if device else (
+        "There is no CUDA device here: nothing ran on a GPU, and nothing was checked on one."
+    )  # fmt: skip
+    results.print(f"FAILED: {failed} failures" if failed else verdict)
+    took = time.monotonic() - START
+    results.print(f"{took:.0f} s of {options.budget:.0f} s; files are in {results.folder}")
+    return int(failed > 0 or (device and not passed))
 
 
 if __name__ == "__main__":

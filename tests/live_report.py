@@ -1,130 +1,104 @@
-"""What gpu_check.py knows of tests: a pytest plugin that writes it, and the groups it makes of it.
+"""A pytest plugin for gpu_check.py: what tests report, as it happens, and an end to what is stuck.
 
-The plugin writes what tests report as it happens, a line of JSON each. A report that pytest writes
-in the end is lost when it is killed, which is what a kernel that hangs leads to: no signal reaches
-Python while it waits for one. And under pytest-xdist an interrupted run's JUnit report has an
-empty case, which looks passed, for a test that was running. With it the process that hands out the
-tests writes.
+The process that hands out the tests says a line for each that begins and one for each that has
+ended (bench/children.py). A report that pytest writes in the end is lost when it is killed. In the
+workers of pytest-xdist a test that takes too long, and one that has lost the device, take their
+process along: no signal reaches Python while it waits for a kernel, and after an illegal access
+everything in the process would fail. xdist calls that a crash, and starts another worker.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import faulthandler
+import os
+import time
+from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
+
+from bench.children import say  # gpu_check.py's children find it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--live-report", metavar="FILE", help="write what tests report as it happens")
+    parser.addoption("--test-limit", type=float, default=120.0, metavar="SECONDS")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("live_report")
-    if path and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(LiveReport(path))
+    limit = config.getoption("test_limit")
+    worker = hasattr(config, "workerinput")
+    config.pluginmanager.register(Guard(limit) if worker else Reporter(limit))
 
 
-class LiveReport:
-    def __init__(self, path: str) -> None:
-        self.path = path
+class Guard:
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.lost = False
+        self.stderr = os.dup(2)  # which a test that runs does not have
 
-    def write(self, **line: Any) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        faulthandler.dump_traceback_later(self.limit, exit=True, file=self.stderr)
+        done = yield
+        faulthandler.cancel_dump_traceback_later()
+        if self.lost:
+            os._exit(1)  # before xdist takes the test for done: it is the one that crashed
+        return done
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self) -> Iterator[None]:
+        """What the test has begun ends with it: an error of the device is its own."""
+        done = yield
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                self.lost = True
+                raise
+        return done
+
+
+class Reporter:
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.began: dict[str, float] = {}
+        self.reports: dict[str, list[pytest.TestReport]] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.write(collected=len(session.items))
+        say(collected=len(session.items))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        self.write(collected=len(ids))  # the same in every worker
+        say(collected=len(ids))  # the same in every worker
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.write(test=nodeid, outcome="started")
+        self.began[nodeid], self.reports[nodeid] = time.monotonic(), []
+        say(begun=nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of the set-up, the test itself and what comes after it; or of a worker's crash."""
-        reason = ""
-        if report.skipped and isinstance(report.longrepr, (tuple, list)):
-            reason = str(report.longrepr[2]).removeprefix("Skipped: ")
-        self.write(
-            test=report.nodeid,
-            outcome=report.outcome,
-            seconds=report.duration,
-            reason=reason,
-            backend=str(dict(report.user_properties).get("backend", "-")),
-        )
+        self.reports.setdefault(report.nodeid, []).append(report)
+        if report.when not in ("setup", "call", "teardown"):
+            report.duration = time.monotonic() - self.began.get(report.nodeid, time.monotonic())
+            self.end(report.nodeid, f"its process crashed, or {self.limit:g} s were over")
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        self.write(test=nodeid, outcome="ended")
+        if self.reports[nodeid]:
+            self.end(nodeid)
 
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Without what comes after the last newline: half a line of what was killed."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-@dataclass
-class Group:
-    """Tests of one function on one backend, whatever their parameters."""
-
-    passed: int = 0
-    failed: int = 0
-    remarks: Counter[str] = field(default_factory=Counter)  # why skipped, what ran out of time
-    seconds: float = 0.0
-
-    def add(self, other: Group) -> None:
-        self.passed += other.passed
-        self.failed += other.failed
-        self.remarks += other.remarks
-        self.seconds += other.seconds
-
-    def skip(self, reason: str) -> None:
-        self.remarks[f"skipped ({reason})"] += 1
-
-    def fail(self, remark: str) -> None:
-        self.failed += 1
-        self.remarks[remark] += 1
-
-    def line(self, backend: str, name: str) -> list[str]:
-        remarks = ", ".join(f"{n} {remark}" for remark, n in self.remarks.items())
-        return [backend, name, str(self.passed), str(self.failed), f"{self.seconds:.1f}", remarks]
-
-
-Groups = dict[tuple[str, str], Group]
-
-
-def group(lines: Sequence[dict[str, Any]], unfinished: str = "did not end") -> Groups:
-    """By backend and function. What has started and not ended has failed, with that remark."""
-    tests: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in lines:
-        if "test" in line:
-            tests[line["test"]].append(line)
-    groups: Groups = defaultdict(Group)
-    for test, reports in tests.items():
-        outcomes = {x["outcome"]: x for x in reports}
-        if "ended" in outcomes:
-            backend = reports[-2]["backend"]
-        else:  # nothing but its name may be known
-            known = re.search(r"[\[-](cuda|triton)[]-]", test)
-            backend = known[1] if known else "-"
-        name = test.partition("[")[0].rpartition("::")[2].removeprefix("test_").replace("_", " ")
-        entry = groups[backend, name]
-        entry.seconds += sum(x.get("seconds", 0.0) for x in reports)
-        if "failed" in outcomes:
-            entry.failed += 1
-        elif "ended" not in outcomes:
-            entry.fail(unfinished)
-            print(f"{unfinished}: {test}", flush=True)
-        elif "skipped" in outcomes:
-            entry.skip(outcomes["skipped"]["reason"] or "no reason given")
-        else:
-            entry.passed += 1
-    return groups
+    def end(self, nodeid: str, failed: str = "") -> None:
+        """A test that ended and then crashed its process has two lines, the second says failed."""
+        reports = self.reports[nodeid]
+        self.reports[nodeid] = []
+        bad = [x for x in reports if x.failed]
+        backend = next((y for x in reports for n, y in x.user_properties if n == "backend"), "")
+        line = {"name": nodeid, "backend": backend, "seconds": sum(x.duration for x in reports)}
+        skipped = [x.longrepr for x in reports if x.skipped]
+        if bad:
+            text = "\n".join(x.longreprtext for x in bad)
+            said = [x[4:] for x in text.splitlines() if x.startswith("E   ")]
+            line |= {"failed": failed or next(iter(said), text[-200:]).strip(), "text": text}
+        elif skipped:
+            reason = skipped[0][2] if isinstance(skipped[0], (tuple, list)) else str(skipped[0])
+            line["skipped"] = reason.removeprefix("Skipped: ")
+        say(**line)

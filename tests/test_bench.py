@@ -345,7 +345,7 @@ def test_providers_ignore_the_same_rows(loss: str, direction: str) -> None:
 
 
 @needs_cpu
-@pytest.mark.slow
+@pytest.mark.full
 def test_compiled_baselines_run() -> None:
     records = runner_of("cpu", "compile").measure(Case("dkd", 16, 40))
     assert [x["provider"] for x in records] == ["copy", "cpu", "compile"]

@@ -17,9 +17,10 @@ import kdkernels
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
-# The only files that see torch, and the only ones that see the GPU's machinery.
+# The only files that see torch, and the only ones that see the GPU's machinery, or stand for it.
 BINDING = {CSRC / "ops.cpp", CSRC / "ops_cuda.cpp", CSRC / "binding.h"}
 MACHINE = {CSRC / "cuda" / "arch.cuh", CSRC / "cuda" / "device.cu"}
+FAKE = {CSRC / "fake" / "runtime.cpp"}
 # Everywhere else in csrc/cuda: what the emulation on the host knows, too.
 COMMON = {"__global__", "__device__", "__host__", "__forceinline__", "__restrict__"}
 COMMON |= {"__launch_bounds__", "__CUDACC__", "__VA_ARGS__", "__builtin_nanf"}
@@ -54,6 +55,12 @@ def test_kernels_reach_the_machine_through_one_header(path):
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
     found = set(re.findall(r"\basm\b|\b__\w+|\bcuda\w+", text)) - COMMON
     assert not found or path in MACHINE, found
+
+
+@pytest.mark.parametrize("path", sources("**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"), ids=names)
+def test_few_files_see_cuda(path):
+    found = [x for x in includes(path) if re.match(r"cuda\w*\.h$", Path(x).name)]
+    assert not found or path in MACHINE | FAKE, found
 
 
 @pytest.mark.parametrize("path", sources("lane.h", "stats.h", "losses/*.h"), ids=names)
@@ -107,7 +114,7 @@ u.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("before", "environment", "message"),
     [
@@ -128,7 +135,7 @@ def test_a_build_that_cannot_be_says_why(checkout, before, environment, message)
     assert message in done.stderr, done.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -219,7 +226,7 @@ DEFAULT = "sm_80, sm_86, sm_90, sm_100, compute_100, baseline"
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("environment", "printed", "archs", "ptx"),
     [
@@ -257,7 +264,7 @@ def test_architectures(checkout, toolkit, environment, printed, archs, ptx):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -287,14 +294,14 @@ def test_architectures_that_cannot_be_are_refused(checkout, toolkit, environment
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_native_needs_nvidia_smi(checkout, toolkit):
     record, said = decided(checkout, KDKERNELS_CUDA_ARCHS="native")
     assert not record and "=native, but there is no nvidia-smi to ask" in said, said
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("missing", "environment", "reason"),
     [
@@ -319,12 +326,12 @@ def test_without_cuda_the_build_degrades_or_is_refused(
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_without_cuda_on_request(checkout, toolkit):
     """And nothing stays behind of a build that had it."""
     decided(checkout)
     (package,) = (checkout / "build").glob("lib*/kdkernels")
-    for name in ("_C", "_cuda", "_simt"):
+    for name in ("_C", "_cuda", "_fake", "_simt"):
         (package / f"{name}.abi3.so").touch()
     record, _ = decided(checkout, KDKERNELS_BUILD="cpu")
     assert record["reasons"] == {"cuda": "built with KDKERNELS_BUILD=cpu"}
@@ -332,7 +339,7 @@ def test_without_cuda_on_request(checkout, toolkit):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_nvcc_that_fails_fails_the_build(checkout, toolkit):
     nvcc, path = toolkit / "bin" / "nvcc", os.environ["PATH"]
     done = build(checkout, CUDA_HOME=str(nvcc.parents[1]), RELEASE="13.0", MAX_JOBS="1", PATH=path)
@@ -386,7 +393,7 @@ def test_the_cuda_module_loads_under_every_torch_with_cuda(tmp_path):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_wheel_fits_every_python(checkout, tmp_path):
     """With a compiler that does nothing: what is in it, and as what."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -409,7 +416,7 @@ def test_a_wheel_fits_every_python(checkout, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_build_for_another_python(checkout):
     include = checkout / "include"
     include.mkdir()

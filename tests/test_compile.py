@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import CPU, MAIN_CASES, assert_same, evaluate, make_inputs, needs_cpu
+from cases import CPU, MAIN_CASES, USUAL, assert_same, evaluate, make_inputs, needs_cpu
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,7 +17,7 @@ from kdkernels import backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # torch's own
 BACKENDS = ("cpu", "reference") if CPU.available else ("reference",)
-KD, DKD, _, TF_NKD, *_ = MAIN_CASES
+KD, DKD, TF_NKD = USUAL["kd"], USUAL["dkd"], USUAL["tf_nkd"]
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_without_the_fast_backend(monkeypatch):
 # ---- inductor -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_cpu
 def test_inductor_in_a_training_step():
     """Between operations that inductor compiles itself, on strided logits, for two losses."""
@@ -170,7 +170,7 @@ def test_inductor_in_a_training_step():
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_cpu
 def test_inductor_keeps_the_layout():
     """Classes in the middle: the kernel must get the strides it was traced with."""
@@ -186,7 +186,7 @@ def test_inductor_keeps_the_layout():
     assert_same(ours[1], theirs[1])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_inductor_compiles_the_reference():
     inputs = make_inputs("normal", 6, 9)
     function, _ = compiled(lambda *x: KD(*x, backend="reference"), "inductor")

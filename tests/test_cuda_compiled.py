@@ -7,6 +7,7 @@ By default of the build at hand, for sm_90. `make gate` compiles anew, for KDKER
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -256,26 +257,32 @@ def output(*command: str, **options: Any) -> str:
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z]\w*(?:\.\w+)*)", re.M)
 
 
-def read_cubin(path: Path, arch: str) -> list[Kernel]:
-    tool = tools()
-    usage = output(tool["cuobjdump"], "--dump-resource-usage", str(path))
-    info = output(tool["cuobjdump"], "-elf", str(path))
-    sass = output(tool["nvdisasm"], "-c", str(path))
+def resources(path: Path) -> dict[str, dict[str, int]]:
+    """Of the kernels of a cubin, by their mangled names: fields of Kernel."""
+    tool = tools()["cuobjdump"]
+    usage = output(tool, "--dump-resource-usage", str(path))
+    info = output(tool, "-elf", str(path))
     threads = {}
     for name, text in re.findall(r"^\.nv\.info\.(\w+)\n(.*?)(?=^\.[a-z])", info, re.M | re.S):
         if x := re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x(\w+)", text):
             threads[name] = int(x[1], 16)
-    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-|\Z)", sass, re.M | re.S))
-    found = []
+    found = {}
     for name, text in re.findall(r"Function (\w+):\n(.*)", usage):
         if name.endswith("5probeEv"):  # of device.cu, which no call launches
             continue
         has = {key: int(x) for key, x in re.findall(r"([A-Z]+):(\d+)", text)}
-        known = asdict(kernel(name)) | {"arch": arch, "most_threads": threads.get(name, 0)}
-        known |= {x: has[y] for x, y in (("registers", "REG"), ("stack", "STACK"))}
-        known |= {"local": has["LOCAL"], "shared": has["SHARED"]}
-        known["ops"] = dict(Counter(INSTRUCTION.findall(code[name])))
-        found.append(Kernel(**known))
+        found[name] = {"registers": has["REG"], "stack": has["STACK"], "local": has["LOCAL"]}
+        found[name] |= {"shared": has["SHARED"], "most_threads": threads.get(name, 0)}
+    return found
+
+
+def read_cubin(path: Path, arch: str) -> list[Kernel]:
+    sass = output(tools()["nvdisasm"], "-c", str(path))
+    code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^//-|\Z)", sass, re.M | re.S))
+    found = []
+    for name, uses in resources(path).items():
+        ops = dict(Counter(INSTRUCTION.findall(code[name])))
+        found.append(Kernel(**asdict(kernel(name)) | uses | {"arch": arch, "ops": ops}))
     return found
 
 
@@ -310,7 +317,7 @@ def read_cubins(paths: Iterable[Path], arch: str) -> list[Kernel]:
     return list(found.values())
 
 
-def from_build() -> list[Kernel]:
+def built_module() -> Path:
     record = ROOT / "kdkernels" / "_build.json"
     facts = json.loads(record.read_text()) if record.exists() else {}
     if facts.get("outcome") != "cuda":
@@ -319,13 +326,24 @@ def from_build() -> list[Kernel]:
         )
     if MAIN not in facts["archs"]:
         pytest.skip(f"built for {', '.join(facts['archs'])}, not for {MAIN}")
-    tool = tools()
     (module,) = (ROOT / "kdkernels").glob("_cuda*.so")
+    return module
+
+
+@contextlib.contextmanager
+def cubins(module: Path) -> Iterator[list[Path]]:
+    with tempfile.TemporaryDirectory() as folder:
+        output(tools()["cuobjdump"], "-xelf", f".sm_{MAIN}.", str(module), cwd=folder)
+        yield list(Path(folder).glob("*.cubin"))
+
+
+def from_build() -> list[Kernel]:
+    module = built_module()
+    tools()
 
     def make() -> list[Kernel]:
-        with tempfile.TemporaryDirectory() as folder:
-            output(tool["cuobjdump"], "-xelf", f".sm_{MAIN}.", str(module), cwd=folder)
-            return read_cubins(Path(folder).glob("*.cubin"), MAIN)
+        with cubins(module) as paths:
+            return read_cubins(paths, MAIN)
 
     return cached(f"built-{digest(module.read_bytes())}", make)
 
@@ -388,7 +406,10 @@ def compiled(arch: str) -> list[Kernel]:
     return cached(f"sm_{arch}-{key}", make)
 
 
-SOURCES = [BUILT, *(pytest.param(x, marks=[pytest.mark.gate, pytest.mark.slow]) for x in GATE)]
+SOURCES = [
+    pytest.param(BUILT, marks=pytest.mark.full),
+    *(pytest.param(x, marks=pytest.mark.gate) for x in GATE),
+]
 
 
 @pytest.fixture(scope="session", params=SOURCES)
@@ -397,7 +418,6 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[list[Kernel]]:
 
 
 @pytest.mark.gate
-@pytest.mark.slow
 def test_device_compiles_without_a_warning(tmp_path):
     nvcc = find_nvcc()
     compile_cuda(nvcc, MAIN, "device.cu", tmp_path / "device.o", "-c")

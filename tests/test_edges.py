@@ -13,6 +13,8 @@ import torch
 from cases import (
     CASES,
     DIVERGENCES,
+    F32,
+    F64,
     IGNORED,
     INF,
     KINDS,
@@ -26,11 +28,11 @@ from cases import (
     needs_cpu,
     value_tolerance,
 )
+from contracts import check_a_weight_of_0
 from torch import Tensor, tensor
 
 from kdkernels import aekt_loss, dkd_loss, kd_loss, nkd_loss, target_split, tf_nkd_loss
 
-F32, F64 = torch.float32, torch.float64
 NAN = math.nan
 EPS = torch.finfo(F32).eps
 # Fewer than fill two vectors, batches of rows, larger batches, and two tiles: see test_planner.py.
@@ -120,7 +122,7 @@ def test_infinite_logits(
             loss, from_mean = evaluate(case, student, teacher, target, backend=backend)
             assert loss == INF if value.isinf().any() else loss.isfinite()
             assert from_mean.isfinite().all()
-        if case.loss != "tf_nkd":  # whose rows share a mean
+        if not case.facts.apart:  # else rows share a number
             others = torch.arange(7) != 3
             assert value[..., others].isfinite().all()
             assert_same(gradient[others], before[others])
@@ -232,10 +234,6 @@ def test_finite_logits_give_finite_results(
 # ---- temperature ----------------------------------------------------------------------------
 
 
-def at_temperature(case: Case, temperature: float) -> Case:
-    return Case(**{**vars(case), "options": {**case.options, "temperature": temperature}})
-
-
 WITH_TEMPERATURE = [case for case in CASES if "temperature" in case.options]
 
 
@@ -243,7 +241,7 @@ WITH_TEMPERATURE = [case for case in CASES if "temperature" in case.options]
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 7.0, 100.0])
 @pytest.mark.parametrize("case", WITH_TEMPERATURE, ids=str)
 def test_temperatures(case: Case, temperature: float, isa: str, generator: torch.Generator) -> None:
-    case = at_temperature(case, temperature)
+    case = case.having(temperature=temperature)
     for classes in CLASSES:
         agree_with_reference(case, *make_inputs("normal", 9, classes, F32, generator), "cpu")
 
@@ -255,7 +253,7 @@ def test_extreme_temperatures_are_finite(
     case: Case, temperature: float, isa: str, generator: torch.Generator
 ) -> None:
     """Where log-probabilities themselves overflow float32, as logits over 1e-30 do not."""
-    case = at_temperature(case, temperature)
+    case = case.having(temperature=temperature)
     for classes in CLASSES:
         inputs = make_inputs("normal", 9, classes, F32, generator)
         value, gradient = evaluate(case.rows, *inputs, backend="cpu")
@@ -404,8 +402,8 @@ def test_nan_stays_in_its_row(
         others = torch.arange(7) != 3
         assert_same(value[..., others], expected[..., others])
         assert_same(gradient[others], expected_gradient[others])
-        if case.options.get("alpha") == 0 and where == "target":
-            assert value[3].isfinite()  # NCKD does not look at the target
+        if where == "target" and case.facts.blind(case.all_options):
+            assert value[3].isfinite()
         elif case.outputs == 1:
             assert value[3].isnan() and gradient[3].isnan().any()
             assert case(student, teacher, target, backend=backend).isnan()
@@ -484,12 +482,3 @@ def test_rows_of_weight_zero(case: Case, backend: str, generator: torch.Generato
 @pytest.mark.parametrize("classes", [5, 300])
 def test_a_weight_of_0_wins_over_a_row_without_logits(loss, classes, backend):
     check_a_weight_of_0(loss, classes, backend)
-
-
-def check_a_weight_of_0(loss, classes: int, backend: str) -> None:
-    student, teacher, target = make_inputs("normal", 4, classes)
-    student[1] = teacher[1] = -INF
-    options = {"alpha": 0.0, "reduction": "none", "backend": backend}
-    value, gradient = evaluate(loss, student, teacher, target, **options)
-    assert value[1] == 0 and not gradient[1].any()
-    assert value.isfinite().all() and gradient.isfinite().all() and gradient[2].any()

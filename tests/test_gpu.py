@@ -1,13 +1,13 @@
 """The GPU backends on a CUDA device: the equivalence grid, and what only a device can show.
 
 The truth is the reference in float64, computed on the CPU from the same inputs, and the tolerances
-are those of the CPU kernels. As in test_equivalence.py the grids rotate through types and kinds of
-logits instead of multiplying them. They are picked so that cases which differ in numbers alone
-share a kernel: compiling is what takes time here.
+are those of the CPU kernels. As in test_equivalence.py the grids are pairwise. Types are picked so
+that cases which differ in numbers alone share a kernel: compiling is what takes time here.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,15 +16,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import (
+    BF16,
     CASES,
+    DTYPE_PAIRS,
     DTYPES,
+    F16,
+    F32,
+    F64,
     IGNORED,
     LAYOUTS,
+    LOSSES,
     MAIN_CASES,
+    MAIN_SCALARS,
+    USUAL,
     Case,
     assert_same,
     assert_within,
@@ -34,9 +44,9 @@ from cases import (
     make_inputs,
     value_tolerance,
 )
-from test_equivalence import DTYPE_PAIRS, KINDS, divisor
+from contracts import KINDS, REDUCTIONS, divisor
+from grid import pairwise
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import kdkernels
@@ -48,12 +58,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),  # torch's own
 ]
 
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DEVICE = "cuda"
 BACKENDS = ("cuda", "triton")
-LOSSES = list(dict.fromkeys(case.loss for case in CASES))
-ONE_NUMBER = [case for case in MAIN_CASES if case.outputs == 1]
-KD, DKD, *_ = MAIN_CASES
+KD, DKD = USUAL["kd"], USUAL["dkd"]
 SMALL = (1, 2, 3, 31, 32, 33, 100, 1000, 1003, 4099)
 # The end of resident rows of 16-bit logits and one beyond it, and real vocabularies.
 LARGE = (16384, 16385, 32000, 50257)
@@ -174,10 +181,10 @@ class Shape:
         return ["count", *own] if counted else own
 
 
-# Small enough for a sanitizer, together every kernel of both backends. Triton walks rows of float64
-# in chunks from 2049 classes on, and splits those of few rows. No float16: there the gradient of a
-# reduction is two passes, too, see test_backward_in_float16.
-REGIMES_IN_SHORT = {
+# Together every kernel of both backends. Triton walks rows of float64 in chunks from 2049 classes
+# on, and splits those of few rows. No float16: there the gradient of a reduction is two passes,
+# too, see test_backward_in_float16.
+REGIMES = {
     "8 lanes": Shape("few", 10, BF16, 300),
     "16 lanes": Shape("few", 100, BF16, 33),
     "32 lanes": Shape("few", 200, F32, 9),
@@ -192,8 +199,6 @@ REGIMES_IN_SHORT = {
     "split": Shape("part_stats", 16391, BF16, 2),
     "split in double": Shape("part_stats", 8201, F64, 2),
     "strided": Shape("strided", 37, F32, 12, layout="classes_second"),
-}
-REGIMES = REGIMES_IN_SHORT | {
     "1003 classes": Shape("block", 1003, F32, 300),
     "staged twice": Shape("staged", 10007, BF16, 3, 2),
     "staged twice in float32": Shape("staged", 10007, F32, 3, 2),
@@ -264,26 +269,27 @@ def check(
     assert_within(gradient.cpu(), truth_gradient, eager_gradient, allowed, "gradient")
 
 
-@pytest.mark.parametrize("classes", SMALL)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_shapes(case: Case, classes: int, backend: str, generator: torch.Generator) -> None:
-    dtypes = DTYPE_PAIRS[(3 * LOSSES.index(case.loss) + SMALL.index(classes)) % len(DTYPE_PAIRS)]
-    for i, rows in enumerate((1, 7, 33)):
-        kind = KINDS[(CASES.index(case) + SMALL.index(classes) + 3 * i) % len(KINDS)]
-        inputs = make_inputs(kind, rows, classes, dtypes, generator, ignored=0.1 * (i % 2))
-        check(case, *inputs, generator, backend)
+def dtypes_of(case: Case, classes: int) -> tuple[torch.dtype, torch.dtype]:
+    """By the loss and not its options, which share what Triton has to compile."""
+    sizes = (*SMALL, *LARGE, *LARGEST)
+    return DTYPE_PAIRS[(3 * [*LOSSES].index(case.loss) + sizes.index(classes)) % len(DTYPE_PAIRS)]
 
 
-@pytest.mark.parametrize(
-    "classes", [*LARGE, *(pytest.param(n, marks=pytest.mark.slow) for n in LARGEST)]
-)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pairwise(case=CASES, classes=SMALL, kind=KINDS, rows=[1, 7, 33], ignored=[0.0, 0.1])
+def test_shapes(
+    case: Case, classes: int, kind: str, rows: int, ignored: float, backend: str,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    dtypes = dtypes_of(case, classes)
+    inputs = make_inputs(kind, rows, classes, dtypes, generator, ignored=ignored)
+    check(case, *inputs, generator, backend)
+
+
+@pairwise(case=CASES, classes=[*LARGE, *LARGEST], kind=KINDS)
 def test_large_vocabularies(
-    case: Case, classes: int, backend: str, generator: torch.Generator
+    case: Case, classes: int, kind: str, backend: str, generator: torch.Generator
 ) -> None:
-    step = 3 * LOSSES.index(case.loss) + (LARGE + LARGEST).index(classes)
-    kind = KINDS[(CASES.index(case) + step) % len(KINDS)]
-    dtypes = DTYPE_PAIRS[step % len(DTYPE_PAIRS)]
+    dtypes = dtypes_of(case, classes)
     if classes in LARGEST and F64 in dtypes:
         kind = (
             "normal"  # so many equal terms the truth, in float64 too, adds up no better than ours
@@ -314,7 +320,7 @@ def test_more_long_rows_than_multiprocessors(
     check(case, *inputs, generator, backend)
 
 
-@pytest.mark.parametrize("kind", dict.fromkeys(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_kinds_of_logits(case: Case, kind: str, backend: str, generator: torch.Generator) -> None:
     for rows, classes in ((7, 100), SPLIT):
@@ -322,33 +328,30 @@ def test_kinds_of_logits(case: Case, kind: str, backend: str, generator: torch.G
         check(case, *inputs, generator, backend)
 
 
-@pytest.mark.parametrize("teacher_layout", ["the same", "contiguous"])
-@pytest.mark.parametrize("student_layout", LAYOUTS)
-@pytest.mark.parametrize("classes", [37, 1003, 16391, 50257])
+@pairwise(
+    student_layout=[*LAYOUTS], teacher_layout=["the same", "contiguous"], case=MAIN_CASES,
+    classes=[37, 1003, 16391, 50257],
+)  # fmt: skip
 def test_layouts(
-    student_layout: str,
-    teacher_layout: str,
-    classes: int,
-    backend: str,
+    student_layout: str, teacher_layout: str, case: Case, classes: int, backend: str,
     generator: torch.Generator,
-) -> None:
+) -> None:  # fmt: skip
     if teacher_layout == "the same":
         teacher_layout = student_layout
-    step = list(LAYOUTS).index(student_layout) + classes
     dtypes = (BF16, F32) if teacher_layout != student_layout else (BF16, BF16)
     dense = make_inputs("normal", (3, 6), classes, dtypes, generator, ignored=0.1)
     views = []
     for layout, x in zip((student_layout, teacher_layout), dense[:2], strict=True):
         view, dim = LAYOUTS[layout](x)
         views.append(view.movedim(dim, -1))
-    check(MAIN_CASES[step % len(MAIN_CASES)], *views, dense[2], generator, backend)
+    check(case, *views, dense[2], generator, backend)
 
 
 @pytest.mark.parametrize(
     ("reduction", "normalizer"),
-    [("mean", None), ("sum", None), ("batchmean", None), ("mean", 7.5), ("sum", 0.5)],
+    REDUCTIONS,
 )
-@pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
 def test_reductions(
     case: Case,
     reduction: str,
@@ -369,7 +372,7 @@ def test_no_target(reduction: str, backend: str, generator: torch.Generator) -> 
         check(KD, student, teacher, None, generator, backend, reduction)
 
 
-@pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
 def test_a_normalizer_on_the_device(case: Case, backend: str) -> None:
     inputs = inputs_on_device("normal", 33, 100)
     number, tensor = (
@@ -391,8 +394,8 @@ def test_no_rows(case: Case, backend: str) -> None:
 def test_accesses_stay_inside_the_tensors(
     case: Case, classes: int, backend: str, generator: torch.Generator
 ) -> None:
-    """Odd shapes, rows at odd addresses. It takes compute-sanitizer to see a stray access, which
-    runs this one test: gpu_check.py."""
+    """Odd shapes, rows at odd addresses. It takes compute-sanitizer to see every stray access, in
+    gpu_smoke.py."""
     student, teacher, target = make_inputs("normal", 5, classes, BF16, generator, ignored=0.2)
     check(case, student, teacher, target, generator, backend)
     for layout in ("unaligned", "every_other_class"):
@@ -410,26 +413,15 @@ def test_accesses_stay_inside_the_tensors(
         check(case, student, teacher, inputs[2], generator, backend)
 
 
-@pytest.mark.parametrize("shape", REGIMES_IN_SHORT.values(), ids=REGIMES_IN_SHORT)
-@pytest.mark.parametrize("case", [KD, DKD], ids=str)
-def test_every_kernel_once(
-    case: Case, shape: Shape, backend: str, generator: torch.Generator
+@pairwise(case=MAIN_CASES, regime=[*REGIMES], kind=KINDS, reduction=["mean", "sum"])
+def test_regimes(
+    case: Case, regime: str, kind: str, reduction: str, backend: str, generator: torch.Generator
 ) -> None:
-    """What all of compute-sanitizer's tools run: gpu_check.py."""
-    inputs = shape.inputs("normal", generator, ignored=0.1)
-    check(case, *inputs, generator, backend)
-    check(case, *inputs, generator, backend, "mean")
-
-
-@pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES)
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_regimes(case: Case, shape: Shape, backend: str, generator: torch.Generator) -> None:
     """Forward and backward under a random upstream gradient, and both at once."""
-    step = MAIN_CASES.index(case) + list(REGIMES.values()).index(shape)
-    inputs = shape.inputs(KINDS[step % len(KINDS)], generator, ignored=0.1)
+    inputs = REGIMES[regime].inputs(kind, generator, ignored=0.1)
     check(case, *inputs, generator, backend)
     if case.outputs == 1:
-        check(case, *inputs, generator, backend, ("mean", "sum")[step % 2])
+        check(case, *inputs, generator, backend, reduction)
 
 
 @pytest.mark.parametrize("shape", [(300, 10), (33, 1003), (7, 8003), (2, 20011)], ids=str)
@@ -442,7 +434,7 @@ def test_backward_in_float16(
 
 @pytest.mark.parametrize(
     "shape",
-    [(33, 100), (5, 3001), (2, 50257), pytest.param((2, 151669), marks=pytest.mark.slow)],
+    [(33, 100), (5, 3001), (2, 50257), pytest.param((2, 151669), marks=pytest.mark.full)],
     ids=str,
 )
 @pytest.mark.parametrize("case", [case for case in MAIN_CASES if case.teacher], ids=str)
@@ -467,7 +459,7 @@ def test_long_rows_in_several_waves(case: Case, classes: int, backend: str) -> N
 
 
 @pytest.mark.parametrize("shape", [(8193, 10), (20_011, 100), (8200, 1003), (600_001, 3)], ids=str)
-@pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
 def test_mean_over_more_rows_than_a_block_counts(
     case: Case, shape: tuple[int, int], backend: str, generator: torch.Generator
 ) -> None:
@@ -488,8 +480,8 @@ def test_more_rows_than_some_dimensions_of_a_grid_take(backend: str) -> None:
 # ---- what must not reach other rows -----------------------------------------------------------
 
 
-# A mean over the rows that are not NaN is part of tf-NKD: a row that becomes NaN changes it.
-INDEPENDENT = [case for case in MAIN_CASES if case.loss != "tf_nkd"]
+# Where rows share a mean over those that are not NaN, a row that becomes NaN changes the others.
+INDEPENDENT = [case.apart for case in MAIN_CASES]
 
 
 @pytest.mark.parametrize("shape", [(33, 100), (5, 20011)], ids=str)
@@ -535,7 +527,7 @@ def test_ignored_rows_are_not_read(case: Case, shape: tuple[int, int], backend: 
         assert_same_results(evaluate(call, *dirty, target, backend=backend), clean)
 
 
-@pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
 def test_all_rows_ignored(case: Case, backend: str) -> None:
     student, teacher, target = inputs_on_device("normal", 7, 100)
     value, gradient = evaluate(case, student, teacher, torch.full_like(target, IGNORED),
@@ -577,7 +569,7 @@ def test_same_bits_every_time(
                 assert_same(gradient, first[1])
 
 
-@pytest.mark.parametrize("case", ONE_NUMBER, ids=str)
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
 def test_loss_without_gradient_is_the_same(case: Case, backend: str) -> None:
     for rows, classes in ((33, 100), SPLIT):
         inputs = inputs_on_device("normal", rows, classes)
@@ -710,7 +702,7 @@ def test_calls_on_several_streams_at_once(backend: str, generator: torch.Generat
     """Blocks of a call find out which of them is the last one: not those of another call."""
     shapes = ((3000, 100), (300, 1003), (multiprocessors() + 3, 8003), SPLIT)
     work = []
-    for shape, case in zip(shapes, ONE_NUMBER, strict=False):
+    for shape, case in zip(shapes, MAIN_SCALARS, strict=False):
         inputs = inputs_on_device("normal", *shape, BF16, generator, ignored=0.1)
         expected = evaluate(case, *inputs, backend=backend)
         wrong = torch.zeros((), dtype=torch.bool, device=DEVICE)
@@ -732,7 +724,7 @@ def test_calls_on_several_streams_at_once(backend: str, generator: torch.Generat
         assert not wrong.item(), str(case)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(300, 100), (33, 1003)], ids=str)
 def test_more_calls_than_there_are_counters(
     shape: tuple[int, int], backend: str, generator: torch.Generator
@@ -749,7 +741,13 @@ def test_more_calls_than_there_are_counters(
 # ---- launches -----------------------------------------------------------------------------------
 
 
-def kernels_of(call: Callable[[], object]) -> list[str]:
+def kernels_in(trace: dict[str, Any]) -> list[str]:
+    """The names of a profiler's trace, in the order of time: no copies, no ranges that it draws."""
+    kernels = [x for x in trace["traceEvents"] if x.get("cat") == "kernel"]
+    return [x["name"] for x in sorted(kernels, key=lambda x: x["ts"])]
+
+
+def kernels_of(call: Callable[[], object], folder: Path) -> list[str]:
     """The names of the kernels that a warm call launches."""
     call()
     torch.cuda.synchronize()
@@ -757,10 +755,11 @@ def kernels_of(call: Callable[[], object]) -> list[str]:
         result = call()
         torch.cuda.synchronize()
     del result
-    names = [x.name for x in recorded.events() if x.device_type == DeviceType.CUDA]
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    names = kernels_in(json.loads((folder / "trace.json").read_text(errors="replace")))
     if not names:
         pytest.skip("the profiler sees no kernels here")
-    return [x for x in names if not x.startswith(("Memset", "Memcpy"))]
+    return names
 
 
 def our_kernels(names: list[str]) -> list[str]:
@@ -780,20 +779,25 @@ def our_kernels(names: list[str]) -> list[str]:
     ids=str,
 )
 @pytest.mark.parametrize("with_gradient", [True, False], ids=["gradient", "value"])
-@pytest.mark.parametrize("case", [x for x in ONE_NUMBER if x.loss != "tf_nkd"], ids=str)
+@pytest.mark.parametrize("case", [case for case in MAIN_SCALARS if case.teacher], ids=str)
 def test_launches_of_a_mean(
-    case: Case, with_gradient: bool, shape: tuple[int, int], kernels: list[str], cuda_backend: str
+    case: Case,
+    with_gradient: bool,
+    shape: tuple[int, int],
+    kernels: list[str],
+    cuda_backend: str,
+    tmp_path: Path,
 ) -> None:
     """tf-NKD looks at all rows once more."""
     student, teacher, target = inputs_on_device("normal", *shape, BF16)
     student.requires_grad_(with_gradient)
-    names = kernels_of(lambda: case(student, teacher, target, backend=cuda_backend))
+    names = kernels_of(lambda: case(student, teacher, target, backend=cuda_backend), tmp_path)
     assert our_kernels(names) == kernels, names
 
 
 @pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES)
 def test_shapes_reach_the_kernels_they_are_for(
-    shape: Shape, cuda_backend: str, generator: torch.Generator
+    shape: Shape, cuda_backend: str, generator: torch.Generator, tmp_path: Path
 ) -> None:
     student, teacher, target = (on_device(x) for x in shape.inputs("normal", generator))
     pair = student.itemsize + teacher.itemsize
@@ -803,15 +807,63 @@ def test_shapes_reach_the_kernels_they_are_for(
             pytest.skip("rows do not fit into the shared memory of this GPU")
     mean = shape.mean(target.numel())
     forward = [x for x in mean if x != "count"]
-    names = kernels_of(lambda: KD.rows(student, teacher, target, backend=cuda_backend))
+    names = kernels_of(lambda: KD.rows(student, teacher, target, backend=cuda_backend), tmp_path)
     assert our_kernels(names) == forward, names
     student.requires_grad_()
-    names = kernels_of(lambda: KD(student, teacher, target, backend=cuda_backend))
+    names = kernels_of(lambda: KD(student, teacher, target, backend=cuda_backend), tmp_path)
     assert our_kernels(names) == mean, names
     value = KD.rows(student, teacher, target, backend=cuda_backend)
     upstream = torch.ones_like(value)
-    names = kernels_of(lambda: torch.autograd.grad(value, student, upstream, retain_graph=True))
+    names = kernels_of(
+        lambda: torch.autograd.grad(value, student, upstream, retain_graph=True), tmp_path
+    )
     assert our_kernels(names) == [shape.backward], names
+
+
+@pytest.mark.parametrize(
+    ("plan", "kernels"),
+    [
+        ("regime=staged", ["staged"]),
+        ("regime=staged threads=256 per_multiprocessor=2", ["staged"]),
+        ("regime=sweeps", ["sweeps"]),
+        ("regime=split", ["part_stats", "part_gradient"]),
+        ("regime=split parts=3 threads=64", ["part_stats", "part_gradient"]),
+        ("regime=cluster parts=4 stages=2", ["cluster"]),
+        ("regime=cluster parts=16 stages=1 threads=192 per_multiprocessor=2", ["cluster"]),
+    ],
+)
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
+def test_regimes_that_are_asked_for(
+    case: Case,
+    plan: str,
+    kernels: list[str],
+    cuda_backend: str,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """On Hopper clusters take the long rows of all of them."""
+    if kernels == ["cluster"] and not has_clusters():
+        pytest.skip("this GPU has no clusters")
+    monkeypatch.setenv("KDKERNELS_PLAN", plan)
+    rows = multiprocessors() + 3
+    student, teacher, target = make_inputs("normal", rows, 8003, BF16, generator, ignored=0.1)
+    check(case, student, teacher, target, generator, cuda_backend)
+    check(case, student, teacher, target, generator, cuda_backend, "mean")
+    placed = [on_device(x) for x in (student, teacher, target)]
+    names = kernels_of(lambda: case.rows(*placed, backend=cuda_backend), tmp_path)
+    ours = [x for x in our_kernels(names) if x in ("cluster", "staged", "sweeps", "part_stats")]
+    assert ours and set(ours) == set(kernels) - {"part_gradient"}, names
+
+
+def test_a_plan_that_is_not_possible_is_refused(
+    cuda_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_on_device("normal", 7, 8003, BF16)
+    for plan in ("regime=staged threads=1024", "regime=cluster parts=3", "threads=many"):
+        monkeypatch.setenv("KDKERNELS_PLAN", plan)
+        with pytest.raises((RuntimeError, ValueError), match=r"KDKERNELS_PLAN.*allowed"):
+            KD(*inputs, backend=cuda_backend)
 
 
 # ---- what must not be waited for ----------------------------------------------------------------

@@ -1,34 +1,540 @@
-"""gpu_check.py without a GPU: its limits of time, the groups it makes, what it says of failures."""
+"""gpu_check.py and what it runs, without a GPU: stand-ins hang, crash, and lose the device."""
 
 from __future__ import annotations
 
+import json
 import os
-import select
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gpu_check
+import gpu_smoke
 import pytest
 import torch
-from gpu_check import OUT_OF_TIME, Budget
-from live_report import Group, group
+from cases import ISAS
+from gpu_check import Results
+from test_gpu import kernels_in, our_kernels
 
 import kdkernels
+from bench import children, counters
 
-posix = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
+FOREVER = 1e9
+# Called as CHILD ... NAME NAME ..: says of each name what it asks for. Trapped: nothing but a kill
+# ends a kernel that hangs.
+CHILD = """#!/bin/sh
+say() { echo "$1" >> "$KD_LINES"; }
+name() { say "{\\"name\\": \\"$name\\", $1}"; }
+case "$*" in *"not ready"*) exit 9 ;; esac
+say '{"ready": true}'
+for name; do
+  case "$name" in
+    hangs*) echo "words of $name"; touch "$0.hangs"; trap '' INT TERM; sleep 300; sleep 300 ;;
+    crashes*) kill -SEGV $$ ;;
+    lost*) name '"failed": "illegal access", "lost": true'; exit 0 ;;
+    wrong*) name '"failed": "wrong: 3"' ;;
+    ends*) exit 0 ;;
+    -* | cpu | cuda | *.py) ;;
+    *) name '"error": 0.5, "seconds": 2' ;;
+  esac
+done
+"""
 
 
 @pytest.fixture
-def from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "START", time.monotonic())
+def child(tmp_path: Path) -> str:
+    program = tmp_path / "child"
+    program.write_text(CHILD)
+    program.chmod(0o755)
+    return str(program)
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> None:
+def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the parent: it goes while a child says that it hangs, 5 s with every look at it.
+
+    However long a child takes on a busy machine, nothing else is late.
+    """
+    now, flag, kill = [0.0], tmp_path / "child.hangs", children.kill
+
+    def monotonic() -> float:
+        now[0] += 5.0 * flag.exists()
+        return now[0]
+
+    def killed(process: subprocess.Popen) -> None:
+        kill(process)
+        flag.unlink(missing_ok=True)
+
+    monkeypatch.setattr(children, "kill", killed)
+    monkeypatch.setattr(children, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+
+
+def through(command: list[str], *names: str, until: float = FOREVER, **options: Any) -> list[dict]:
+    return list(children.work_through(names, command, limit=60.0, until=until, **options))
+
+
+# ---- children -------------------------------------------------------------------------------
+
+
+def test_what_hangs_crashes_or_loses_the_device_stops_nothing_else(child: str, clock: None) -> None:
+    names = ["a", "hangs", "b", "crashes", "lost", "c", "wrong", "ends", "d", "hangs too"]
+    said = through([child], *names)
+    assert [x["name"] for x in said] == names
+    assert [x.get("failed", "") for x in said] == [
+        "", "hang: silent for 60.0 s", "", f"ended with status {-signal.SIGSEGV}",
+        "illegal access", "", "wrong: 3", "ended with status 0", "", "hang: silent for 60.0 s",
+    ]  # fmt: skip
+
+
+def test_a_child_that_does_not_get_ready_is_not_tried_again(child: str) -> None:
+    assert through([child], "a", "not ready", "b") == [{"failed": "not ready: ended with status 9"}]
+
+
+def test_how_the_last_child_ends_is_said_too(child: str, tmp_path: Path) -> None:
+    script = f'"{child}" "$@"; exit 86'
+    assert through(["sh", "-c", script, "sh"], "a")[1:] == [{"failed": "ended with status 86"}]
+
+
+def test_time_is_up(child: str, clock: None, tmp_path: Path) -> None:
+    """What was under way is killed and has no line, as what was not begun; the rest is printed."""
+    output = tmp_path / "printed"
+    assert [x["name"] for x in through([child], "a", "hangs", "b", until=50.0, output=output)] == [
+        "a"
+    ]
+    assert output.read_text() == "words of hangs\n"
+    assert through([child], "a", until=-1.0) == []
+
+
+def test_all_that_a_child_has_started_is_killed(child: str, clock: None) -> None:
+    """The pipe ends when the last process that holds it does."""
+    ours, theirs = os.pipe()
+    os.set_inheritable(theirs, True)
+    script = f'("{child}" hangs) & "{child}" hangs'
+    popen, children.subprocess.Popen = subprocess.Popen, keeping(subprocess.Popen)
+    try:
+        assert through(["sh", "-c", script], "x")[0]["failed"].startswith("hang")
+    finally:
+        children.subprocess.Popen = popen
+    os.close(theirs)
+    assert os.read(ours, 1) == b""
+    os.close(ours)
+
+
+def keeping(popen: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *a, **k: popen(*a, close_fds=False, **k)
+
+
+def test_all_of_it_can_be_stopped(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = SimpleNamespace(is_set=lambda: Path(f"{child}.hangs").exists())
+    monkeypatch.setattr(children, "STOP", stop)
+    assert [x["name"] for x in through([child], "a", "hangs", "b")] == ["a"]
+
+
+# ---- the smoke test -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ISAS, reason="the planner is built with the CPU kernels")
+def test_cases_are_of_the_regimes_that_they_name() -> None:
+    """On an H200; together they are all there are, and every size of cluster."""
+    from kdkernels import _host
+
+    seen, clusters = set(), set()
+    for name, calls in (gpu_smoke.CASES | gpu_smoke.FIRST).items():
+        for call in calls:
+            sizes = [getattr(torch, x).itemsize for x in (call.student, call.teacher) if x]
+            wide = sizes[0] == 8 or len(set(sizes)) > 1
+            plan = _host.gpu_plan(
+                device="H200", rows=call.rows, classes=call.classes, itemsize=sizes[0], wide=wide,
+                alike=not wide and call.layout != "skewed", override=call.plan,
+                strided=call.layout in ("classes first", "every other class"),
+            )  # fmt: skip
+            assert plan["regime"] == call.regime, name
+            seen.add(call.regime)
+            clusters |= {plan["parts"]} if call.regime == "cluster" else set()
+    assert seen == {"lanes", "block", "staged", "cluster", "sweeps", "split", "strided"}
+    assert clusters == {1, 2, 4, 8, 16}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_smoke, "CASES", {"x": (gpu_smoke.Call("block", 3, 37),) * 2})
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels")
+def test_a_case_is_compared_with_float64(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = gpu_smoke.attempt("x", "cpu", "cpu")
+    assert line.keys() == {"error", "seconds"} and 0 < line["error"] < 1e-2
+
+    real = kdkernels.dkd_loss
+    off = {"cpu": 1.02, "reference": 1.0}
+    monkeypatch.setattr(kdkernels, "dkd_loss", lambda *a, **k: off[k["backend"]] * real(*a, **k))
+    assert gpu_smoke.attempt("x", "cpu", "cpu")["failed"].startswith("wrong: 3 x 37, error 2.")
+    off["cpu"] = float("nan")
+    assert gpu_smoke.attempt("x", "cpu", "cpu")["failed"] == "wrong: 3 x 37, error nan"
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_child_says_what_it_has_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lost: bool
+) -> None:
+    """After a lost device it ends, whatever is left to do; to its parent no failure is a status."""
+    ended: list[int] = []
+
+    def attempt(name: str, *_: Any) -> dict[str, Any]:
+        return {"failed": "why", "seconds": 0.1} | ({"lost": True} if lost else {})
+
+    def end(status: int) -> None:
+        ended.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(gpu_smoke, "attempt", attempt)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--backend", "cpu", "block", "8 lanes"])
+    monkeypatch.setenv(children.LINES, str(tmp_path / "lines"))
+    if lost:
+        with pytest.raises(SystemExit):
+            gpu_smoke.main()
+        assert ended == [0]
+    else:
+        assert gpu_smoke.main() == 0
+    said = [json.loads(x) for x in (tmp_path / "lines").read_text().splitlines()]
+    assert said[0] == {"ready": True}
+    assert [x["name"] for x in said[1:]] == ["block", "8 lanes"][: 1 if lost else 2]
+    monkeypatch.delenv(children.LINES)
+    if not lost:
+        assert gpu_smoke.main() == 1, "by hand it is one"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "sanitized", "expected"),
+    [
+        ("CUDA error: invalid cluster size", False, True, {"failed": "invalid cluster size"}),
+        ("CUDA error: illegal memory access", True, True, {"failed": "illegal", "lost": True}),
+        ("KDKERNELS_PLAN: not possible", False, False, {"skipped": "KDKERNELS_PLAN"}),
+        ("too many resources requested for launch", False, True, {"skipped": "too many resources"}),
+        ("too many resources requested for launch", False, False, {"failed": "too many resources"}),
+    ],
+)
+def test_errors_of_a_case(
+    small: None,
+    monkeypatch: pytest.MonkeyPatch,
+    error: str,
+    lost: bool,
+    sanitized: bool,
+    expected: dict[str, Any],
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError(error)
+
+    def synchronize() -> None:
+        if lost:
+            fails()
+
+    monkeypatch.setattr(gpu_smoke, "error_of", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    line = gpu_smoke.attempt("x", "cuda", "cuda", sanitized)
+    del line["seconds"]
+    assert line.keys() == expected.keys()
+    for key, value in expected.items():
+        assert line[key] is True if value is True else value in line[key]
+
+
+# ---- the stages -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    return Results(tmp_path / "out", "cuda")
+
+
+@pytest.fixture
+def stand_in(child: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of gpu_smoke.py's processes."""
+    monkeypatch.setattr(gpu_check.sys, "executable", child)
+    monkeypatch.setattr(gpu_smoke, "FIRST", {"first": ()})
+
+
+def shown(results: Results) -> dict[tuple[str, ...], tuple[int, int, dict[str, int]]]:
+    groups = gpu_check.grouped(results.lines)
+    return {key[::2]: (x.passed, x.failed, dict(x.remarks)) for key, x in groups.items()}
+
+
+def test_the_smoke_stage(
+    results: Results, stand_in: None, clock: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(gpu_smoke, "names", lambda _: ["a", "hangs", "lost", "wrong", "b"])
+    gpu_check.smoke(results, time.monotonic() + FOREVER, gpu_check.parse([]))
+    assert shown(results) == {
+        ("smoke", "smoke"): (
+            3, 3, {"hang: silent for 30.0 s": 1, "illegal access": 1, "wrong: 3": 1},
+        )
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "smoke: a: ok, error 5.0e-01, 2.0 s\nsmoke: hangs: failed, hang" in printed
+    # The files tell the same, line by line, and the table comes from them.
+    assert results.path("check").read_text() == printed
+    assert results.failures.read_text().startswith("== smoke: hangs\nhang: silent")
+    assert "words of hangs" in results.path("smoke").read_text()
+    lines = results.path("check", "jsonl")
+    lines.write_text(lines.read_text() + '{"stage": "smo')  # killed
+    assert gpu_check.main(["--table", str(lines)]) == 0
+    assert capsys.readouterr().out == gpu_check.table(results.lines) + "\n"
+
+
+def test_what_the_smoke_stage_leaves_out(
+    results: Results, stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_smoke, "names", lambda _: ["a", "not ready"])
+    gpu_check.smoke(results, time.monotonic() + FOREVER, gpu_check.parse([]))
+    left = "left out (no process got ready for it)"
+    assert shown(results)["smoke", "smoke"] == (
+        1, 1, {"not ready: ended with status 9": 1, left: 2},
+    )  # fmt: skip
+    late = Results(results.folder, "cuda")
+    gpu_check.smoke(late, time.monotonic() - 1, gpu_check.parse([]))
+    assert shown(late) == {("smoke", "smoke"): (0, 0, {"left out (out of time)": 3})}
+
+
+SANITIZER = """#!/bin/sh
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> "$0.log"
+tool=$2
+while [ "$1" != --print-limit ]; do shift; done
+shift 2
+"$@"
+test $tool != racecheck || exit 86
+"""
+
+
+def test_the_sanitizers_stage(
+    results: Results, stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    gpu_check.sanitizers(results, time.monotonic() + FOREVER, gpu_check.parse([]))
+    clusters = [
+        x for x, calls in gpu_smoke.CASES.items() if any(y.regime == "cluster" for y in calls)
+    ]
+    count = len(gpu_smoke.CASES)
+    found = {"found by compute-sanitizer, see racecheck-cuda.txt": 1}
+    assert shown(results) == {
+        ("sanitizers", "memcheck"): (count, 0, {}),
+        ("sanitizers", "racecheck"): (count - len(clusters), 1, found),
+        ("sanitizers", "initcheck"): (count, 0, {}),
+        ("sanitizers", "synccheck"): (count, 0, {}),
+    }
+    calls = (tmp_path / "compute-sanitizer.log").read_text().splitlines()
+    memcheck = next(x for x in calls if "memcheck" in x)
+    assert memcheck.startswith("1 --tool memcheck --error-exitcode 86 ")
+    assert "cluster of 16 after cluster of 1" in memcheck
+    assert not any("cluster" in x for x in calls if "racecheck" in x)
+
+
+def test_no_sanitizer_is_not_a_failure(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gpu_check.sanitizers(results, FOREVER, gpu_check.parse(["--tools", "memcheck"]))
+    reason = "skipped (compute-sanitizer is not on PATH)"
+    assert shown(results) == {("sanitizers", "memcheck"): (0, 0, {reason: 1})}
+
+
+TORCH = """
+import os
+
+class cuda:
+    is_initialized = staticmethod(lambda: True)
+
+    @staticmethod
+    def synchronize():
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+lost = False
+"""
+PLANTED = """
+import os, pathlib, time, torch, pytest
+
+@pytest.fixture(autouse=True)
+def once(request):
+    with open(__file__ + ".log", "a") as log:
+        log.write(request.node.name + "\\n")
+
+@pytest.mark.gpu
+def test_loses_the_device():  # the first of its process
+    torch.lost = True
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(12))
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_passes(backend, i, record_property):
+    record_property("backend", backend)
+
+@pytest.mark.gpu
+def test_fails():
+    assert [1, 2] == [1, 3]
+
+@pytest.mark.gpu
+def test_skips():
+    pytest.skip("a reason")
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_hangs(backend):
+    while True:  # as in a kernel that never ends: no interrupt gets it out
+        try:
+            time.sleep(100)
+        except KeyboardInterrupt:
+            pass
+
+@pytest.mark.gpu
+def test_crashes():
+    os._exit(7)
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_by_itself():
+    assert os.environ["PYTEST_XDIST_WORKER_COUNT"] == "1"
+
+@pytest.mark.gpu
+def test_triton():
+    assert 0
+
+@pytest.mark.gpu
+def test_left_out():
+    assert 0
+
+def test_not_marked():
+    assert 0
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of tests, and a torch that knows when its device is lost: one to import quickly."""
+    pytest.importorskip("xdist")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer than the tests
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p xdist.plugin -p no:cacheprovider")
+    for name in [x for x in os.environ if x.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "torch.py").write_text(TORCH)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  alone:\n  gpu:\n")
+    path = tmp_path / "test_it.py"
+    path.write_text(PLANTED)
+    return path
+
+
+def test_the_tests_stage(results: Results, planted: Path) -> None:
+    """Of two workers; each failure takes one along, but what is not wrong passes, once."""
+    arguments = ["--limit", "5", "--jobs", "2", "-k", "not left_out", str(planted)]
+    gpu_check.tests(results, time.monotonic() + FOREVER, gpu_check.parse(arguments))
+    lost = "RuntimeError: CUDA error: an illegal memory access was encou"
+    gone = "its process crashed, or 5 s were over"
+    assert shown(results) == {
+        ("tests", "passes"): (12, 0, {}),
+        ("tests", "fails"): (0, 1, {"assert [1, 2] == [1, 3]": 1}),
+        ("tests", "skips"): (0, 0, {"skipped (a reason)": 1}),
+        ("tests", "hangs"): (0, 1, {gone: 1}),
+        ("tests", "crashes"): (0, 1, {gone: 1}),
+        ("tests", "loses the device"): (0, 1, {lost: 1}),
+        ("tests", "by itself"): (1, 0, {}),
+    }
+    ran = Path(f"{planted}.log").read_text().split()
+    assert len(ran) == len(set(ran)) == 18
+    assert ("tests", "cuda", "hangs") in gpu_check.grouped(results.lines), "by its name"
+    failures = results.failures.read_text()
+    assert "At index 1 diff: 2 != 3" in failures and "illegal memory access" in failures
+    assert "Timeout (0:00:05)!" in results.path("tests").read_text()
+
+
+def test_groups_and_table() -> None:
+    """A process that crashes behind a test's end fails it; names tell where the backend is not."""
+    lines = [
+        {"stage": "tests", "backend": "cuda", "name": "a.py::test_some_thing[cuda-x::y]"},
+        {"stage": "tests", "backend": "", "name": "a.py::test_some_thing[cuda-x::y]"},
+        {"stage": "tests", "backend": "-", "name": "a.py::C::test_some_thing[cuda-2]"},
+        {"stage": "tests", "backend": "cuda", "name": "a.py::test_some_thing[cuda-3]"},
+        {"stage": "sanitizers", "backend": "cuda", "tool": "memcheck", "name": "block"},
+        {"stage": "smoke", "backend": "cuda", "name": "block"},
+    ]
+    lines[1]["failed"] = "its process crashed"
+    lines[3] |= {"skipped": "why", "seconds": 1.5}
+    lines[4]["left out"] = "out of time"
+    lines += [lines[0]]
+    assert gpu_check.table(lines).splitlines() == [
+        "stage       backend  what        passed  failed  seconds  remarks",
+        "smoke       cuda     smoke            1       0      0.0",
+        "tests       -        some thing       1       0      0.0",
+        "tests       cuda     some thing       0       1      1.5  1 its process crashed, "
+        "1 skipped (why)",
+        "sanitizers  cuda     memcheck         0       0      0.0  1 left out (out of time)",
+    ]
+
+
+def lines_of(*lines: dict[str, Any]) -> Callable[..., Any]:
+    return lambda *_, **__: iter(lines)
+
+
+@pytest.mark.parametrize(
+    ("end", "collected", "expected"),
+    [
+        ({"late": True}, 5, {"b": "stopped: out of time", "pytest, alone": "3 tests were not"}),
+        ({"status": 3}, 5, {"b": "did not end"}),
+        ({"status": 4}, 0, {"b": "did not end", "pytest, alone": "{'status': 4}"}),
+        ({"status": 5}, 0, {"b": "did not end"}),
+    ],
+)
+def test_how_pytest_ends(
+    results: Results,
+    monkeypatch: pytest.MonkeyPatch,
+    end: dict[str, Any],
+    collected: int,
+    expected: dict[str, str],
+) -> None:
+    a = {"name": "a", "backend": "cuda", "seconds": 1.0}
+    if end == {"status": 3}:
+        a["failed"] = "assert 0"
+    lines = [{"collected": collected}, {"begun": "a"}, a, {"begun": "b"}, end]
+    monkeypatch.setattr(children, "watch", lines_of(*lines))
+    gpu_check.pytest(results, FOREVER, gpu_check.parse([]), "alone", 1)
+    said = {x["name"]: x.get("failed") or x.get("left out") for x in results.lines[1:]}
+    assert said.keys() == expected.keys()
+    assert all(value in str(said[key]) for key, value in expected.items())
+
+
+# ---- the whole ------------------------------------------------------------------------------
+
+
+def test_arguments() -> None:
+    given = ["-m", "gpu or slow", "-x", "--stages", "tests,smoke", "--tools", "", "a", "--budget=9"]
+    options = gpu_check.parse(given)
+    assert (options.m, options.rest, options.budget) == ("gpu or slow", ["-x", "a"], 9.0)
+    assert (options.stages, options.tools) == (["smoke", "tests"], [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--tools", "x"], ["--stages", "x"], ["--budget", "0"], ["--jobs", "0"], ["--limit", "0"]],
+)
+def test_bad_arguments_are_refused(arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.parse(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As if there were one, and the CUDA backend."""
     states = {
         "cuda": SimpleNamespace(available=True, reason="yes"),
@@ -37,47 +543,91 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kdkernels, "backends", lambda: states)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu_check, "describe", lambda: "facts")
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "START", time.monotonic())
+    monkeypatch.setenv("OUT", str(tmp_path))
+    return tmp_path
 
 
-# ---- limits ---------------------------------------------------------------------------------
-
-
-@posix
-def test_a_tree_of_processes_is_killed_in_time():
-    """The pipe ends when the last process that holds it does."""
-    ours, theirs = os.pipe()
-    start = time.monotonic()
-    shell = "trap '' INT; (trap '' INT; sleep 300) & sleep 300"
-    status = gpu_check.run_limited(["sh", "-c", shell], 1.0, pass_fds=[theirs])
-    os.close(theirs)
-    ready, _, _ = select.select([ours], [], [], 5)
-    assert status == OUT_OF_TIME and time.monotonic() - start < 5
-    assert ready and os.read(ours, 1) == b""
-    os.close(ours)
-
-
-@posix
-def test_what_runs_out_of_time_may_report_first(tmp_path):
-    text = (
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGINT, lambda *_: sys.exit(open(sys.argv[1], 'w').close()))\n"
-        "time.sleep(300)"
-    )
-    command = [sys.executable, "-c", text, str(tmp_path / "asked")]
-    assert gpu_check.run_limited(command, 3.0) == OUT_OF_TIME
-    assert (tmp_path / "asked").exists()
-
-
-def test_what_ends_in_time_leaves_its_status_and_nothing_else():
-    assert gpu_check.run_limited([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
-    assert gpu_check.run_limited(["no such program"], -1.0) == OUT_OF_TIME
-    assert not gpu_check.RUNNING
+def test_stages_share_the_budget(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {}
+    for stage in gpu_check.STAGES:
+        monkeypatch.setitem(
+            gpu_check.RUN, stage, lambda _, until, __, x=stage: ends.setdefault(x, until)
+        )
+    gpu_check.main(["--budget", "110"])
+    assert {x: round(y - gpu_check.START) for x, y in ends.items()} == {
+        "smoke": 20, "headline": 30, "tests": 80, "sanitizers": 110,
+    }  # fmt: skip
+    ends.clear()
+    gpu_check.main(["--budget", "80", "--stages", "tests,sanitizers"])
+    assert {x: round(y - gpu_check.START) for x, y in ends.items()} == {
+        "tests": 50, "sanitizers": 80,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("cores", "free", "expected"), [(16, 139, 8), (4, 139, 2), (64, 22, 2), (64, 3, 1), (1, 80, 1)]
+    ("line", "expected", "words"),
+    [
+        ({}, 0, "1 passed on a GPU"),
+        ({"skipped": "why"}, 1, "0 passed on a GPU"),
+        ({"failed": "why"}, 1, "FAILED: 1 failures"),
+    ],
 )
-def test_processes_that_share_the_device(monkeypatch, device, cores, free, expected):
+def test_verdict(
+    device: Path, monkeypatch: pytest.MonkeyPatch, line: dict[str, str], expected: int, words: str
+) -> None:
+    def stage(results: Results, *_: Any) -> None:
+        results.add("smoke", {"name": "a"} | line)
+
+    monkeypatch.setitem(gpu_check.RUN, "smoke", stage)
+    assert gpu_check.main(["--stages", "smoke"]) == expected
+    text = (device / "check-cuda.txt").read_text()
+    assert text.startswith("facts\n") and words in text and " s of 500 s" in text
+    assert gpu_check.main(["--stages", "smoke", "--backend", "triton"]) == 1
+    assert "1 skipped (no Triton)" in (device / "check-triton.txt").read_text()
+
+
+def test_a_run_that_is_ended_leaves_its_table(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(results: Results, *_: Any) -> None:
+        results.add("smoke", {"name": "a"})
+        gpu_check.end(signal.SIGTERM, None)
+
+    monkeypatch.setattr(children, "STOP", threading.Event())
+    monkeypatch.setitem(gpu_check.RUN, "smoke", stage)
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main([])
+    assert ended.value.code == 128 + signal.SIGTERM and children.STOP.is_set()
+    assert "\nsmoke  cuda     smoke       1" in (device / "check-cuda.txt").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_commands_end_within_ten_minutes() -> None:
+    """Their budgets leave room for the build, which BUILD=no leaves out."""
+    targets = ["gpu-check", "gpu-check-triton", "gpu-counters", "gpu-sweep", "gpu-bench"]
+
+    def steps(*arguments: str) -> list[str]:
+        command = ["make", "-n", "-C", str(gpu_check.ROOT), "ENV=current", "PYTHON=py", "OUT=/o"]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+        return [x for x in done.stdout.splitlines() if x.startswith("py ")]
+
+    for target in targets:
+        build, run = steps(target)
+        assert "build_ext" in build and steps(target, "BUILD=no") == [run]
+        words = shlex.split(run)
+        assert 0 < float(words[words.index("--budget") + 1]) <= 500
+        assert "gpu_check.py" in run or words[words.index("--out") + 1] == "/o"
+
+
+@pytest.mark.parametrize(
+    ("cores", "free", "expected"), [(16, 139, 16), (4, 139, 4), (64, 22, 5), (64, 3, 1), (1, 80, 1)]
+)
+def test_processes_that_share_the_device(
+    device: Path, monkeypatch: pytest.MonkeyPatch, cores: int, free: int, expected: int
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free << 30, 192 << 30))
     assert gpu_check.jobs() == expected
@@ -85,294 +635,87 @@ def test_processes_that_share_the_device(monkeypatch, device, cores, free, expec
     assert gpu_check.jobs() == 1
 
 
-# ---- pytest ---------------------------------------------------------------------------------
-
-PARALLEL = [1, pytest.param(2, id="xdist")]
-
-
-@pytest.fixture
-def run(tmp_path, from_now_on, monkeypatch):
-    """Writes a file of tests and runs it."""
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    for name in [x for x in os.environ if x.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
-    # The second call must not run out of time where the first one does.
-    monkeypatch.setattr(gpu_check, "CALLS", {"not alone": 0.5, "alone": 100.0})
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  alone:\n  gpu:\n  slow:\n")
-
-    def call(text: str, budget: float, processes: int, chosen: str = "", *rest: str):
-        if processes > 1:
-            pytest.importorskip("xdist")
-        (tmp_path / "test_it.py").write_text(text)
-        arguments = [str(tmp_path / "test_it.py"), "-p", "no:cacheprovider", *rest]
-        return gpu_check.run_all_tests(chosen, arguments, Budget(budget), processes)
-
-    return call
-
-
-HANGS = """
-import time
-
-def test_passes(record_property):
-    record_property("backend", "cuda")
-
-def test_skips():
-    import pytest
-    pytest.skip("a reason")
-
-def test_hangs():
-    open(__file__ + ".hangs", "w").close()
-    while True:  # as in a kernel that never ends: no interrupt gets it out
-        try:
-            time.sleep(100)
-        except KeyboardInterrupt:
-            pass
-"""
-
-
-@pytest.mark.slow
-@posix
-@pytest.mark.parametrize("processes", PARALLEL)
-def test_what_ended_counts_when_a_test_hangs(run, processes, capfd, tmp_path, monkeypatch):
-    class Popen(subprocess.Popen):
-        """Its time does not begin before the test hangs, however long Python takes to start."""
-
-        def wait(self, timeout=None):
-            while self.poll() is None and not (tmp_path / "test_it.py.hangs").exists():
-                time.sleep(0.02)
-            return super().wait(timeout)
-
-    monkeypatch.setattr(subprocess, "Popen", Popen)
-    statuses, groups = run(HANGS, 4.0, processes)
-    assert statuses == [OUT_OF_TIME]
-    assert groups["cuda", "passes"].passed == 1
-    assert groups["-", "skips"].remarks == Counter({"skipped (a reason)": 1})
-    hangs = groups["-", "hangs"]
-    assert (hangs.passed, hangs.failed, hangs.remarks) == (0, 1, Counter({"out of time": 1}))
-    assert groups["-", "pytest, not alone"].failed == 1
-    assert "1 out of time: 2 of 3 tests had ended" in gpu_check.table(groups)
-    assert "out of time: test_it.py::test_hangs" in capfd.readouterr().out
-
-
-CRASHES = """
-import os, pytest
-
-@pytest.mark.parametrize("backend", ["triton"])
-def test_crashes(backend):
-    os._exit(7)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", PARALLEL)
-def test_a_crash_is_a_failure_of_the_test_that_ran(run, processes):
-    statuses, groups = run(CRASHES, 300.0, processes)
-    assert len(statuses) == 1 and statuses[0] != 0
-    assert groups.keys() == {("triton", "crashes")}
-    assert groups["triton", "crashes"].failed == 1
-
-
-SHARED = """
-import os, pathlib, pytest
-here = pathlib.Path(__file__).parent
-worker = os.environ.get("PYTEST_XDIST_WORKER")
-
-@pytest.mark.gpu
-def test_alone_too():  # by its name only
-    assert worker
-    (here / worker).touch()
-
-@pytest.mark.gpu
-@pytest.mark.alone
-@pytest.mark.parametrize("i", range(3))
-def test_by_itself(i):
-    assert not worker and (here / "gw0").exists() | (here / "gw1").exists()
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_slow():
-    assert 0
-
-def test_not_marked():
-    assert 0
-
-@pytest.mark.gpu
-def test_left_out():
-    assert 0
-"""
-
-
-@pytest.mark.slow
-def test_tests_marked_alone_run_after_the_others_in_one_process(run, monkeypatch):
-    seen: list[dict] = []
-    monkeypatch.setattr(gpu_check, "group", lambda x, *rest: seen.extend(x) or group(x, *rest))
-    expression = "gpu and not slow or nothing"  # binds less than the marker that is added
-    options, rest = gpu_check.parse(["-m", expression, "-k", "not left_out", "-x", "-n", "2"])
-    statuses, groups = run(SHARED, 300.0, 2, options.m, *rest)
-    assert statuses == [0, 0]
-    assert {key: (x.passed, x.failed) for key, x in groups.items()} == {
-        ("-", "alone too"): (1, 0),
-        ("-", "by itself"): (3, 0),
-    }
-    assert [x["outcome"] for x in seen if "test" in x].count("ended") == 4, "one writer"
-
-
-def fake_calls(monkeypatch, *statuses: int) -> list[list[str]]:
-    """Calls of pytest that end so; their arguments."""
-    calls: list[list[str]] = []
-
-    def run_tests(arguments, seconds, **options):
-        calls.append(list(arguments))
-        return statuses[len(calls) - 1], []
-
-    monkeypatch.setattr(gpu_check, "run_tests", run_tests)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("statuses", "expected"), [((0, 5), [0]), ((5, 1), [1]), ((5, 5), [5]), ((0, 2), [0, 2])]
-)
-def test_one_call_may_have_nothing_to_run(monkeypatch, statuses, expected):
-    fake_calls(monkeypatch, *statuses)
-    assert gpu_check.run_all_tests("gpu", [], Budget(300), 1) == (expected, {})
-
-
-def test_arguments_of_the_two_calls(monkeypatch):
-    given = ["-m", "cpu", "-x", "-k", "a or b", "-m", "gpu or slow", "--tools", "none", "tests"]
-    options, rest = gpu_check.parse([*given, "--budget", "60"])
-    assert (options.m, options.tools, options.budget, options.jobs) == ("gpu or slow", [], 60, None)
-    assert rest == ["-x", "-k", "a or b", "tests"]
-    calls = fake_calls(monkeypatch, 0, 0)
-    gpu_check.run_all_tests(options.m, rest, Budget(60), 1)
-    assert calls == [["-m", f"(gpu or slow) and {x}", *rest] for x in ("not alone", "alone")]
-    calls = fake_calls(monkeypatch, 0, 0)
-    gpu_check.run_all_tests("", ["-n3"], Budget(60), 1)
-    assert calls == [["-m", "not alone", "-n3"], ["-m", "alone", "-n3", "-n0"]]
-    assert gpu_check.parse([])[0].m == "gpu"
-
-
-@pytest.mark.parametrize("arguments", [["--tools", "x"], ["--budget", "0"], ["--jobs", "0"]])
-def test_bad_arguments_are_refused(arguments, capsys):
-    with pytest.raises(SystemExit):
-        gpu_check.parse(arguments)
-    assert arguments[0] in capsys.readouterr().err
-
-
-# ---- compute-sanitizer ----------------------------------------------------------------------
-
-# Called as compute-sanitizer --tool TOOL ... python -m pytest ... --live-report=FILE ...
-SANITIZER = """#!/bin/sh
-for x; do case "$x" in --live-report=*) file=${x#*=} ;; esac; done
-echo '{"test": "t.py::test_a[cuda]", "outcome": "started"}' >> "$file"
-echo "words of $2"
-case $2 in
-    initcheck) trap '' INT; sleep 300 ;;
-    synccheck) exit 3 ;;
-esac
-echo '{"test": "t.py::test_a[cuda]", "outcome": "passed", "seconds": 1, "reason": "",' \\
-    '"backend": "cuda"}' >> "$file"
-echo '{"test": "t.py::test_a[cuda]", "outcome": "ended"}' >> "$file"
-test $2 = memcheck || exit 86
-"""
-
-
-@pytest.fixture
-def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(SANITIZER)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-
-
-@posix
-def test_the_sanitizers_runs(sanitizer, device, from_now_on, capfd):
-    groups = gpu_check.sanitize(list(gpu_check.TOOLS), Budget(3.0), 4)
-    assert time.monotonic() - gpu_check.START < 6
-    ours = {tool: entry for (backend, tool), entry in groups.items() if backend == "cuda"}
-    assert {x: (y.passed, y.failed, dict(y.remarks)) for x, y in ours.items()} == {
-        "memcheck": (1, 0, {}),
-        "racecheck": (1, 1, {"found by compute-sanitizer": 1}),
-        "initcheck": (0, 1, {"out of time": 1}),
-        "synccheck": (0, 1, {"did not end": 1}),
-    }
-    for tool in gpu_check.TOOLS:
-        assert groups["triton", tool].remarks == Counter({"skipped (no Triton)": 1})
-    out = capfd.readouterr().out
-    assert "words of memcheck" not in out
-    for tool in ("racecheck", "initcheck", "synccheck"):
-        assert f"compute-sanitizer {tool}, cuda: status" in out and f"words of {tool}\n" in out
-
-
-@posix
-def test_the_sanitizers_runs_share_the_time(sanitizer, device, from_now_on):
-    """One after another: the one that hangs leaves the others theirs."""
-    groups = gpu_check.sanitize(["initcheck", "memcheck"], Budget(3.0), 1)
-    assert groups["cuda", "initcheck"].remarks == Counter({"out of time": 1})
-    assert groups["cuda", "memcheck"].passed == 1 and not groups["cuda", "memcheck"].failed
-    assert time.monotonic() - gpu_check.START < 5
-
-
-def test_no_time_is_left_for_the_sanitizer(sanitizer, device, monkeypatch):
-    monkeypatch.setattr(gpu_check, "START", time.monotonic() - 100)
-    groups = gpu_check.sanitize(["memcheck"], Budget(10.0), 1)
-    entry = groups["cuda", "memcheck"]
-    assert (entry.failed, entry.remarks) == (1, Counter({"out of time": 1}))
-
-
-def test_no_sanitizer_is_not_a_failure(device, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    groups = gpu_check.sanitize(["memcheck"], Budget(10.0), 1)
-    assert groups == {
-        ("-", "memcheck"): Group(remarks=Counter({"skipped (compute-sanitizer is not on PATH)": 1}))
-    }
-
-
-# ---- results --------------------------------------------------------------------------------
-
-
-def lines(test: str, *outcomes: str, backend: str = "cuda") -> list[dict]:
-    facts = {"test": test, "seconds": 0.5, "backend": backend, "reason": "why"}
-    return [{"test": test, "outcome": "started"}, *({**facts, "outcome": x} for x in outcomes)]
-
-
-def test_groups_and_table(capsys):
-    end = {"outcome": "ended"}
-    all_lines = [{"collected": 5}]
-    for test, *outcomes in (
-        ("a.py::test_some_thing[cuda-x::y]", "passed", "passed", "passed"),
-        ("a.py::test_some_thing[cuda-2]", "passed", "failed", "passed"),
-        ("a.py::test_some_thing[cuda-3]", "skipped", "passed"),
-        ("a.py::test_some_thing[cuda-4]", "passed", "passed", "failed"),
-    ):
-        all_lines += [*lines(test, *outcomes), {"test": test, **end}]
-    all_lines += lines("a.py::C::test_that_hangs[triton-1]", "passed")
-    groups = group(all_lines, "out of time")
-    assert gpu_check.table(groups).splitlines() == [
-        "backend  tests       passed  failed  seconds  remarks",
-        "cuda     some thing       1       2      5.5  1 skipped (why)",
-        "triton   that hangs       0       1      0.5  1 out of time",
-    ]
-    assert capsys.readouterr().out == "out of time: a.py::C::test_that_hangs[triton-1]\n"
-
-
-@pytest.mark.parametrize(
-    ("statuses", "entry", "expected", "words"),
-    [
-        ([0, 0], Group(passed=3), 0, "3 passed on a GPU"),
-        ([0, 0], Group(), 1, "0 passed on a GPU"),
-        ([0, 0], Group(passed=3, failed=1), 1, "FAILED: 1 failures"),
-        ([OUT_OF_TIME, 0], Group(passed=3), 1, "ended with out of time and status 0"),
-        ([0, 2], Group(passed=3), 1, "ended with status 0 and status 2"),
-    ],
-)
-def test_verdict(monkeypatch, device, tmp_path, statuses, entry, expected, words):
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu_check, "describe", lambda: "facts")
+@pytest.mark.full
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels")
+def test_a_rehearsal_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The smoke test as it is, in a child; the other stages say that there is no device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
-    tests = {("cuda", "x"): entry}
-    monkeypatch.setattr(gpu_check, "run_all_tests", lambda *_: (statuses, dict(tests)))
-    monkeypatch.setattr(gpu_check, "sanitize", lambda *_: {})
-    assert gpu_check.main(["--budget", "77", "--jobs", "3"]) == expected
-    text = (tmp_path / "check.txt").read_text()
-    assert text.startswith("facts\n") and gpu_check.table(tests) in text and words in text
-    assert " s of 77 s, 3 at a time" in text
+    monkeypatch.setattr(gpu_check, "START", time.monotonic())
+    monkeypatch.setattr(gpu_smoke, "names", lambda _: ["16 lanes", "strided"])
+    monkeypatch.setattr(gpu_smoke, "first", lambda _: [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_check.main(["--backend", "cpu", "--budget", "1e6"]) == 0
+    printed = capsys.readouterr().out
+    assert "smoke: 16 lanes: ok, error" in printed and "smoke: strided: ok, error" in printed
+    assert printed.count("1 skipped (no CUDA device)") == 3
+    assert "nothing was checked on one" in printed
+
+
+# ---- what counts ----------------------------------------------------------------------------
+
+NCU = """#!/bin/sh
+printf '%s\\n' "$*" >> "$0.log"
+case "$*" in
+  *10007*) echo "no permission"; exit 1 ;;
+  *--export*) touch "$NCU_OUT/counters-4x64.ncu-rep" ;;
+  *--csv*) test -e "$2" && echo '"Metric Name"' ;;
+  *) test -e "$2" && echo "Memory Throughput" ;;
+esac
+"""
+
+
+def test_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A stand-in for ncu, which keeps its arguments."""
+    out = tmp_path / "out"
+    arguments = ["--shapes", "4x10007", "4x64", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert counters.main(arguments) == 0
+    assert capsys.readouterr().out == "ncu is not on PATH: nothing was counted\n"
+    program = tmp_path / "ncu"
+    program.write_text(NCU)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("NCU_OUT", str(out))
+    assert counters.main(arguments) == 1, "the other shape goes on"
+    printed = capsys.readouterr().out
+    assert "4x10007 bfloat16: ncu ended with status 1, see counters-4x10007.log\nno perm" in printed
+    assert (out / "counters-4x64.csv").read_text() == '"Metric Name"\n'
+    assert (out / "counters-4x64.txt").read_text() == "Memory Throughput\n"
+    profiled = (tmp_path / "ncu.log").read_text().splitlines()[1]
+    for words in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats"):
+        assert f"--section {words} " in profiled
+    assert "--launch-skip 1 --launch-count 1 --clock-control none" in profiled
+    target = [sys.executable, "-m", "bench.counters", "--device", "cpu", "--call", "4x64"]
+    assert shlex.split(profiled)[-len(target) :] == target
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels")
+def test_what_is_profiled_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = counters.LossCall.run
+    monkeypatch.setattr(
+        counters.LossCall, "run", lambda self, state: calls.append(run(self, state)[1].shape)
+    )
+    assert counters.main(["--device", "cpu", "--call", "4x64"]) == 0
+    assert calls == [(4, 64), (4, 64)]
+
+
+def test_kernels_of_a_trace() -> None:
+    """Copies, ranges and the host's events are no launches."""
+    ours = "void kd::sm::cuda::(anonymous namespace)::{}<kd::Pair>(kd::Args)"
+    events = [
+        {"cat": "kernel", "name": ours.format("part_gradient"), "ts": 3.0},
+        {"cat": "gpu_memset", "name": "Memset (Device)", "ts": 0.0},
+        {"cat": "gpu_user_annotation", "name": "ProfilerStep#1", "ts": 0.5},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernelExC", "ts": 0.6},
+        {"cat": "kernel", "name": ours.format("part_stats"), "ts": 2.0},
+        {"cat": "kernel", "name": "at::native::fill", "ts": 1.0},
+        {"name": "process_name", "ph": "M"},
+    ]
+    names = kernels_in({"traceEvents": events})
+    assert our_kernels(names) == ["at::native::fill", "part_stats", "part_gradient"]
+    assert json.dumps(names)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES, LAYOUTS, MAIN_CASES, SCALAR_CASES, make_inputs, needs_cpu
+from cases import CASES, LAYOUTS, MAIN_CASES, MAIN_SCALARS, SCALAR_CASES, make_inputs, needs_cpu
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -88,7 +88,7 @@ def test_backward_twice_holds_one_gradient_at_a_time():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [case for case in MAIN_CASES if case.outputs == 1], ids=str)
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
 def test_any_layout(case, layout):
     student, teacher, target = make_inputs("normal", ROWS, CLASSES)
     student, dim = LAYOUTS[layout](student)
@@ -125,7 +125,7 @@ def test_the_loss_alone_holds_no_gradient(case):
     assert peak_of(lambda: case(*inputs)) <= COUNT * PER_ROW
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("strides", ["(512 * V, V, 1)", "(512 * V, 1, 512)"], ids=["last", "first"])
 def test_resident_memory_of_a_process(strides):

@@ -5,17 +5,15 @@ import math
 
 import pytest
 import torch
-from cases import SCALAR_CASES, assert_same, evaluate, make_inputs
+from cases import LOSSES, SCALAR_CASES, USUAL, assert_same, evaluate, make_inputs
 from torch import nn
 
 import kdkernels
 
 MODULES = {
-    kdkernels.KDLoss: kdkernels.kd_loss,
-    kdkernels.DKDLoss: kdkernels.dkd_loss,
-    kdkernels.NKDLoss: kdkernels.nkd_loss,
-    kdkernels.TFNKDLoss: kdkernels.tf_nkd_loss,
-    kdkernels.AEKTLoss: kdkernels.aekt_loss,
+    getattr(kdkernels, loss.module): USUAL[name].function
+    for name, loss in LOSSES.items()
+    if loss.module
 }
 MODULE_OF = {function: module for module, function in MODULES.items()}
 COMMON = {
@@ -29,19 +27,7 @@ COMMON = {
 }
 # Of a call of the module, because they belong to a batch.
 OF_THE_CALL = ("row_weight", "normalizer", "mean_confidence")
-PAPERS = {
-    "kd_loss": {"temperature": 4.0},
-    "dkd_loss": {"temperature": 4.0, "alpha": 1.0, "beta": 8.0},
-    "nkd_loss": {"temperature": 1.0, "gamma": 1.5},
-    "tf_nkd_loss": {"mean_confidence": None},
-    "aekt_loss": {
-        "temperature": 4.0,
-        "alpha": 1.0,
-        "beta": 8.0,
-        "variant": "ratio_weighted_tckd",
-        "log_ratio_max": math.log(10),
-    },
-}
+PAPERS = {USUAL[name].function: loss.defaults for name, loss in LOSSES.items()}
 
 
 def keywords(function) -> dict[str, object]:
@@ -57,7 +43,7 @@ def positional(function) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize(("module", "function"), MODULES.items())
 def test_signatures(module, function):
-    assert keywords(function) == PAPERS[function.__name__] | COMMON
+    assert keywords(function) == {**PAPERS[function], **COMMON}
     loss = module()
     own = {k: v for k, v in keywords(function).items() if k not in OF_THE_CALL}
     assert {name: getattr(loss, name) for name in own} == own

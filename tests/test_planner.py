@@ -152,6 +152,104 @@ def test_every_cuda_plan_is_possible(device: str, rows: int, itemsize: int) -> N
                 assert not (backward and plan["regime"] in ("staged", "cluster", "sweeps"))
 
 
+# ---- its override ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "classes", "override", "expected"),
+    [
+        ("H200", 4096, 10007, "regime=staged", {"regime": "staged", "per_multiprocessor": 2}),
+        ("H200", 4096, 10007, "regime=staged per_multiprocessor=1", {"threads": 768}),
+        ("H200", 4096, 10007, "regime=staged threads=96", {"threads": 96, "per_multiprocessor": 2}),
+        ("H200", 4096, 128256, "regime=split", {"regime": "split", "parts": 9, "wave": 55}),
+        ("H200", 4096, 128256, "regime=split parts=5 threads=64", {"parts": 5, "threads": 64}),
+        ("H200", 4096, 128256, "regime=sweeps threads=128", {"threads": 128, "blocks": 55}),
+        ("H200", 4096, 10007, "regime=sweeps per_multiprocessor=1", {"blocks": 132}),
+        ("H200", 4096, 128256, "parts=4", {"regime": "cluster", "parts": 4, "stages": 1}),
+        ("H200", 4096, 128256, "stages=2", {"parts": 4 * 2, "stages": 2}),
+        ("H200", 4096, 32000, "threads=192", {"threads": 192, "per_multiprocessor": 1}),
+        ("H200", 4096, 32000, "per_multiprocessor=2", {"parts": 4, "blocks": 2 * 32 * 4}),
+        ("H200", 4096, 10007, "", {"threads": 192, "per_multiprocessor": 2}),
+        ("H200", 4096, 10007, "threads=384", {"threads": 384, "per_multiprocessor": 1}),
+        ("H200", 4096, 128256, "parts=8 stages=1 per_multiprocessor=2", {"blocks": 2 * 16 * 8}),
+        ("H200", 3, 151936, "parts=8", {"parts": 8, "blocks": 24}),  # few rows: no more than that
+        ("H200", 4096, 100, "regime=cluster threads=32 stages=1", {"parts": 1, "threads": 32}),
+        ("A100", 4096, 151936, "regime=sweeps", {"regime": "sweeps"}),
+    ],
+)
+def test_a_plan_that_is_asked_for(
+    device: str, rows: int, classes: int, override: str, expected: dict
+) -> None:
+    plan = _host.gpu_plan(device=device, rows=rows, classes=classes, override=override)
+    assert {x: plan[x] for x in expected} == expected
+    regime = override.partition("regime=")[2].split(" ")[0]
+    assert plan["regime"] == (regime or "cluster")
+
+
+@pytest.mark.parametrize(
+    ("device", "override", "options"),
+    [
+        ("A100", "regime=cluster", {}),
+        ("RTX 5090", "parts=16", {}),
+        ("H200", "parts=3 regime=cluster", {}),
+        ("H200", "parts=3", {}),  # which would be possible with split
+        ("H200", "stages=4", {}),
+        ("H200", "stages=3", {"classes": 262144, "itemsize": 4}),
+        ("H200", "threads=416", {}),
+        ("H200", "threads=100", {}),
+        ("H200", "threads=384 per_multiprocessor=2", {}),  # more than registers hold
+        ("H200", "parts=8 stages=2 per_multiprocessor=2", {}),  # or shared memory
+        ("H200", "per_multiprocessor=3", {}),
+        ("H200", "regime=staged", {}),
+        ("H200", "regime=staged", {"classes": 10007, "alike": False}),
+        ("H200", "regime=staged threads=800", {"classes": 10007}),
+        ("H200", "regime=staged threads=416 per_multiprocessor=2", {"classes": 10007}),
+        ("H200", "regime=staged stages=2", {"classes": 10007}),
+        ("H200", "regime=split parts=65", {}),
+        ("H200", "regime=split parts=7", {"classes": 80}),  # 10 vectors make 5 parts of 2
+        ("H200", "regime=split threads=224", {}),
+        ("H200", "regime=split per_multiprocessor=2", {}),
+        ("H200", "regime=sweeps threads=384 per_multiprocessor=2", {}),
+        ("H200", "regime=sweeps threads=224", {"itemsize": 8, "wide": True, "alike": False}),
+        ("H200", "regime=cluster", {"itemsize": 8, "wide": True, "alike": False}),
+        ("H200", "regime=split", {"strided": True}),
+        ("H200", "threads=64", {"classes": 100}),  # what the planner picks by itself has no choice
+    ],
+)
+def test_a_plan_that_is_not_possible(device: str, override: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=r"KDKERNELS_PLAN: .* is not possible for 4096 rows") as e:
+        _host.gpu_plan(
+            **{"device": device, "rows": 4096, "classes": 128256, "override": override, **options}
+        )
+    assert all(f" {word}" in str(e.value).partition("; allowed: ")[0] for word in override.split())
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["regime=", "regime=lanes", "regime", "parts=0", "parts=-1", "parts=1.5", "parts=12345",
+     "stages=two", "clusters=0", "=", "parts=4,stages=2"],
+)  # fmt: skip
+def test_a_bad_override_is_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"^KDKERNELS_PLAN: got '.*'; allowed: words such as") as e:
+        _host.gpu_plan(device="H200", rows=4096, classes=128256, override=f"threads=192 {word}")
+    assert f"got '{word}'" in str(e.value)
+
+
+def test_every_word_of_an_override_at_most_once() -> None:
+    for word in ("regime=split", "threads=64"):
+        with pytest.raises(ValueError, match=f"got '{word}'"):
+            _host.gpu_plan(device="H200", rows=8, classes=9000, override=f"{word}  {word}")
+
+
+def test_backward_passes_are_not_overridden() -> None:
+    """A loss under an override may have one, and long rows have one kernel for it."""
+    own, other = (
+        _host.gpu_plan(device="H200", rows=64, classes=32000, backward=True, override=x)
+        for x in ("", "regime=cluster parts=16 threads=32")
+    )
+    assert own == other and own["regime"] == "split"
+
+
 def test_waves_are_what_the_cache_keeps() -> None:
     """Unless nothing is read twice, or the cache is too small to be worth the launches."""
 

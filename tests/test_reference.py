@@ -286,11 +286,7 @@ def test_aekt_gradient_is_one_scalar_per_row(
 # ---- derivatives ----------------------------------------------------------------------------
 
 # Factors held constant make the gradient another than that of the value.
-DIFFERENTIATED = [
-    case
-    for case in CASES
-    if case.loss != "tf_nkd" and not str(case.options.get("variant")).startswith("ratio_weighted")
-]
+DIFFERENTIATED = [case for case in CASES if not case.facts.held(case.all_options)]
 
 
 def masked_inputs(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ try:
 except ImportError:
     pytest.skip("the emulation is not built: KDKERNELS_SIMT=1", allow_module_level=True)
 
+pytestmark = pytest.mark.full  # the emulation is built for make test-full
 SEEDS = range(8)
 
 # Planted fault -> what its report has to say. Some show differently, depending on who comes first.

@@ -11,34 +11,43 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import contracts
 import pytest
-import test_fuzz
 import torch
 from cases import (
+    BF16,
     CASES,
+    DTYPE_PAIRS,
+    F32,
     IGNORED,
     LAYOUTS,
     MAIN_CASES,
+    MAIN_SCALARS,
+    OPERATORS,
+    SCALAR_CASES,
+    SOME,
+    USUAL,
     Case,
     assert_same,
     evaluate,
     make_inputs,
 )
-from test_edges import check_a_weight_of_0
-from test_equivalence import (
-    DTYPE_PAIRS,
+from contracts import (
     KINDS,
     REDUCTIONS,
+    Reduction,
     Variants,
-    check_reductions,
+    check_a_weight_of_0,
+    check_operators,
+    check_reduction,
     check_rows,
 )
+from grid import pairwise
 
 import kdkernels
 
@@ -73,61 +82,63 @@ def forced(regime: str, block: int) -> object:
     return planned
 
 
+Dtypes = tuple[torch.dtype, torch.dtype]
 REGIMES = ("as planned", "resident", "cluster", "sweeps", "split")
 
 
-def each_plan(regimes: Sequence[str] = REGIMES) -> Iterator[str]:
-    """As planned, and regimes with blocks of 32; the backward pass in one and in many slices."""
-    for regime in regimes:
-        with pytest.MonkeyPatch.context() as patch:
-            if regime != "as planned":
-                patch.setattr(launch, "plan", forced(regime, 32))
-                patch.setattr(launch, "SLICE", (32, 4))
-                patch.setattr(launch, "SLICE_WIDE", (32, 4))
-            yield regime
+def in_regime(regime: str) -> Iterator[str]:
+    """As planned, or with blocks of 32; the backward pass in one and in many slices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if regime != "as planned":
+            patch.setattr(launch, "plan", forced(regime, 32))
+            patch.setattr(launch, "SLICE", (32, 4))
+            patch.setattr(launch, "SLICE_WIDE", (32, 4))
+        yield regime
 
 
-def in_turn(step: int) -> Variants:
-    """One regime: each call of a test takes another one."""
-    return partial(each_plan, [REGIMES[step % len(REGIMES)]])
+def one(regime: str) -> Variants:
+    return partial(in_regime, regime)
 
 
-def check(case: Case, *inputs: torch.Tensor, generator: torch.Generator, step: int) -> None:
-    check_rows(case, *inputs, generator, backend="triton", variants=in_turn(step))
+# For `make test` the grid below is enough of the others.
+every_regime = pytest.mark.parametrize(
+    "regime", [x if x == "as planned" else pytest.param(x, marks=pytest.mark.full) for x in REGIMES]
+)
 
 
 # ---- the grid -------------------------------------------------------------------------------
 
 
-CLASSES = (1, 3, 8, 33, 100)
+@pairwise(
+    case=CASES, regime=REGIMES, classes=[1, 3, 8, 33, 100], dtypes=DTYPE_PAIRS, kind=KINDS,
+    rows=[1, 4, 3], ignored=[0.1, 0.0],
+)  # fmt: skip
+def test_shapes(
+    case: Case, regime: str, classes: int, dtypes: Dtypes, kind: str, rows: int, ignored: float,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    inputs = make_inputs(kind, rows, classes, dtypes, generator, ignored=ignored)
+    check_rows(case, *inputs, generator, backend="triton", variants=one(regime))
 
 
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_shapes(case: Case, classes: int, generator: torch.Generator) -> None:
-    step = 3 * CASES.index(case) + CLASSES.index(classes)
-    dtypes, kind = DTYPE_PAIRS[step % len(DTYPE_PAIRS)], KINDS[step % len(KINDS)]
-    rows = (1, 4, 3)[step % 3]
-    inputs = make_inputs(kind, rows, classes, dtypes, generator, ignored=0.1 * (step % 2))
-    check(case, *inputs, generator=generator, step=step)
-
-
-@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_types(case: Case, dtypes: tuple, generator: torch.Generator) -> None:
+@pytest.mark.full
+@pairwise(case=MAIN_CASES, dtypes=DTYPE_PAIRS, regime=REGIMES)
+def test_types(case: Case, dtypes: Dtypes, regime: str, generator: torch.Generator) -> None:
     inputs = make_inputs("masked", 2, 103, dtypes, generator)
-    check(case, *inputs, generator=generator, step=DTYPE_PAIRS.index(dtypes))
+    check_rows(case, *inputs, generator, backend="triton", variants=one(regime))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_large_vocabulary(case: Case, generator: torch.Generator) -> None:
+def test_large_vocabulary(case: Case, rows: int, generator: torch.Generator) -> None:
     """As planned: two sweeps for 5 rows on 4 multiprocessors, a split row for one."""
-    for rows in (1, 5):
-        inputs = make_inputs("normal", rows, 16411, torch.bfloat16, generator)
-        check_rows(case, *inputs, generator, backend="triton", variants=lambda: iter(["planned"]))
+    inputs = make_inputs("normal", rows, 16411, BF16, generator)
+    check_rows(case, *inputs, generator, backend="triton", variants=one("as planned"))
 
 
-@pytest.mark.parametrize("case", MAIN_CASES[:2], ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("case", [USUAL["kd"], SOME], ids=str)
 def test_large_vocabulary_in_a_cluster(
     case: Case, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,8 +152,8 @@ def test_large_vocabulary_in_a_cluster(
 
     monkeypatch.setattr(launch, "launch", spied)
     monkeypatch.setattr(launch, "_device", lambda device: Device(4, ctas=16))
-    inputs = make_inputs("normal", 2, 20011, torch.bfloat16, generator)
-    check_rows(case, *inputs, generator, backend="triton", variants=lambda: iter(["planned"]))
+    inputs = make_inputs("normal", 2, 20011, BF16, generator)
+    check_rows(case, *inputs, generator, backend="triton", variants=one("as planned"))
     assert seen[0] == (32768, 4, 4)
 
 
@@ -161,45 +172,46 @@ def test_no_two_ctas_of_a_cluster_write_one_element(
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked)
     inputs = make_inputs("normal", 2, 103, torch.bfloat16, generator)
-    for _ in each_plan(["cluster"]):
+    for _ in in_regime("cluster"):
         for x in inputs[0], inputs[0].T.contiguous().T:  # in granules, and one by one
-            evaluate(MAIN_CASES[0], x, *inputs[1:], backend="triton")
+            evaluate(USUAL["kd"], x, *inputs[1:], backend="triton")
 
 
-@pytest.mark.parametrize("teacher_layout", LAYOUTS)
-@pytest.mark.parametrize("student_layout", LAYOUTS)
-def test_layouts(student_layout: str, teacher_layout: str, generator: torch.Generator) -> None:
+@pairwise(
+    student_layout=[*LAYOUTS], teacher_layout=[*LAYOUTS], case=CASES, dtypes=DTYPE_PAIRS,
+    regime=REGIMES,
+)  # fmt: skip
+def test_layouts(
+    student_layout: str, teacher_layout: str, case: Case, dtypes: Dtypes, regime: str,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
     """Strides, and bases that are not aligned, of student and teacher alike or otherwise."""
-    names = list(LAYOUTS)
-    step = names.index(student_layout) + 3 * names.index(teacher_layout)
-    dtypes = DTYPE_PAIRS[step % len(DTYPE_PAIRS)]
     dense = make_inputs("normal", (2, 3), 37, dtypes, generator, ignored=0.1)
     views = []
     for layout, x in zip((student_layout, teacher_layout), dense[:2], strict=True):
         view, dim = LAYOUTS[layout](x)
         views.append(view.movedim(dim, -1))
-    check(CASES[step % len(CASES)], *views, dense[2], generator=generator, step=step)
+    check_rows(case, *views, dense[2], generator, backend="triton", variants=one(regime))
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
-    student, teacher, target = make_inputs("normal", (2, 5, 3), 4, torch.float32, generator)
-    student, teacher = (x.movedim(-1, dim).contiguous() for x in (student, teacher))
-    inputs = (student, teacher, target)
-    variants = in_turn(dim + MAIN_CASES.index(case))
-    check_rows(case, *inputs, generator, dim, backend="triton", variants=variants)
+    student, teacher, target = make_inputs("normal", (2, 3, 2), 4, F32, generator)
+    inputs = (*(x.movedim(-1, dim).contiguous() for x in (student, teacher)), target)
+    check_rows(case, *inputs, generator, dim, backend="triton", variants=one("as planned"))
 
 
-@pytest.mark.parametrize(("reduction", "normalizer"), REDUCTIONS)
-@pytest.mark.parametrize("case", MAIN_CASES[:-1], ids=str)
+@pairwise(
+    case=SCALAR_CASES, how=REDUCTIONS, regime=REGIMES, classes=[10, 37], dtypes=DTYPE_PAIRS,
+    kind=["normal", "masked"], ignored=[0.0, 0.2], weighted=[True, False],
+)  # fmt: skip
 def test_reductions(
-    case: Case, reduction: str, normalizer: float | None, generator: torch.Generator
-) -> None:
-    variants = in_turn(MAIN_CASES.index(case) + REDUCTIONS.index((reduction, normalizer)))
-    check_reductions(
-        case, reduction, normalizer, generator, (10, 37), "triton", variants, shape=(2, 2)
-    )
+    case: Case, how: Reduction, regime: str, classes: int, dtypes: Dtypes, kind: str,
+    ignored: float, weighted: bool, generator: torch.Generator,
+) -> None:  # fmt: skip
+    inputs = make_inputs(kind, (2, 2), classes, dtypes, generator, ignored=ignored)
+    check_reduction(case, how, inputs, generator, weighted, "triton", one(regime))
 
 
 @pytest.mark.parametrize("classes", [5, 300])
@@ -213,51 +225,56 @@ def test_no_rows(case: Case, classes: int, generator: torch.Generator) -> None:
 # ---- the contracts --------------------------------------------------------------------------
 
 
+@every_regime
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_rows_that_do_not_count_are_not_read(case: Case, generator: torch.Generator) -> None:
-    contracts.check_that_rows_that_do_not_count_are_not_read(case, generator, "triton", each_plan)
-
-
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_nan_stays_in_its_row(case: Case, generator: torch.Generator) -> None:
-    contracts.check_that_nan_stays_in_its_row(case, generator, "triton", each_plan)
-
-
-@pytest.mark.parametrize(
-    ("bad", "regime"), [(-1, "split"), (70, "sweeps"), (2**32 + 1, "resident")]
-)
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-def test_a_bad_target_makes_its_row_nan(
-    case: Case, bad: int, regime: str, generator: torch.Generator
+def test_rows_that_do_not_count_are_not_read(
+    case: Case, regime: str, generator: torch.Generator
 ) -> None:
-    variants = partial(each_plan, [regime])
-    contracts.check_that_a_bad_target_makes_its_row_nan(case, generator, "triton", variants, bad)
+    check = contracts.check_that_rows_that_do_not_count_are_not_read
+    check(case, generator, "triton", one(regime))
 
 
-@pytest.mark.parametrize("case", MAIN_CASES[:-1], ids=str)
-def test_same_bits_again_and_without_gradient(case: Case, generator: torch.Generator) -> None:
-    inputs = make_inputs("normal", 3, 70, torch.bfloat16, generator, ignored=0.2)
-    for _ in each_plan():
+@every_regime
+@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+def test_nan_stays_in_its_row(case: Case, regime: str, generator: torch.Generator) -> None:
+    contracts.check_that_nan_stays_in_its_row(case, generator, "triton", one(regime))
+
+
+@every_regime
+@pytest.mark.parametrize("bad", [-1, 70, 2**32 + 1])
+def test_a_bad_target_makes_its_row_nan(bad: int, regime: str, generator: torch.Generator) -> None:
+    for case in MAIN_CASES if regime == "as planned" else [SOME]:
+        check = contracts.check_that_a_bad_target_makes_its_row_nan
+        check(case, generator, "triton", one(regime), bad)
+
+
+@every_regime
+@pytest.mark.parametrize("case", MAIN_SCALARS, ids=str)
+def test_same_bits_again_and_without_gradient(
+    case: Case, regime: str, generator: torch.Generator
+) -> None:
+    inputs = make_inputs("normal", 3, 70, BF16, generator, ignored=0.2)
+    for _ in in_regime(regime):
         first, second = (evaluate(case, *inputs, backend="triton") for _ in range(2))
         assert_same(first[0], second[0])
         assert_same(first[1], second[1])
         assert_same(case(*inputs, backend="triton"), first[0])
 
 
-def test_nothing_outside_the_gradient_is_written(generator: torch.Generator) -> None:
+@pairwise(classes=[1, 7, 8, 9, 17, 40], offset=[0, 5, 8], regime=REGIMES)
+def test_nothing_outside_the_gradient_is_written(
+    classes: int, offset: int, regime: str, generator: torch.Generator
+) -> None:
     """The gradient as the middle of a larger buffer, for every alignment of both ends."""
-    student, teacher, target = make_inputs("normal", 3, 64, torch.bfloat16, generator)
-    for classes in (1, 7, 8, 9, 17, 40):
-        for offset in (0, 5, 8):
-            s, t = (x[:, :classes].contiguous() for x in (student, teacher))
-            y = target % classes
-            buffer = torch.full((offset + s.numel() + 16,), 7.0, dtype=s.dtype)
-            grad = buffer[offset : offset + s.numel()].view(s.shape)
-            call = launch.Call.of("dkd", s, t, y, None, [4.0, 0.0, 1.0, 8.0], IGNORED, grad)
-            for _ in in_turn(classes + offset)():
-                launch._run(call, s.new_empty(3, dtype=torch.float32), None)
-                assert (buffer[:offset] == 7).all() and (buffer[offset + s.numel() :] == 7).all()
-                assert (grad != 7).all()
+    student, teacher, target = make_inputs("normal", 3, classes, BF16, generator)
+    buffer = torch.full((offset + student.numel() + 16,), 7.0, dtype=student.dtype)
+    grad = buffer[offset : offset + student.numel()].view(student.shape)
+    name, params = SOME.operator
+    call = launch.Call.of(name, student, teacher, target, None, params, IGNORED, grad)
+    for _ in in_regime(regime):
+        launch._run(call, student.new_empty(3, dtype=F32), None)
+    assert (buffer[:offset] == 7).all() and (buffer[offset + student.numel() :] == 7).all()
+    assert (grad != 7).all()
 
 
 def test_scale_writes_nothing_at_one() -> None:
@@ -269,13 +286,13 @@ def test_scale_writes_nothing_at_one() -> None:
     assert gradient.eq(1).all()
 
 
-MALFORMED = [x for x in test_fuzz.MALFORMED if x[1:2] != ("stats",)]
+MALFORMED = [x for x in contracts.MALFORMED if x[1:2] != ("stats",)]
 
 
 @pytest.mark.parametrize(("op", "argument", "value"), MALFORMED)
 def test_operators_check_what_memory_safety_needs(op: object, argument: str, value: object) -> None:
     own = getattr(kdkernels.ops.TRITON, op._opname)
-    test_fuzz.check_refusal(own, op, argument, value, torch.float32)
+    contracts.check_refusal(own, op, argument, value, torch.float32)
 
 
 def test_a_loss_of_several_outputs_is_not_reduced() -> None:
@@ -285,17 +302,18 @@ def test_a_loss_of_several_outputs_is_not_reduced() -> None:
         kdkernels.ops.TRITON.reduced(*inputs)
 
 
+@every_regime
 @pytest.mark.parametrize("loss", [kdkernels.dkd_loss, kdkernels.aekt_loss])
-def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object) -> None:
-    for _ in each_plan():
+def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object, regime: str) -> None:
+    for _ in in_regime(regime):
         check_a_weight_of_0(loss, 70, "triton")
 
 
 @pytest.mark.parametrize("temperature", contracts.EXTREME_TEMPERATURES)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> None:
-    planned = partial(each_plan, ["as planned"])
-    contracts.check_that_extreme_temperatures_give_numbers(case, temperature, 9, "triton", planned)
+    check = contracts.check_that_extreme_temperatures_give_numbers
+    check(case, temperature, 9, "triton", one("as planned"))
 
 
 @pytest.mark.parametrize(
@@ -324,21 +342,10 @@ for classes in range(1, 40):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", ["forward", "reduced", "backward", "scale_"])
-def test_opcheck(name: str, generator: torch.Generator) -> None:
-    operators = kdkernels.ops.TRITON
-    student, teacher, target = make_inputs("normal", (2, 3), 5, torch.float32, generator)
-    inputs = (student, teacher, target, torch.rand(2, 3))
-    params = [4.0, 1.0, 1.0, 8.0]
-    rows, stats = operators.forward("dkd", *inputs, params, IGNORED)
-    leaves = (student.clone().requires_grad_(), *inputs[1:])
-    arguments = {
-        "forward": ("dkd", *leaves, params, IGNORED),
-        "reduced": ("dkd", *leaves, 0.5, None, True, params, IGNORED, True),
-        "backward": ("dkd", torch.randn_like(rows), *inputs, stats, params, IGNORED),
-        "scale_": (torch.randn(2, 3), torch.tensor(3.0)),
-    }[name]
-    torch.library.opcheck(getattr(operators, name), arguments)
+@pytest.mark.full
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    check_operators(kdkernels.ops.TRITON, name, ["forward", "reduced", "backward", "scale_"])
 
 
 def test_compiles_whole(generator: torch.Generator) -> None:

@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import CASES, MAIN_CASES, OPERATORS
+
+from kdkernels import ops
 
 triton = pytest.importorskip("triton")
+from kdkernels.triton_kernels import launch  # noqa: E402
+
+pytestmark = pytest.mark.full
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 CUOBJDUMP = shutil.which("cuobjdump", path=os.pathsep.join([str(TOOLS), os.environ["PATH"]]))
 HAS_AMD = (TOOLS.parents[1] / "amd").is_dir()
@@ -66,31 +72,32 @@ class Job:
         return " ".join([*said, *(f"{name}={x}" for name, x in self.plant)])
 
 
-# Per loss: parameters that need one temperature, and two where it has that.
-PARAMS = {
-    "kd": ((4.0, 0.0), (4.0, 1.0)),
-    "dkd": ((4.0, 0.0, 1.0, 8.0), (4.0, 1.0, 1.0, 8.0)),
-    "nkd": ((1.0, 0.0, 1.5), (3.0, 0.0, 1.5)),
-    "aekt": ((4.0, 0.0, 1.0, 8.0, 0.0, 2.3), (4.0, 1.0, 1.0, 8.0, 0.0, 2.3)),
-    "cross_entropy": ((),),
-    "target_split": ((3.0,),),
-}
-ONE_TENSOR = ("cross_entropy", "target_split")
-VARIANTS = [  # three outputs are not reduced
-    Job(
-        loss,
-        params,
-        teacher=None if loss in ONE_TENSOR else "bfloat16",
-        op="forward" if loss == "target_split" else "reduced",
-    )
-    for loss, choices in PARAMS.items()
-    for params in choices
-]
+def variants(name: str) -> dict[bool, list[tuple[float, ...]]]:
+    """The parameters that an operator is tested with, by whether they need two temperatures."""
+    tested = dict.fromkeys(case.operator for case in CASES)  # each once
+    two = launch.LOSSES[name].two_temperatures
+    every = [params for loss, params in tested if loss == name]
+    return {
+        kind: found for kind in (False, True) if (found := [x for x in every if two(*x) is kind])
+    }
+
+
+PARAMS = {name: variants(name) for name in OPERATORS}
+
+
+def job_of(name: str, params: tuple[float, ...]) -> Job:
+    """Its mean where it has one."""
+    facts = ops.LOSSES[name]
+    op = "reduced" if facts.outputs == 1 else "forward"
+    return Job(name, params, op, teacher="bfloat16" if facts.teacher else None)
+
+
+VARIANTS = [job_of(name, x[0]) for name, kinds in PARAMS.items() for x in kinds.values()]
 
 
 def is_two(job: Job) -> bool:
     """Whether the sums are taken at two temperatures."""
-    return len(PARAMS[job.loss]) == 2 and job.params == PARAMS[job.loss][1]
+    return launch.LOSSES[job.loss].two_temperatures(*job.params)
 
 
 def largest(job: Job) -> int:
@@ -125,9 +132,9 @@ def clusters(job: Job) -> list[Job]:
 
 
 def other_dtypes() -> Iterator[Job]:
-    for loss, two in (("kd", 0), ("kd", 1), ("nkd", 1)):
+    for loss, two in (("kd", False), ("kd", True), ("nkd", True)):
         for pair in (("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")):
-            job = Job(loss, PARAMS[loss][two], normalizer=True)
+            job = Job(loss, PARAMS[loss][two][0], normalizer=True)
             yield replace(job, student=pair[0], teacher=pair[1])
 
 
@@ -203,11 +210,12 @@ SAME: dict[str, list[Job]] = {
         *(Job(op="backward", classes=x) for x in (30000, 32000, 250001)),
         Job(op="backward", params=(1.0, 16.0)),
     ],
-    "nkd": [Job("nkd", (1.0, x, y)) for x, y in ((0.0, 1.5), (1.0, 1.0), (16.0, 0.3))],
-    "aekt": [
-        Job("aekt", (4.0, 0.0, alpha, 1.0, variant, 2.3))
-        for alpha, variant in ((1.0, 0.0), (16.0, 1.0), (0.5, 3.0))
-    ],
+    **{
+        f"{name}, {1 + two} temperatures": [job_of(name, x) for x in every]
+        for name, kinds in PARAMS.items()
+        for two, every in kinds.items()
+        if len(every) > 1
+    },
     "scale": [Job(op="scale", rows=x, classes=32000) for x in (1, 3, 4096)],
     "cluster": [
         *(Job(ctas=16, rows=x) for x in (1, 2, 16, 4096)),
@@ -421,16 +429,9 @@ def test_logits_that_lie_differently_count_as_scalar_loads(compiled):
 # teacher's, which the gradient does without. A resident tile keeps those of the sums. So a thread
 # with n classes has n * sums of them, in the sweeps n * (sums + gradient), and PER_ROW at most.
 EXPONENTIALS = {
-    ("kd", False): (2, 2),
-    ("dkd", False): (2, 2),
-    ("nkd", False): (2, 2),
-    ("aekt", False): (2, 2),
-    ("kd", True): (3, 3),
-    ("dkd", True): (3, 3),
-    ("nkd", True): (4, 3),
-    ("aekt", True): (3, 3),
-    ("cross_entropy", False): (1, 1),
-    ("target_split", False): (1, 1),
+    (case.operator[0], two): case.facts.exponentials[two]
+    for case in MAIN_CASES
+    for two in PARAMS[case.operator[0]]
 }
 # Those of a row, in every thread: pivots that move, the finish, an edge of the gradient.
 PER_ROW = 16
@@ -455,10 +456,10 @@ def test_no_exponential_is_computed_twice(compiled, job):
 
 @needs_cuobjdump
 def test_exponentials_of_a_second_temperature_exceed_the_budget_of_one(compiled):
-    job = counted(Job("kd", PARAMS["kd"][1]))[0]
+    job = counted(Job("kd", PARAMS["kd"][True][0]))[0]
     (x,) = compiled(MAIN, job)
     with pytest.raises(AssertionError, match="exponentials"):
-        check_exponentials(MAIN, replace(job, params=PARAMS["kd"][0]), x)
+        check_exponentials(MAIN, replace(job, params=PARAMS["kd"][False][0]), x)
 
 
 # ---- clusters -------------------------------------------------------------------------------
@@ -492,7 +493,8 @@ def test_clusters_fit_as_planned(compiled, target, job):
     # The maxima are one reduction, the sums another one; a fifth sum is one of its own. Each passes
     # a barrier when its numbers are written, and one when they have been read. A tile that is not
     # stored as it was loaded passes one more.
-    reductions = 3 if job.loss == "nkd" and is_two(job) else 2
+    sums, _ = EXPONENTIALS[job.loss, is_two(job)]
+    reductions = 3 if sums > 3 else 2
     barriers = 2 * reductions + (x["aligned"] != 2)
     assert (x["remote"], x["barriers"]) == (reductions, barriers), says(target, job, x)
 
@@ -539,9 +541,8 @@ def keys(compiled: Compiled, jobs: list[Job]) -> dict[str, set[str]]:
 def test_other_numbers_do_not_recompile(compiled, name):
     found = keys(compiled, SAME[name])
     kernels = {"split": {"partial", "gradient"}, "backward": {"gradient"}}
-    kernels |= {"nkd": {"sweeps"}, "aekt": {"sweeps"}, "cluster": {"resident"}}
-    expected = {"scale": {"scale_in_place"}, **kernels}
-    assert found.keys() == expected.get(name, {name})
+    kernels |= {"resident": {"resident"}, "cluster": {"resident"}, "scale": {"scale_in_place"}}
+    assert found.keys() == kernels.get(name, {"sweeps"})
     for kernel, variants in found.items():
         assert len(variants) == 1, f"{kernel}: {len(variants)} variants of {name}"
 

@@ -362,43 +362,21 @@ struct Launch {
   int cluster = 1;  // blocks of a cluster
 };
 
-// 0, or CUDA's error code.
+constexpr int kMostDevices = 256;
+
+// What devices have been told about a kernel, bits of device.cu. One per kernel, all 0 to begin with.
+struct Told {
+  std::atomic<uint8_t> devices[kMostDevices];
+};
+
+// On the current device: 0, or CUDA's error code. In device.cu, because nothing of it depends on the kernel.
+int launch_kernel(const void* kernel, Told& told, const Launch& how, void** arguments);
+
 template <auto kKernel, class Args>
 int launch(const Launch& how, const Args& args) {
-  const auto failed = [](cudaError_t error) {
-    if (error != cudaSuccess) cudaGetLastError();  // or the next caller who asks is blamed for it
-    return static_cast<int>(error);
-  };
-  // A kernel that wants more than every launch may have must ask, once per device: for all that there is, because calls
-  // on other threads may need more.
-  if (how.shared_bytes > (48u << 10) || how.cluster > 8) {
-    static std::atomic<uint64_t> asked{0};
-    int device = 0, most = 0;
-    if (const int error = failed(cudaGetDevice(&device))) return error;
-    const uint64_t bit = uint64_t(1) << (device % 64);
-    if (device >= 64 || !(asked.load() & bit)) {
-      if (const int error = failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)))
-        return error;
-      const void* const kernel = reinterpret_cast<const void*>(kKernel);
-      if (const int error = failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
-        return error;
-      if (how.cluster > 1)
-        if (const int error = failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
-          return error;
-      asked |= bit;
-    }
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(how.threads));
-  config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(how.stream);
-  cudaLaunchAttribute clusters = {};
-  clusters.id = cudaLaunchAttributeClusterDimension;
-  clusters.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
-  config.attrs = &clusters;
-  config.numAttrs = how.cluster > 1;
-  return failed(cudaLaunchKernelEx(&config, kKernel, args));
+  static Told told;
+  void* arguments[] = {const_cast<Args*>(&args)};
+  return launch_kernel(reinterpret_cast<const void*>(kKernel), told, how, arguments);
 }
 
 }  // namespace arch

@@ -13,6 +13,10 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "../problem.h"
 
@@ -62,17 +66,72 @@ struct Shape {
 
 struct Plan {
   Regime regime;
-  int threads;           // per block
-  int64_t blocks;        // per launch; with split, of the largest wave
-  int lanes = 0;         // per row, in regime lanes
-  int lane_classes = 0;  // of a lane
-  int stage_slots = 0;   // vectors of each tensor that a thread has room for, in regime staged
-  bool alike = false;    // as in Shape
-  int64_t wave = 0;      // rows per wave, in regime split
-  int parts = 1;         // of a row: blocks of a cluster, in regime cluster
-  int part_vectors = 0;  // vectors of a part
-  int stages = 0;        // rows that a cluster has room for
+  int threads;                 // per block
+  int64_t blocks;              // per launch; with split, of the largest wave
+  int lanes = 0;               // per row, in regime lanes
+  int lane_classes = 0;        // of a lane
+  int stage_slots = 0;         // vectors of each tensor that a thread has room for, in regime staged
+  bool alike = false;          // as in Shape
+  int64_t wave = 0;            // rows per wave, in regime split
+  int parts = 1;               // of a row: blocks of a cluster, in regime cluster
+  int part_vectors = 0;        // vectors of a part
+  int stages = 0;              // rows that a cluster has room for
+  int per_multiprocessor = 0;  // blocks that are resident at a time, in regimes cluster, staged and sweeps
 };
+
+// What is asked for in place of the planner's choices, for a call that is no backward pass: long rows have one regime
+// per device by the table below, and only measuring the others tells whether it is the right one. 0: as the planner
+// chooses.
+struct Override {
+  std::optional<Regime> regime;
+  int parts = 0, stages = 0, threads = 0, per_multiprocessor = 0;
+};
+struct Wish {
+  const char* name;
+  int Override::* asked;
+  int Plan::* made;
+};
+constexpr Wish kWishes[] = {{"parts", &Override::parts, &Plan::parts},
+                            {"stages", &Override::stages, &Plan::stages},
+                            {"threads", &Override::threads, &Plan::threads},
+                            {"per_multiprocessor", &Override::per_multiprocessor, &Plan::per_multiprocessor}};
+constexpr Regime kOnRequest[] = {Regime::cluster, Regime::staged, Regime::sweeps, Regime::split};
+constexpr const char* kOverrideVariable = "KDKERNELS_PLAN";
+constexpr const char* kOverrideAllowed =
+    "words such as regime=cluster parts=4 stages=2 threads=192 per_multiprocessor=1, each at most once. regime: "
+    "cluster, "
+    "staged, sweeps, split. parts: of a cluster 1, 2, 4, 8, 16; with split 1 to 64. stages: of a cluster 1 to 3, as "
+    "shared memory has room. threads: multiples of 32, times per_multiprocessor (cluster and staged: 1 or 2) at most "
+    "768 "
+    "with staged, 384 with cluster and sweeps, 192 with split and of sweeps over mixed types and float64";
+
+// Of the words of `text`, which may be empty.
+inline Override parse_override(const std::string& text) {
+  Override out;
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    const size_t equals = std::min(word.find('='), word.size());
+    const std::string name = word.substr(0, equals), value = word.substr(std::min(equals + 1, word.size()));
+    bool known = false;
+    for (const Regime regime : kOnRequest)
+      if (name == "regime" && !out.regime && value == kRegimes[static_cast<int>(regime)]) {
+        out.regime = regime;
+        known = true;
+        break;
+      }
+    const bool number = !value.empty() && value.size() <= 4 && value[0] != '0' &&
+                        value.find_first_not_of("0123456789") == std::string::npos;
+    for (const Wish& wish : kWishes)
+      if (name == wish.name && number && !(out.*wish.asked)) {
+        out.*wish.asked = std::stoi(value);
+        known = true;
+      }
+    if (!known)
+      throw std::invalid_argument(std::string(kOverrideVariable) + ": got '" + word +
+                                  "'; allowed: " + kOverrideAllowed);
+  }
+  return out;
+}
 
 // Registers hold the exponentials of so many classes per thread.
 constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;  // in regime lanes
@@ -132,8 +191,20 @@ inline int64_t cached_rows(const Shape& x, const Device& d) {
   return x.writes && cached >= kSmallestWave ? std::max<int64_t>(1, cached / row) : x.rows;
 }
 
-inline Plan split_plan(const Shape& x, const Device& d) {
-  Plan out = {Regime::split, x.wide ? kWideThreads : kPartThreads, 0};
+// The threads that are asked for, if a kernel that is compiled for `most` of them can have them.
+inline int threads_of(const Override& o, int64_t most, int64_t otherwise) {
+  return static_cast<int>(o.threads && o.threads % 32 == 0 && o.threads <= most ? o.threads : otherwise);
+}
+
+// Shared memory of each of so many blocks on a multiprocessor.
+inline int64_t shared_of(const Device& d, int per_multiprocessor) {
+  return per_multiprocessor == 1 ? d.shared_per_block
+                                 : std::min(d.shared_per_block, d.shared_per_multiprocessor / 2 - 1024);
+}
+
+inline Plan split_plan(const Shape& x, const Device& d, const Override& o) {
+  const int most = x.wide ? kWideThreads : kPartThreads;
+  Plan out = {Regime::split, threads_of(o, most, most), 0};
   const int64_t vectors = std::max<int64_t>(1, x.classes / x.vector);
   int64_t wave = x.rows, parts;
   if (x.pass == Pass::backward) {
@@ -143,7 +214,7 @@ inline Plan split_plan(const Shape& x, const Device& d) {
     wave = ceil_div(x.rows, ceil_div(x.rows, cached_rows(x, d)));
     // Twice what is resident at a time, rounded down: a block more would be a third round.
     parts = std::min<int64_t>(4 * d.multiprocessors / wave, ceil_div(vectors, 2 * out.threads));
-    parts = std::min<int64_t>(parts, kMostParts);
+    parts = std::min<int64_t>(o.parts ? o.parts : parts, kMostParts);
   }
   parts = std::max<int64_t>(1, parts);
   // A grid has at most 2^31 - 1 blocks.
@@ -156,24 +227,22 @@ inline Plan split_plan(const Shape& x, const Device& d) {
 }
 
 // Room for as much of the next row as the shared memory beside this one has, of one block or of two.
-inline Plan staged_plan(const Shape& x, const Device& d) {
+inline Plan staged_plan(const Shape& x, const Device& d, const Override& o) {
   const int tensors = x.pair_bytes * x.vector / 16;
-  const auto slots = [&](int threads, int64_t shared) {
-    return static_cast<int>(std::max<int64_t>(0, shared - kRowOverhead) / (16 * tensors * threads));
-  };
   const int64_t vectors = x.classes / x.vector;
-  Plan out = {Regime::staged, kStagedThreads / 2, 0};
-  int per_multiprocessor = 2;
-  const int64_t half = std::min(d.shared_per_block, d.shared_per_multiprocessor / 2 - 1024);
-  out.stage_slots = slots(out.threads, half);
-  if (int64_t(out.stage_slots) * out.threads < vectors) {
-    per_multiprocessor = 1;
-    out.threads = kStagedThreads;
-    out.stage_slots = slots(out.threads, d.shared_per_block);
+  Plan out = {Regime::staged, 0, 0};
+  for (const int per_multiprocessor : {2, 1}) {
+    if (o.per_multiprocessor && o.per_multiprocessor != per_multiprocessor) continue;
+    out.per_multiprocessor = per_multiprocessor;
+    out.threads = threads_of(o, kStagedThreads / per_multiprocessor, kStagedThreads / per_multiprocessor);
+    const int64_t shared = shared_of(d, per_multiprocessor);
+    out.stage_slots = static_cast<int>(std::max<int64_t>(0, shared - kRowOverhead) / (16 * tensors * out.threads));
+    if (int64_t(out.stage_slots) * out.threads >= vectors) break;
+    out.stage_slots = 0;  // does not fit
   }
-  if (int64_t(out.stage_slots) * out.threads < vectors) out.stage_slots = 0;  // does not fit
+  if (!out.stage_slots) return out;
   out.stage_slots = static_cast<int>(std::min<int64_t>(out.stage_slots, 2 * ceil_div(vectors, out.threads)));
-  out.blocks = std::max<int64_t>(1, std::min<int64_t>(x.rows, int64_t(d.multiprocessors) * per_multiprocessor));
+  out.blocks = std::max<int64_t>(1, std::min<int64_t>(x.rows, int64_t(d.multiprocessors) * out.per_multiprocessor));
   return out;
 }
 
@@ -185,51 +254,52 @@ inline int cluster_stages(const Shape& x, int part_vectors, int64_t shared) {
 
 // The smallest cluster that holds a row and the next one, because its blocks wait for each other once per row; of two
 // such blocks on a multiprocessor, one computes while the other waits. Without stages: there is no such cluster.
-inline Plan cluster_plan(const Shape& x, const Device& d) {
+inline Plan cluster_plan(const Shape& x, const Device& d, const Override& o) {
   const int64_t vectors = std::max<int64_t>(1, x.classes / x.vector);
-  const int64_t half = std::min(d.shared_per_block, d.shared_per_multiprocessor / 2 - 1024);
-  Plan out = {Regime::cluster, kClusterThreads, 0};
-  int per_multiprocessor = 1, size = 0;
-  const auto fits = [&](int log_size, int64_t shared, int stages) {
-    if (d.clusters[log_size] == 0) return false;
+  Plan out = {Regime::cluster, 0, 0};
+  int size = 0;
+  const auto fits = [&](int log_size, int per_multiprocessor, int stages) {
+    const int parts = 1 << log_size, part_vectors = static_cast<int>(ceil_div(vectors, parts));
+    const int room = cluster_stages(x, part_vectors, shared_of(d, per_multiprocessor));
+    if (d.clusters[log_size] == 0 || room < std::max(stages, o.stages)) return false;
+    if (o.parts && o.parts != parts) return false;
+    if (o.per_multiprocessor && o.per_multiprocessor != per_multiprocessor) return false;
+    if (o.threads * per_multiprocessor > kClusterThreads) return false;
     size = log_size;
-    out.parts = 1 << log_size;
-    out.part_vectors = static_cast<int>(ceil_div(vectors, out.parts));
-    out.stages = cluster_stages(x, out.part_vectors, shared);
-    return out.stages >= stages;
+    out.parts = parts;
+    out.part_vectors = part_vectors;
+    out.stages = o.stages ? o.stages : room;
+    out.per_multiprocessor = per_multiprocessor;
+    return true;
   };
   const auto any_fits = [&] {
-    for (int i = 0; i < kClusterSizes; ++i) {
-      per_multiprocessor = 2;
-      if (fits(i, half, 2)) return true;
-      per_multiprocessor = 1;
-      if (fits(i, d.shared_per_block, 2)) return true;
-    }
     for (int i = 0; i < kClusterSizes; ++i)
-      if (fits(i, d.shared_per_block, 1)) return true;
+      if (fits(i, 2, 2) || fits(i, 1, 2)) return true;
+    for (int i = 0; i < kClusterSizes; ++i)
+      if (fits(i, 1, 1) || fits(i, 2, 1)) return true;  // two blocks with a row each, if they are asked for
     return false;
   };
   if (!any_fits()) return {Regime::cluster, 0, 0};
   // Few rows: more blocks each, as long as all clusters find a place and blocks have a vector for every thread.
-  while (size + 1 < kClusterSizes && d.clusters[size + 1] >= x.rows && out.part_vectors >= 2 * kClusterThreads) {
-    per_multiprocessor = 1;
-    fits(size + 1, d.shared_per_block, 1);
+  while (size + 1 < kClusterSizes && d.clusters[size + 1] >= x.rows && out.part_vectors >= 2 * kClusterThreads &&
+         fits(size + 1, 1, 1)) {
   }
-  if (per_multiprocessor == 2) out.threads /= 2;
-  const int64_t wanted = ceil_div(out.part_vectors, 32) * 32;
-  out.threads = static_cast<int>(std::min<int64_t>(out.threads, wanted));
-  out.blocks = std::min<int64_t>(x.rows, int64_t(d.clusters[size]) * per_multiprocessor) * out.parts;
+  const int most = kClusterThreads / out.per_multiprocessor;
+  out.threads = threads_of(o, most, std::min<int64_t>(most, ceil_div(out.part_vectors, 32) * 32));
+  out.blocks = std::min<int64_t>(x.rows, int64_t(d.clusters[size]) * out.per_multiprocessor) * out.parts;
   return out;
 }
 
-inline Plan plan(const Shape& x, const Device& d) {
+// By kTable; or, where a regime is asked for, that one, and another where it cannot take the call.
+inline Plan choose(const Shape& x, const Device& d, const Override& o) {
+  const auto asked = [&](Regime regime) { return o.regime == regime; };
   // Persistent blocks, as many as are resident at a time: what each of them does once is then done seldom.
   const auto grid = [&](int64_t blocks, int per_multiprocessor) {
     return std::max<int64_t>(1, std::min<int64_t>(blocks, int64_t(d.multiprocessors) * per_multiprocessor));
   };
   if (x.strided) return {Regime::strided, kStridedThreads, grid(ceil_div(x.rows, kStridedThreads), x.wide ? 2 : 4)};
   const int64_t vectors = x.classes / x.vector;
-  if (x.alike) {
+  if (x.alike && !o.regime) {
     // Many rows: fewer lanes each, because finishing a row costs as much as its classes.
     const bool many = x.kept < 3 && x.rows >= int64_t(128) * d.multiprocessors;
     const int classes = many ? kManyRowsClasses : kFewRowsClasses;
@@ -245,29 +315,51 @@ inline Plan plan(const Shape& x, const Device& d) {
     if (threads <= kBlockThreads)
       return {Regime::block, static_cast<int>(threads), grid(x.rows, kBlockWarps * 32 / static_cast<int>(threads))};
   }
-  if (x.pass == Pass::backward) return split_plan(x, d);
+  if (x.pass == Pass::backward) return split_plan(x, d, o);
   const bool is_long = x.classes > kLongClasses;
-  if (x.vector > 2 && (x.alike || x.classes > kClusterSkewedClasses)) {
-    const Plan cluster = cluster_plan(x, d);
-    if (cluster.stages) {
-      Plan out = cluster;
-      out.alike = x.alike;
-      return out;
-    }
+  const bool clusters = o.regime ? asked(Regime::cluster) : x.alike || x.classes > kClusterSkewedClasses;
+  if (x.vector > 2 && clusters) {
+    Plan cluster = cluster_plan(x, d, o);
+    cluster.alike = x.alike;
+    if (cluster.stages) return cluster;
   }
-  if (is_long && 2 * x.rows < d.multiprocessors) return split_plan(x, d);
-  if (x.alike) {
-    const Plan staged = staged_plan(x, d);
+  if (asked(Regime::split) || (!o.regime && is_long && 2 * x.rows < d.multiprocessors)) return split_plan(x, d, o);
+  if (x.alike && (!o.regime || asked(Regime::staged))) {
+    const Plan staged = staged_plan(x, d, o);
     if (staged.stage_slots) return staged;
   }
-  if (is_long && (x.rows < d.multiprocessors || cached_rows(x, d) < std::min<int64_t>(x.rows, d.multiprocessors)))
-    return split_plan(x, d);
+  const int64_t cached = cached_rows(x, d);
+  if (!o.regime && is_long && (x.rows < d.multiprocessors || cached < std::min<int64_t>(x.rows, d.multiprocessors)))
+    return split_plan(x, d, o);
   // As many threads as have two vectors each, and as many blocks as a multiprocessor's threads make.
   const int64_t most = x.wide ? kWideThreads : kLongThreads, wanted = ceil_div(std::max<int64_t>(vectors, 1), 64) * 32;
-  const int threads = static_cast<int>(std::min(most, wanted));
-  const int64_t resident = std::min<int64_t>(32, most / threads);
-  Plan out = {Regime::sweeps, threads, grid(std::min(x.rows, cached_rows(x, d)), static_cast<int>(resident))};
+  const int threads = threads_of(o, most, std::min(most, wanted));
+  const int resident = static_cast<int>(std::min<int64_t>(32, most / threads));
+  Plan out = {Regime::sweeps, threads, 0};
   out.alike = x.alike;
+  out.per_multiprocessor = o.per_multiprocessor ? std::min(o.per_multiprocessor, resident) : resident;
+  out.blocks = grid(std::min(x.rows, cached), out.per_multiprocessor);
+  return out;
+}
+
+// Numbers alone are asked of the regime that the planner picks. What the call, the kernel or the device cannot have is
+// refused.
+inline Plan plan(const Shape& x, const Device& d, const Override& o = {}) {
+  const Plan own = choose(x, d, {});
+  if (x.pass == Pass::backward) return own;
+  Override wanted = o;
+  if (!o.regime) wanted.regime = own.regime;
+  std::string words = o.regime ? std::string(" regime=") + kRegimes[static_cast<int>(*o.regime)] : "";
+  for (const Wish& wish : kWishes)
+    if (o.*wish.asked) words += std::string(" ") + wish.name + "=" + std::to_string(o.*wish.asked);
+  if (words.empty()) return own;
+  const Plan out = choose(x, d, wanted);
+  bool met = out.regime == *wanted.regime;
+  for (const Wish& wish : kWishes) met = met && (!(o.*wish.asked) || o.*wish.asked == out.*wish.made);
+  if (!met)
+    throw std::invalid_argument(std::string(kOverrideVariable) + ":" + words + " is not possible for " +
+                                std::to_string(x.rows) + " rows of " + std::to_string(x.classes) +
+                                " classes on this device; allowed: " + kOverrideAllowed);
   return out;
 }
 

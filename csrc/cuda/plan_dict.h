@@ -20,6 +20,7 @@ inline pybind11::dict as_dict(const Plan& plan) {
   out["parts"] = plan.parts;
   out["part_vectors"] = plan.part_vectors;
   out["stages"] = plan.stages;
+  out["per_multiprocessor"] = plan.per_multiprocessor;
   return out;
 }
 

@@ -137,7 +137,7 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
              const Array& grad, const Array& target, int64_t ignore_index, const std::vector<double>& params,
              const Array& row_weight, const Array& upstream, const Array& rows, const Array& stats, double scale,
              const Array& normalizer, bool mean, const Array& total, const py::dict& device, const py::dict& forced,
-             uint64_t seed) {
+             const std::string& override, uint64_t seed) {
   Run r;
   gpu::Call& c = r.call;
   Problem& p = c.problem;
@@ -170,7 +170,7 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
   c.total = r.output("total", total);
 
   const gpu::Shape shape = gpu::shape_of(p);
-  const gpu::Plan plan = forced_plan(shape, gpu::plan(shape, device_of(device)), forced);
+  const gpu::Plan plan = forced_plan(shape, gpu::plan(shape, device_of(device), gpu::parse_override(override)), forced);
   // NaN, so that what is read before it is written shows.
   std::vector<uint64_t> scratch(gpu::scratch_bytes(c, plan) / 8 + 2, ~uint64_t(0));
   c.scratch = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) / 16 * 16);
@@ -200,7 +200,7 @@ PYBIND11_MODULE(_simt, m) {
         py::arg("row_weight") = py::none(), py::arg("upstream") = py::none(), py::arg("rows") = py::none(),
         py::arg("stats") = py::none(), py::arg("scale") = 1.0, py::arg("normalizer") = py::none(),
         py::arg("mean") = false, py::arg("total") = py::none(), py::arg("device"), py::arg("forced") = py::dict(),
-        py::arg("seed") = 0, "Runs one call; the plan it took. A fault is a RuntimeError.");
+        py::arg("override") = "", py::arg("seed") = 0, "Runs one call; the plan it took. A fault is a RuntimeError.");
   m.def(
       "scale",
       [](const py::array& grad, const std::string& dtype, const py::array& factor, uint64_t seed) {

@@ -1,0 +1,48 @@
+"""Few combinations of a test's parameters, in which every two values meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+
+def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Rows of indices in which every two indices of two columns stand together at least once.
+
+    Each row begins with a pair that is still missing, and gives every other column the index that
+    brings most of the missing pairs; where several bring as many, they take turns.
+    """
+    missing = {
+        ((i, a), (j, b)): None  # a set that keeps its order
+        for i, j in combinations(range(len(sizes)), 2)
+        for a in range(sizes[i])
+        for b in range(sizes[j])
+    }
+    rows: list[tuple[int, ...]] = []
+    while missing:
+        row = dict(next(iter(missing)))
+        for column, size in enumerate(sizes):
+            if column in row:
+                continue
+            brought = {
+                index: sum(tuple(sorted(((column, index), x))) in missing for x in row.items())
+                for index in range(size)
+            }
+            row[column] = max(brought, key=lambda x: (brought[x], -((x - len(rows)) % size)))
+        for pair in combinations(sorted(row.items()), 2):
+            missing.pop(pair, None)
+        rows.append(tuple(row[column] for column in range(len(sizes))))
+    return rows
+
+
+def pairwise(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test with a covering choice among the combinations of its factors."""
+    values = list(factors.values())
+    chosen = [
+        tuple(x[index] for x, index in zip(values, row, strict=True))
+        for row in covering([len(x) for x in values])
+    ]
+    return pytest.mark.parametrize(tuple(factors), chosen, ids=str)

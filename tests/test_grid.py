@@ -1,0 +1,33 @@
+"""The pairwise grids hold what they promise, and the table of losses is whole."""
+
+from itertools import combinations, product
+
+import pytest
+from cases import CASES, LOSSES, OPERATORS, USUAL
+from grid import covering
+
+import kdkernels
+from kdkernels import ops
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 2), (3, 1, 2), (7, 5, 5, 3, 2), (2, 2, 2, 2, 2, 9), (4,) * 6]
+)
+def test_every_two_values_meet(sizes: tuple[int, ...]) -> None:
+    rows = covering(sizes)
+    for i, j in combinations(range(len(sizes)), 2):
+        met = {(row[i], row[j]) for row in rows}
+        assert met == set(product(range(sizes[i]), range(sizes[j])))
+    widest = sorted(sizes)[-2:]
+    assert len(set(rows)) == len(rows) <= 1.5 * widest[0] * widest[1] + len(sizes)
+
+
+def test_every_loss_is_in_the_table() -> None:
+    public = {name for name in kdkernels.__all__ if name.endswith("_loss")}
+    assert {f"{name}_loss" for name, loss in LOSSES.items() if loss.outputs == 1} == public
+    assert OPERATORS.keys() == ops.LOSSES.keys(), "every operator is reached by a loss"
+    assert USUAL.keys() == LOSSES.keys()
+    assert len(set(map(str, CASES))) == len(CASES), "names of tests"
+    for case in CASES:
+        assert case.all_options.keys() >= case.facts.defaults.keys() >= case.facts.drawn.keys()
+        assert case.teacher == ops.LOSSES[case.operator[0]].teacher
