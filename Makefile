@@ -143,7 +143,8 @@ mutants: $(PACKAGE)
 # An environment beside .venv, with everything as pinned but torch and what torch itself pins.
 TORCH ?= 2.10.0
 BESIDE := .venv-torch-$(TORCH)
-VERSIONS_TESTS ?= tests/test_versions.py
+VERSIONS_TESTS := build equivalence autograd compile
+VERSIONS_CHOICE := loads or layouts or opcheck or any_upstream or (every_loss and cpu])
 $(BESIDE)/.tools: constraints.txt
 	test -x $(BESIDE)/bin/python || $(PYTHON) -m venv $(BESIDE)
 	sed -E '/^(torch|triton|setuptools)==/d' constraints.txt > $(BESIDE)/constraints.txt
@@ -154,7 +155,8 @@ $(BESIDE)/.tools: constraints.txt
 versions: KDKERNELS_BUILD := auto
 versions: $(BESIDE)/.tools
 	$(BESIDE)/bin/python setup.py -q build --build-lib build/torch-$(TORCH)
-	$(BESIDE)/bin/python -m pytest -q -o pythonpath=build/torch-$(TORCH) $(VERSIONS_TESTS) $(ARGS)
+	$(BESIDE)/bin/python -m pytest -q -o pythonpath=build/torch-$(TORCH) \
+	    $(VERSIONS_TESTS:%=tests/test_%.py) -k '$(VERSIONS_CHOICE)' $(ARGS)
 
 # For any Python >= 3.10 with torch >= 2.10, and FOR=python3.12 names the Python to build kdkernels._host for (by which
 # bench names kernels). To use it from a checkout: PYTHONSAFEPATH=1 PYTHONPATH=build/prebuilt:. python -m bench
