@@ -236,10 +236,10 @@ def _store_stats(stats, row, exists, ps, pt, sums):
         tl.store(to, ps, mask=exists)
         tl.store(to + 1, pt, mask=exists)
         for i in tl.static_range(6):
-            value = ps * 0.0
             if i < len(sums):
-                value = sums[i]
-            tl.store(to + 2 + i, value, mask=exists)
+                tl.store(to + 2 + i, sums[i], mask=exists)
+            else:
+                tl.store(to + 2 + i, 0.0, mask=exists)
 
 
 @triton.jit
