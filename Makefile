@@ -12,6 +12,7 @@
 # Each of the five ends within 10 minutes, build included, and leaves its results in OUT as they come (CONTRIBUTING.md).
 # ENV=current BUILD=no builds nothing: the kdkernels that comes first on PYTHONPATH is used.
 #   make versions                what a source build gives under the oldest torch (TORCH=2.14.1: another one)
+#   make triton-newest           the Triton kernels as compiled, with clusters, which the pinned Triton has not
 #   make prebuilt                the package with its modules in OUT, or in build/prebuilt, for a machine without compilers
 #   make mutants                 plant the faults of tests/mutants_list.py: which test catches which
 #   make build | clean | distclean
@@ -58,7 +59,7 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 # ENV=current may lack pytest-xdist.
 WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
 
-.PHONY: build demo test test-full bench $(ON_GPU) lint format gate check asan mutants versions prebuilt clean distclean
+.PHONY: build demo test test-full bench $(ON_GPU) lint format gate check asan mutants versions triton-newest prebuilt clean distclean
 .DEFAULT_GOAL := build
 .NOTPARALLEL:
 
@@ -157,6 +158,15 @@ versions: $(BESIDE)/.tools
 	$(BESIDE)/bin/python setup.py -q build --build-lib build/torch-$(TORCH)
 	$(BESIDE)/bin/python -m pytest -q -o pythonpath=build/torch-$(TORCH) \
 	    $(VERSIONS_TESTS:%=tests/test_%.py) -k '$(VERSIONS_CHOICE)' $(ARGS)
+
+# No release of torch asks for a Triton with clusters yet. This one has no wheel for Python 3.10.
+CLUSTERS_TRITON := build/triton-3.9.0
+$(CLUSTERS_TRITON): $(TOOLS)
+	$(PY) -m pip install --disable-pip-version-check --no-deps --target $@ triton==$(@:build/triton-%=%)
+
+triton-newest: build $(CLUSTERS_TRITON)
+	PYTHONPATH="$(CURDIR)/$(CLUSTERS_TRITON)$(if $(PYTHONPATH),:$(PYTHONPATH))" \
+	    $(PY) -m pytest -q -m "not gate" tests/test_triton_compiled.py $(ARGS)
 
 # For any Python >= 3.10 with torch >= 2.10, and FOR=python3.12 names the Python to build kdkernels._host for (by which
 # bench names kernels). To use it from a checkout: PYTHONSAFEPATH=1 PYTHONPATH=build/prebuilt:. python -m bench
