@@ -15,7 +15,8 @@
 #   make triton-newest           the Triton kernels as compiled, with clusters, which the pinned Triton has not
 #   make prebuilt                the package with its modules in OUT, or in build/prebuilt, for a machine without compilers
 #   make mutants                 plant the faults of tests/mutants_list.py: which test catches which
-#   make build | clean | distclean
+#   make build                   what demo, test and bench use: the CUDA kernels where there is a GPU, no emulation
+#   make clean | distclean
 PYTHON ?= python3
 ARGS ?=
 # Of the CUDA kernels, only the architecture at hand, and none where nothing would use them. Their emulation is for tests.
@@ -29,12 +30,15 @@ ON_GPU := gpu-check gpu-check-triton gpu-counters gpu-sweep gpu-bench
 ifneq ($(filter test-full gate check,$(MAKECMDGOALS)),)
 KDKERNELS_SIMT ?= 1
 else ifeq ($(DEVICE),)
-KDKERNELS_BUILD ?= $(if $(shell command -v c++ g++ clang++),cpu,auto)
+KDKERNELS_BUILD ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),cpu,auto)
 export KDKERNELS_BUILD
 endif
 export KDKERNELS_CUDA_ARCHS KDKERNELS_SIMT
 
 BUILT := $(if $(filter no,$(BUILD)),,build)
+ifeq ($(BUILT)$(ENV),)
+$(error BUILD=no builds nothing and needs ENV=current, a Python that finds kdkernels elsewhere)
+endif
 ifeq ($(ENV),current)
 PY := $(PYTHON)
 ifeq ($(BUILT),)
@@ -78,17 +82,17 @@ WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --
 build: $(PACKAGE)
 	@$(PY) setup.py -q build_ext --inplace
 
-demo: build
+demo: $(BUILT)
 	$(PY) examples/digits.py $(ARGS)
 
-bench: build
+bench: $(BUILT)
 	$(PY) -m bench $(ARGS)
 
-test: build
+test: $(BUILT)
 	$(PY) -m pytest -q $(WORKERS) $(ARGS)
 
 test-full: export KDKERNELS_FUZZ_EXAMPLES ?= 400
-test-full: build
+test-full: $(BUILT)
 	$(PY) -m pytest -q -m "not gate" $(WORKERS) $(ARGS)
 
 # The budgets are seconds, of 600 with the build of one architecture on 16 cores.
@@ -130,6 +134,7 @@ check: lint gate
 # its own leaks are not looked at. pythonpath puts the instrumented copy of the package before this one;
 # --capture=sys lets the report of a crash through.
 ASAN_TESTS ?= tests/test_fuzz.py
+asan: export KDKERNELS_FUZZ_EXAMPLES ?= 400
 asan: $(PACKAGE)
 	CXX="$(CXX)" KDKERNELS_BUILD=cpu KDKERNELS_SIMT=0 KDKERNELS_SANITIZE=address,undefined \
 	    $(PY) setup.py -q build --build-lib build/asan
@@ -153,7 +158,8 @@ $(BESIDE)/.tools: constraints.txt
 	    torch==$(TORCH) setuptools==81.0.0 ninja numpy pytest hypothesis tqdm
 	@touch $@
 
-versions: KDKERNELS_BUILD := auto
+# Unless the caller says otherwise, the CUDA module too.
+versions: export KDKERNELS_BUILD := $(if $(filter environment,$(origin KDKERNELS_BUILD)),$(KDKERNELS_BUILD),auto)
 versions: $(BESIDE)/.tools
 	$(BESIDE)/bin/python setup.py -q build --build-lib build/torch-$(TORCH)
 	$(BESIDE)/bin/python -m pytest -q -o pythonpath=build/torch-$(TORCH) \
@@ -161,10 +167,12 @@ versions: $(BESIDE)/.tools
 
 # No release of torch asks for a Triton with clusters yet. This one has no wheel for Python 3.10.
 CLUSTERS_TRITON := build/triton-3.9.0
-$(CLUSTERS_TRITON): $(TOOLS)
-	$(PY) -m pip install --disable-pip-version-check --no-deps --target $@ triton==$(@:build/triton-%=%)
+$(CLUSTERS_TRITON)/.installed: $(TOOLS)
+	rm -rf $(@D)
+	$(PY) -m pip install --disable-pip-version-check --no-deps --target $(@D) triton==$(CLUSTERS_TRITON:build/triton-%=%)
+	@touch $@
 
-triton-newest: build $(CLUSTERS_TRITON)
+triton-newest: $(BUILT) $(CLUSTERS_TRITON)/.installed
 	PYTHONPATH="$(CURDIR)/$(CLUSTERS_TRITON)$(if $(PYTHONPATH),:$(PYTHONPATH))" \
 	    $(PY) -m pytest -q -m "not gate" tests/test_triton_compiled.py $(ARGS)
 

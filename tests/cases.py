@@ -314,7 +314,7 @@ def make_logits(
 ) -> Tensor:
     """Logits `(*rows, classes)` of one of KINDS."""
     shape = (*(rows if isinstance(rows, tuple) else (rows,)), classes)
-    logits = KINDS[kind](shape, generator or torch.Generator().manual_seed(0))
+    logits = KINDS[kind](shape, generator or torch.Generator().manual_seed(SEED))
     if kind == "masked":  # no row without a finite logit
         logits[..., 0] = torch.where(logits.isneginf().all(-1), 0.0, logits[..., 0])
     lowest = torch.finfo(dtype).min
@@ -346,7 +346,7 @@ def make_inputs(
     ignored: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Student, teacher and target. dtype: of both, or of each. Targets have finite logits."""
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator().manual_seed(SEED)
     dtypes = dtype if isinstance(dtype, tuple) else (dtype, dtype)
     student, teacher = (make_logits(kind, rows, classes, x, generator) for x in dtypes)
     target = make_target(rows, classes, generator, ignored)

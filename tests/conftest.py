@@ -36,6 +36,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"KDKERNELS_SEED={SEED} draws the same again, =random others")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What draws from torch's own generator does not depend on which tests ran before."""
+    torch.manual_seed(SEED)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """The source of a test's random numbers."""

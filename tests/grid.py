@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 
-def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+def covering(sizes: Sequence[int], begun: Sequence[tuple[int, ...]] = ()) -> list[tuple[int, ...]]:
     """Rows of indices in which every two indices of two columns stand together at least once.
 
-    Each row begins with a pair that is still missing, and gives every other column the index that
-    brings most of the missing pairs; where several bring as many, they take turns.
+    After the rows in `begun`, each begins with a pair that is still missing, and gives every other
+    column the index that brings most of the missing pairs; where several bring as many, they take
+    turns.
     """
     missing = {
         ((i, a), (j, b)): None  # a set that keeps its order
@@ -21,7 +22,10 @@ def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
         for a in range(sizes[i])
         for b in range(sizes[j])
     }
-    rows: list[tuple[int, ...]] = []
+    rows = list(begun)
+    for whole in rows:
+        for pair in combinations(enumerate(whole), 2):
+            missing.pop(pair, None)
     while missing:
         row = dict(next(iter(missing)))
         for column, size in enumerate(sizes):
@@ -39,10 +43,16 @@ def covering(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def pairwise(**factors: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test with a covering choice among the combinations of its factors."""
-    values = list(factors.values())
-    chosen = [
-        tuple(x[index] for x, index in zip(values, row, strict=True))
-        for row in covering([len(x) for x in values])
+    """Parametrizes a test with a covering choice among the combinations of its factors.
+
+    The combinations of the usual cases, which are those that `make test` runs, are one by
+    themselves.
+    """
+    # The usual cases first.
+    values = [
+        sorted(x, key=lambda value: not getattr(value, "usual", True)) for x in factors.values()
     ]
+    usual = [sum(getattr(value, "usual", True) for value in x) for x in values]
+    rows = covering([len(x) for x in values], covering(usual))
+    chosen = [tuple(x[index] for x, index in zip(values, row, strict=True)) for row in rows]
     return pytest.mark.parametrize(tuple(factors), chosen, ids=str)

@@ -80,12 +80,12 @@ class Copy:
         errors = (line for line in done.stdout.splitlines() if "error" in line)
         return next(errors, done.stdout) if done.returncode else None
 
-    def test(self, *arguments: str) -> tuple[str, str] | None:
-        """The first test that fails and the first line of why, if one does."""
+    def test(self, *arguments: str) -> tuple[str, str] | bool:
+        """The first test that fails and the first line of why; or whether there was a test."""
         options = ("-x", "-q", "--tb=short", "-p", "no:cacheprovider")
         done = self.run("-m", "pytest", *options, *arguments)
-        if done.returncode in (0, 5):  # 5: the selection leaves no test
-            return None
+        if done.returncode in (0, 5):
+            return done.returncode == 0
         if found := FAILED.search(done.stdout):
             return found[1], (found[2] or "").strip()
         if done.returncode < 0 and (crashed := CRASHED.search(done.stdout)):
@@ -127,14 +127,20 @@ class Runner:
         files = (f"tests/test_{name}.py" for name in LAYERS[mutant.layer].split())
         # One by one, because it takes long to collect all of them.
         there = (x for x in files if (copy.folder / x).is_file())
-        failed = next(filter(None, (copy.test(x, *self.selection) for x in there)), None)
-        if failed is None:
+        results = []
+        for x in there:
+            results.append(copy.test(x, *self.selection))
+            if isinstance(results[-1], tuple):
+                break
+        if not any(results):
+            raise SystemExit(f"{mutant.layer}: {shlex.join(self.selection)} leaves no test")
+        if not isinstance(results[-1], tuple):
             return {"verdict": "SURVIVED"}
-        test, message = failed
+        test, message = results[-1]
         with self.lock:
             if test not in self.innocent:
                 whole_file = () if "::" in test else ("--collect-only",)
-                self.innocent[test] = self.pristine.test(test, *whole_file) is None
+                self.innocent[test] = self.pristine.test(test, "-m", "", *whole_file) is True
         verdict = "killed" if self.innocent[test] else "unclear"
         return {"verdict": verdict, "test": test, "message": message}
 
@@ -149,7 +155,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=[*LAYERS])
     parser.add_argument("--only", nargs="+", metavar="ID", help="these faults")
     parser.add_argument("--list", action="store_true", help="show the faults, run nothing")
-    parser.add_argument("--tests", default="", metavar="ARGS", help="of pytest: '-m \"not slow\"'")
+    parser.add_argument("--tests", default="-m 'not gate'", metavar="ARGS", help="of pytest")
     parser.add_argument("--tree", type=Path, default=ROOT, help="another checkout")
     parser.add_argument("--jobs", "-j", type=int, default=1, help="faults at a time")
     parser.add_argument("--isas", default="baseline", help="the CPU's instruction sets to build")

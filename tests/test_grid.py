@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 import pytest
 from cases import CASES, LOSSES, OPERATORS, USUAL
-from grid import covering
+from grid import covering, pairwise
 
 import kdkernels
 from kdkernels import ops
@@ -20,6 +20,19 @@ def test_every_two_values_meet(sizes: tuple[int, ...]) -> None:
         assert met == set(product(range(sizes[i]), range(sizes[j])))
     widest = sorted(sizes)[-2:]
     assert len(set(rows)) == len(rows) <= 1.5 * widest[0] * widest[1] + len(sizes)
+
+
+def test_every_two_values_of_the_usual_cases_meet_among_themselves() -> None:
+    """Or `make test` would run some of the rows of a grid, and no grid."""
+    factors = {"case": CASES, "size": range(30), "kind": "abcde"}
+    (rows,) = pairwise(**factors).args[1:]
+    assert {row[0] for row in rows} == set(CASES)
+    usual = [row for row in rows if row[0].usual]
+    for i, j in combinations(factors, 2):
+        at = [[*factors].index(x) for x in (i, j)]
+        met = {tuple(row[k] for k in at) for row in usual}
+        values = [[x for x in factors[k] if getattr(x, "usual", True)] for k in (i, j)]
+        assert met == set(product(*values))
 
 
 def test_every_loss_is_in_the_table() -> None:
