@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import needs_cpu
+from grid import pairwise
 from torch import Tensor
 
 from bench import __main__ as command
@@ -295,9 +296,7 @@ def test_the_copy_moves_as_much_as_the_case(
 
 
 @needs_cpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pairwise(loss=[*LOSSES], direction=DIRECTIONS, dtype=["float32", "bfloat16"])
 def test_a_record_for_each_provider(loss: str, direction: str, dtype: str) -> None:
     case = Case(loss, 40, 301, dtype, direction=direction)
     records = {
