@@ -18,6 +18,7 @@ from typing import Any
 
 import gpu_check
 import gpu_smoke
+import live_report
 import pytest
 import torch
 from cases import ISAS
@@ -374,6 +375,15 @@ def once(request):
 def test_loses_the_device():  # the first of its process
     torch.lost = True
 
+@pytest.fixture
+def stumbles():
+    yield
+    raise ValueError("words of a fixture")
+
+@pytest.mark.gpu
+def test_loses_the_device_and_stumbles(stumbles):
+    torch.lost = True
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("i", range(12))
 @pytest.mark.parametrize("backend", ["cuda"])
@@ -448,14 +458,39 @@ def test_the_tests_stage(results: Results, planted: Path) -> None:
         ("tests", "hangs"): (0, 1, {gone: 1}),
         ("tests", "crashes"): (0, 1, {gone: 1}),
         ("tests", "loses the device"): (0, 1, {lost: 1}),
+        ("tests", "loses the device and stumbles"): (0, 1, {"ValueError: words of a fixture": 1}),
         ("tests", "by itself"): (1, 0, {}),
     }
     ran = Path(f"{planted}.log").read_text().split()
-    assert len(ran) == len(set(ran)) == 18
+    assert len(ran) == len(set(ran)) == 19
     assert ("tests", "cuda", "hangs") in gpu_check.grouped(results.lines), "by its name"
     failures = results.failures.read_text()
-    assert "At index 1 diff: 2 != 3" in failures and "illegal memory access" in failures
+    assert "At index 1 diff: 2 != 3" in failures
+    assert failures.count("RuntimeError: CUDA error: an illegal memory access") == 2
     assert "Timeout (0:00:05)!" in results.path("tests").read_text()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("error", [None, KeyError("from a hook")])
+def test_a_test_ends_its_timer_and_a_lost_process(
+    monkeypatch: pytest.MonkeyPatch, lost: bool, error: Exception | None
+) -> None:
+    """Whether what is inside raises, and its error goes on, or not."""
+    did: list[Any] = []
+    timer = SimpleNamespace(
+        dump_traceback_later=lambda limit, **_: did.append(limit),
+        cancel_dump_traceback_later=lambda: did.append("cancelled"),
+    )
+    monkeypatch.setattr(live_report, "faulthandler", timer)
+    monkeypatch.setattr(os, "_exit", did.append)
+    guard = live_report.Guard(5.0)
+    os.close(guard.stderr)
+    protocol = guard.pytest_runtest_protocol()
+    next(protocol)
+    guard.lost = lost
+    with pytest.raises(KeyError if error else StopIteration):
+        protocol.throw(error) if error else next(protocol)
+    assert did == [5.0, "cancelled", *([1] if lost else [])]
 
 
 def test_groups_and_table() -> None:
