@@ -26,6 +26,7 @@ from gpu_check import Results
 from test_gpu import kernels_in, our_kernels
 
 import kdkernels
+from bench import __main__ as benchmark
 from bench import children, counters
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
@@ -303,6 +304,59 @@ def test_what_the_smoke_stage_leaves_out(
     late = Results(results.folder, "cuda")
     gpu_check.smoke(late, time.monotonic() - 1, gpu_check.parse([]))
     assert shown(late) == {("smoke", "smoke"): (0, 0, {"left out (out of time)": 3})}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "until", "expected"),
+    [
+        (["a", "b"], FOREVER, {}),
+        (["a", "hangs"], FOREVER, {"failed": "{'hang': 60.0} after a"}),
+        (["a", "b", "crashes"], FOREVER, {"failed": f"{{'status': {-signal.SIGSEGV}}} after b"}),
+        (["not ready"], FOREVER, {"failed": "{'status': 9} after nothing"}),
+        (["a", "hangs"], 50.0, {"left out": "{'late': True} after a"}),
+    ],
+)
+def test_the_headline_stage(
+    results: Results,
+    stand_in: None,
+    clock: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shapes: list[str],
+    until: float,
+    expected: dict[str, str],
+) -> None:
+    """The stand-in says a line for each shape, as the benchmark does for each record."""
+    monkeypatch.setattr(gpu_check, "HEADLINE", shapes)
+    gpu_check.headline(results, until, gpu_check.parse([]))
+    (line,) = results.lines
+    known = ("failed", "left out")
+    assert {
+        x: line[x].partition(", see headline-cuda.txt")[0] for x in line if x in known
+    } == expected
+
+
+def test_the_benchmark_says_when_it_is_ready_and_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each record when it is in the file; so a parent's limit is for a case."""
+    lines = tmp_path / "lines"
+    kept: list[int] = []
+
+    def say(**line: Any) -> None:
+        path = tmp_path / "results.json"
+        kept.append(len(json.loads(path.read_text())["records"]) if path.exists() else 0)
+        children.say(**line)
+
+    monkeypatch.setattr(benchmark, "say", say)
+    monkeypatch.setenv(children.LINES, str(lines))
+    arguments = ["--device", "cpu", "--losses", "kd", "--shapes", "4x10", "4x20", "--seconds"]
+    arguments += ["1e-9", "--dtypes", "float32", "--providers", "eager", "--out", str(tmp_path)]
+    benchmark.main(arguments)
+    names = [f"KD 4x{x} float32, {y}" for x in (10, 20) for y in ("copy", "eager")]
+    assert list(map(json.loads, lines.read_text().splitlines())) == [
+        {"ready": True}, *({"name": x} for x in names),
+    ]  # fmt: skip
+    assert kept == [0, 2, 2, 4, 4]
 
 
 SANITIZER = """#!/bin/sh
