@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -221,7 +222,7 @@ def test_a_child_says_what_it_has_done(
     [
         ("CUDA error: invalid cluster size", False, True, {"failed": "invalid cluster size"}),
         ("CUDA error: illegal memory access", True, True, {"failed": "illegal", "lost": True}),
-        ("KDKERNELS_PLAN: not possible", False, False, {"skipped": "KDKERNELS_PLAN"}),
+        ("KDKERNELS_PLAN: not possible", False, False, {"failed": "KDKERNELS_PLAN"}),
         ("too many resources requested for launch", False, True, {"skipped": "too many resources"}),
         ("too many resources requested for launch", False, False, {"failed": "too many resources"}),
     ],
@@ -248,6 +249,38 @@ def test_errors_of_a_case(
     assert line.keys() == expected.keys()
     for key, value in expected.items():
         assert line[key] is True if value is True else value in line[key]
+
+
+@pytest.mark.parametrize(("there", "word"), [(99, "skipped"), (163, "failed"), (None, "skipped")])
+def test_a_plan_is_skipped_where_a_block_has_no_room_for_it(
+    monkeypatch: pytest.MonkeyPatch, there: int | None, word: str
+) -> None:
+    """Where it has, the planner is wrong; where torch does not know, nobody does."""
+    call = gpu_smoke.Call("staged", 3, 37, plan="regime=staged", shared=100 << 10)
+    known = {} if there is None else {"shared_memory_per_block_optin": there << 10}
+    monkeypatch.setattr(gpu_smoke, "CASES", {"x": (call,)})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**known))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("KDKERNELS_PLAN: not possible")
+
+    monkeypatch.setattr(gpu_smoke, "error_of", fails)
+    assert word in gpu_smoke.attempt("x", "cuda", "cuda")
+
+
+@pytest.mark.skipif(not ISAS, reason="the planner is built with the CPU kernels")
+@pytest.mark.parametrize("device", ["A100", "L40S", "H100", "B200", "RTX 5090"])
+def test_plans_that_are_asked_for_are_possible(device: str) -> None:
+    """With and without clusters, wherever a block has the shared memory that a case says."""
+    from kdkernels import _host
+
+    there = {"A100": 163, "H100": 227, "B200": 227}.get(device, 99) << 10
+    for call in [x for calls in gpu_smoke.CASES.values() for x in calls if x.plan]:
+        room = contextlib.nullcontext() if call.shared <= there else pytest.raises(ValueError)
+        with room:
+            _host.gpu_plan(device=device, rows=call.rows, classes=call.classes, override=call.plan)
 
 
 # ---- the stages -----------------------------------------------------------------------------
@@ -348,6 +381,7 @@ def test_the_benchmark_says_when_it_is_ready_and_what_it_has(
         children.say(**line)
 
     monkeypatch.setattr(benchmark, "say", say)
+    monkeypatch.setattr(benchmark, "draw", lambda *_: [])
     monkeypatch.setenv(children.LINES, str(lines))
     arguments = ["--device", "cpu", "--losses", "kd", "--shapes", "4x10", "4x20", "--seconds"]
     arguments += ["1e-9", "--dtypes", "float32", "--providers", "eager", "--out", str(tmp_path)]
