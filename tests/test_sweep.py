@@ -147,6 +147,39 @@ def test_lines_are_kept_as_they_come_and_not_measured_again(
     assert len(read(path)) == 6 and capsys.readouterr().out.endswith("all are there\n")
 
 
+@pytest.mark.parametrize("ending", ["\r\n", "\n"])  # git or an editor may have changed it
+@pytest.mark.parametrize(
+    "half",
+    ["4x10,bfloat16,parts=4", "4x10,bfloat16,parts=4,ok", '4x10,bfloat16,parts=4,failed,"a'],
+)
+def test_half_a_line_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str, ending: str
+) -> None:
+    """The run that wrote it was killed; what comes after it is read as it was written."""
+    path = tmp_path / "sweep.csv"
+    text = ",".join(sweep.FIELDS) + "\n4x10,bfloat16,,ok,1.5\n" + half
+    path.write_bytes(text.replace("\n", ending).encode())
+
+    def work_through(names: list[str], *_: Any, **__: Any) -> Any:
+        assert names == ["4x10 bfloat16 parts=4", "4x10 bfloat16 parts=3"]
+        return [{"name": x, "outcome": "ok", "ms": 2.5} for x in names]
+
+    monkeypatch.setattr(sweep, "work_through", work_through)
+    arguments = ["--shapes", "4x10", "--plans", "", "parts=4", "parts=3", "--device", "cpu"]
+    assert sweep.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert [(x["plan"], x["outcome"]) for x in read(path)] == [
+        ("", "ok"), ("parts=4", "ok"), ("parts=3", "ok"),
+    ]  # fmt: skip
+
+
+def test_half_a_header_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sweep.csv"
+    path.write_text("shape,dty")
+    monkeypatch.setattr(sweep, "work_through", lambda *_, **__: iter(()))
+    assert sweep.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert path.read_text().splitlines() == [",".join(sweep.FIELDS)]
+
+
 def test_the_child_says_a_line_for_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(sweep, "say", lambda **line: said.append(line))
