@@ -816,6 +816,43 @@ def test_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert shlex.split(profiled)[-len(target) :] == target
 
 
+@pytest.mark.parametrize(
+    ("budget", "expected", "begun", "failed"),
+    [
+        ("50", 0, ["5x10"], []),
+        ("150", 1, ["5x10", "6x10"], ["5x10"]),  # which had all the time of a shape
+    ],
+)
+def test_what_counters_leave_out(
+    tmp_path: Path,
+    clock: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    budget: str,
+    expected: int,
+    begun: list[str],
+    failed: list[str],
+) -> None:
+    """Of an ncu that never ends: the shape in which the budget ends, and those after it."""
+    program, flag = tmp_path / "ncu", tmp_path / "child.hangs"
+    program.write_text(
+        f'#!/bin/sh\nfor last; do :; done\necho "$last" >> "$0.log"\ntouch "{flag}"\nsleep 300\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(counters, "time", children.time)
+    arguments = ["--shapes", "5x10", "6x10", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert counters.main([*arguments, "--budget", budget]) == expected
+    log = tmp_path / "ncu.log"
+    assert (log.read_text().split() if log.exists() else []) == begun
+    printed = capsys.readouterr().out
+    for shape in ("5x10", "6x10"):
+        why = f"ncu ran out of time, see counters-{shape}.log" if shape in failed else (
+            "left out, the budget is spent"
+        )  # fmt: skip
+        assert f"KD {shape} bfloat16: {why}\n" in printed
+
+
 @pytest.mark.skipif(not ISAS, reason="no CPU kernels")
 def test_what_is_profiled_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
