@@ -102,9 +102,14 @@ def test_a_child_that_does_not_get_ready_is_not_tried_again(child: str) -> None:
     assert through([child], "a", "not ready", "b") == [{"failed": "not ready: ended with status 9"}]
 
 
-def test_how_the_last_child_ends_is_said_too(child: str, tmp_path: Path) -> None:
+def test_how_a_child_ends_is_said_too_where_it_takes_no_name_along(child: str) -> None:
+    """Behind the last name, and behind the one with which the device was lost."""
     script = f'"{child}" "$@"; exit 86'
-    assert through(["sh", "-c", script, "sh"], "a")[1:] == [{"failed": "ended with status 86"}]
+    said = through(["sh", "-c", script, "sh"], "a", "lost", "b")
+    assert [x.get("name", x.get("failed")) for x in said] == [
+        "a", "lost", "ended with status 86", "b", "ended with status 86",
+    ]  # fmt: skip
+    assert said[2] == said[4] == {"failed": "ended with status 86"}
 
 
 def test_time_is_up(child: str, clock: None, tmp_path: Path) -> None:
@@ -843,8 +848,7 @@ def test_what_counters_leave_out(
     monkeypatch.setattr(counters, "time", children.time)
     arguments = ["--shapes", "5x10", "6x10", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert counters.main([*arguments, "--budget", budget]) == expected
-    log = tmp_path / "ncu.log"
-    assert (log.read_text().split() if log.exists() else []) == begun
+    assert (tmp_path / "ncu.log").read_text().split() == begun
     printed = capsys.readouterr().out
     for shape in ("5x10", "6x10"):
         why = f"ncu ran out of time, see counters-{shape}.log" if shape in failed else (
