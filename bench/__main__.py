@@ -43,8 +43,9 @@ from tqdm import tqdm
 import kdkernels
 from bench import measure, providers, report
 from bench.cases import DIRECTIONS, DTYPES, LAYOUTS, LOSSES, TEMPERATURE, choose
+from bench.children import say
 from bench.peers import PEERS
-from bench.run import Runner, run
+from bench.run import Runner, case_of, run
 
 SECONDS = {"cuda": 1.0, "cpu": 3.0}  # of timing for each case
 QUICK_SECONDS, QUICK_BUDGET = 1.5, 75.0
@@ -221,11 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=options.seed,
             show=bar.set_postfix_str,
         )
+        say(ready=True)
         for records in run(runner, cases, options.budget):
             made["records"] += records
             made["facts"]["wall_seconds"] = round(time.perf_counter() - began, 1)
             # After every case, so that a run that is cut short leaves what it has.
             paths = report.write(out, made)
+            for record in records:
+                say(name=f"{case_of(record)}, {record['provider']}")
             bar.update()
 
     print(f"{report.machine_line(made)}, {made['facts']['wall_seconds']} s")

@@ -97,10 +97,14 @@ def work_through(
 ) -> Iterator[Line]:
     """What children say of the names, which they get as arguments and do in this order.
 
-    A line with "name" for each that was begun, the child's own or one with "failed" that tells how
-    the child ended. One with "lost" says that the child ends because its device is lost. Names that
-    are not begun before `until` have none. Without a name: the end of a child that got not ready,
-    which is the last line, or of one that had nothing left to do.
+    A line with "name" for each: the child's own, or one with "failed" that tells how the child
+    ended in it. One with "lost" says that the child ends because its device is lost. Names that are
+    not done when `until` comes, or STOP is set, have none.
+
+    A line with "failed" and no name tells how a child ended where that is no name's fault. Either
+    it got not ready: that is the last line. Or its status was not 0, or it was silent for too long,
+    after its last name or after one with "lost": then names may be left, which the next child does.
+    So it is with the status of compute-sanitizer, which tells of all that its child has done.
     """
     left = list(names)
     while left and not STOP.is_set() and time.monotonic() < until:

@@ -28,6 +28,7 @@ from bench.measure import Inputs, LossCall
 SHAPES = [(4096, 128256), (4096, 10007), (4096, 262144)]
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
 LIMIT = 100.0  # seconds for a shape: every section takes the kernel some passes
+LEFT_OUT = "left out, the budget is spent"
 OF_LONG_ROWS = "regex:^(cluster|staged|sweeps|part_stats)$"
 
 
@@ -42,7 +43,7 @@ def call(case: Case, device: str) -> None:
 
 
 def count(program: str, case: Case, device: str, out: Path, until: float) -> str | None:
-    """Writes the files of a shape; or why there are none."""
+    """Writes the files of a shape; or why there are none: LEFT_OUT, or what failed."""
     stem = out / f"counters-{case.shape}"
     target = [sys.executable, "-m", "bench.counters", "--device", device, "--call", case.shape]
     sections = [x for name in SECTIONS for x in ("--section", name)]
@@ -57,9 +58,14 @@ def count(program: str, case: Case, device: str, out: Path, until: float) -> str
         stem.with_suffix(".csv"): ["--import", f"{stem}.ncu-rep", "--page", "details", "--csv"],
     }
     for path, arguments in steps.items():
+        now = time.monotonic()
+        if now >= until:
+            return LEFT_OUT
         path.unlink(missing_ok=True)
-        latest = min(until, time.monotonic() + LIMIT)
+        latest = min(until, now + LIMIT)
         *_, end = watch([program, *arguments], limit=LIMIT, until=latest, output=path)
+        if "late" in end and latest == until:
+            return LEFT_OUT
         if end != {"status": 0}:
             how = f"ended with status {end['status']}" if "status" in end else "ran out of time"
             return f"{Path(program).name} {how}, see {path.name}"
@@ -91,10 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bad = False
     for rows, classes, *_ in options.shapes:
         case = Case("kd", rows, classes, "bfloat16")
-        failed = count(program, case, options.device, options.out, began + options.budget)
+        why = count(program, case, options.device, options.out, began + options.budget)
         where = options.out / f"counters-{case.shape}"
-        print(f"{case}: {failed or where.with_suffix('.txt')}", flush=True)
-        if failed:
+        print(f"{case}: {why or where.with_suffix('.txt')}", flush=True)
+        if why not in (None, LEFT_OUT):
             bad = True
             print(where.with_suffix(".log").read_text(errors="replace")[-2000:], flush=True)
     return int(bad)

@@ -82,7 +82,8 @@ class Sweep:
             except (RuntimeError, ValueError) as error:
                 if PLAN not in str(error):
                     raise
-                return {"outcome": "not possible", "why": str(error).partition("; allowed:")[0]}
+                why = str(error).partition("; allowed:")[0]
+                return {"outcome": "not possible", "why": why.splitlines()[0]}
             out: dict[str, Any] = measure.gradient_errors(result, self._truth)
             difference = (result[1] - self._own).abs().max() / self._own.abs().max()
             del result
@@ -136,6 +137,13 @@ def work(names: Sequence[str], device: str, seconds: float) -> None:
             os._exit(0)  # what would be cleaned up is on the device
 
 
+def drop_half_line(path: Path) -> None:
+    """What a run that was killed while it wrote has left at the end of its file."""
+    if path.exists():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.sweep",
@@ -170,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-m", "bench.sweep", "--device", options.device]
     command += ["--seconds", str(options.seconds), "--work"]
     bad = False
+    drop_half_line(path)
     with path.open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
         rows = list(csv.DictReader(file))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import pytest
 import torch
@@ -37,25 +37,30 @@ class Guard:
         self.stderr = os.dup(2)  # which a test that runs does not have
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(self) -> Iterator[None]:
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
         faulthandler.dump_traceback_later(self.limit, exit=True, file=self.stderr)
-        done = yield
-        faulthandler.cancel_dump_traceback_later()
-        if self.lost:
-            os._exit(1)  # before xdist takes the test for done: it is the one that crashed
-        return done
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if self.lost:
+                os._exit(1)  # before xdist takes the test for done: it is the one that crashed
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_teardown(self) -> Iterator[None]:
-        """What the test has begun ends with it: an error of the device is its own."""
-        done = yield
-        if torch.cuda.is_initialized():
-            try:
-                torch.cuda.synchronize()
-            except Exception:
-                self.lost = True
-                raise
-        return done
+    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+        """What the test has begun ends with it: an error of the device is its own.
+
+        Also where a fixture raises at its end; its error is the first of the two that are shown.
+        """
+        try:
+            return (yield)
+        finally:
+            if torch.cuda.is_initialized():
+                try:
+                    torch.cuda.synchronize()
+                except Exception:
+                    self.lost = True
+                    raise
 
 
 class Reporter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from typing import Any
 
 import gpu_check
 import gpu_smoke
+import live_report
 import pytest
 import torch
 from cases import ISAS
@@ -25,6 +27,7 @@ from gpu_check import Results
 from test_gpu import kernels_in, our_kernels
 
 import kdkernels
+from bench import __main__ as benchmark
 from bench import children, counters
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX's")
@@ -99,9 +102,14 @@ def test_a_child_that_does_not_get_ready_is_not_tried_again(child: str) -> None:
     assert through([child], "a", "not ready", "b") == [{"failed": "not ready: ended with status 9"}]
 
 
-def test_how_the_last_child_ends_is_said_too(child: str, tmp_path: Path) -> None:
+def test_how_a_child_ends_is_said_too_where_it_takes_no_name_along(child: str) -> None:
+    """Behind the last name, and behind the one with which the device was lost."""
     script = f'"{child}" "$@"; exit 86'
-    assert through(["sh", "-c", script, "sh"], "a")[1:] == [{"failed": "ended with status 86"}]
+    said = through(["sh", "-c", script, "sh"], "a", "lost", "b")
+    assert [x.get("name", x.get("failed")) for x in said] == [
+        "a", "lost", "ended with status 86", "b", "ended with status 86",
+    ]  # fmt: skip
+    assert said[2] == said[4] == {"failed": "ended with status 86"}
 
 
 def test_time_is_up(child: str, clock: None, tmp_path: Path) -> None:
@@ -219,7 +227,7 @@ def test_a_child_says_what_it_has_done(
     [
         ("CUDA error: invalid cluster size", False, True, {"failed": "invalid cluster size"}),
         ("CUDA error: illegal memory access", True, True, {"failed": "illegal", "lost": True}),
-        ("KDKERNELS_PLAN: not possible", False, False, {"skipped": "KDKERNELS_PLAN"}),
+        ("KDKERNELS_PLAN: not possible", False, False, {"failed": "KDKERNELS_PLAN"}),
         ("too many resources requested for launch", False, True, {"skipped": "too many resources"}),
         ("too many resources requested for launch", False, False, {"failed": "too many resources"}),
     ],
@@ -246,6 +254,38 @@ def test_errors_of_a_case(
     assert line.keys() == expected.keys()
     for key, value in expected.items():
         assert line[key] is True if value is True else value in line[key]
+
+
+@pytest.mark.parametrize(("there", "word"), [(99, "skipped"), (163, "failed"), (None, "skipped")])
+def test_a_plan_is_skipped_where_a_block_has_no_room_for_it(
+    monkeypatch: pytest.MonkeyPatch, there: int | None, word: str
+) -> None:
+    """Where it has, the planner is wrong; where torch does not know, nobody does."""
+    call = gpu_smoke.Call("staged", 3, 37, plan="regime=staged", shared=100 << 10)
+    known = {} if there is None else {"shared_memory_per_block_optin": there << 10}
+    monkeypatch.setattr(gpu_smoke, "CASES", {"x": (call,)})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**known))
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("KDKERNELS_PLAN: not possible")
+
+    monkeypatch.setattr(gpu_smoke, "error_of", fails)
+    assert word in gpu_smoke.attempt("x", "cuda", "cuda")
+
+
+@pytest.mark.skipif(not ISAS, reason="the planner is built with the CPU kernels")
+@pytest.mark.parametrize("device", ["A100", "L40S", "H100", "B200", "RTX 5090"])
+def test_plans_that_are_asked_for_are_possible(device: str) -> None:
+    """With and without clusters, wherever a block has the shared memory that a case says."""
+    from kdkernels import _host
+
+    there = {"A100": 163, "H100": 227, "B200": 227}.get(device, 99) << 10
+    for call in [x for calls in gpu_smoke.CASES.values() for x in calls if x.plan]:
+        room = contextlib.nullcontext() if call.shared <= there else pytest.raises(ValueError)
+        with room:
+            _host.gpu_plan(device=device, rows=call.rows, classes=call.classes, override=call.plan)
 
 
 # ---- the stages -----------------------------------------------------------------------------
@@ -302,6 +342,60 @@ def test_what_the_smoke_stage_leaves_out(
     late = Results(results.folder, "cuda")
     gpu_check.smoke(late, time.monotonic() - 1, gpu_check.parse([]))
     assert shown(late) == {("smoke", "smoke"): (0, 0, {"left out (out of time)": 3})}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "until", "expected"),
+    [
+        (["a", "b"], FOREVER, {}),
+        (["a", "hangs"], FOREVER, {"failed": "{'hang': 60.0} after a"}),
+        (["a", "b", "crashes"], FOREVER, {"failed": f"{{'status': {-signal.SIGSEGV}}} after b"}),
+        (["not ready"], FOREVER, {"failed": "{'status': 9} after nothing"}),
+        (["a", "hangs"], 50.0, {"left out": "{'late': True} after a"}),
+    ],
+)
+def test_the_headline_stage(
+    results: Results,
+    stand_in: None,
+    clock: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shapes: list[str],
+    until: float,
+    expected: dict[str, str],
+) -> None:
+    """The stand-in says a line for each shape, as the benchmark does for each record."""
+    monkeypatch.setattr(gpu_check, "HEADLINE", shapes)
+    gpu_check.headline(results, until, gpu_check.parse([]))
+    (line,) = results.lines
+    known = ("failed", "left out")
+    assert {
+        x: line[x].partition(", see headline-cuda.txt")[0] for x in line if x in known
+    } == expected
+
+
+def test_the_benchmark_says_when_it_is_ready_and_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each record when it is in the file; so a parent's limit is for a case."""
+    lines = tmp_path / "lines"
+    kept: list[int] = []
+
+    def say(**line: Any) -> None:
+        path = tmp_path / "results.json"
+        kept.append(len(json.loads(path.read_text())["records"]) if path.exists() else 0)
+        children.say(**line)
+
+    monkeypatch.setattr(benchmark, "say", say)
+    monkeypatch.setattr(benchmark, "draw", lambda *_: [])
+    monkeypatch.setenv(children.LINES, str(lines))
+    arguments = ["--device", "cpu", "--losses", "kd", "--shapes", "4x10", "4x20", "--seconds"]
+    arguments += ["1e-9", "--dtypes", "float32", "--providers", "eager", "--out", str(tmp_path)]
+    benchmark.main(arguments)
+    names = [f"KD 4x{x} float32, {y}" for x in (10, 20) for y in ("copy", "eager")]
+    assert list(map(json.loads, lines.read_text().splitlines())) == [
+        {"ready": True}, *({"name": x} for x in names),
+    ]  # fmt: skip
+    assert kept == [0, 2, 2, 4, 4]
 
 
 SANITIZER = """#!/bin/sh
@@ -372,6 +466,15 @@ def once(request):
 
 @pytest.mark.gpu
 def test_loses_the_device():  # the first of its process
+    torch.lost = True
+
+@pytest.fixture
+def stumbles():
+    yield
+    raise ValueError("words of a fixture")
+
+@pytest.mark.gpu
+def test_loses_the_device_and_stumbles(stumbles):
     torch.lost = True
 
 @pytest.mark.gpu
@@ -448,14 +551,39 @@ def test_the_tests_stage(results: Results, planted: Path) -> None:
         ("tests", "hangs"): (0, 1, {gone: 1}),
         ("tests", "crashes"): (0, 1, {gone: 1}),
         ("tests", "loses the device"): (0, 1, {lost: 1}),
+        ("tests", "loses the device and stumbles"): (0, 1, {"ValueError: words of a fixture": 1}),
         ("tests", "by itself"): (1, 0, {}),
     }
     ran = Path(f"{planted}.log").read_text().split()
-    assert len(ran) == len(set(ran)) == 18
+    assert len(ran) == len(set(ran)) == 19
     assert ("tests", "cuda", "hangs") in gpu_check.grouped(results.lines), "by its name"
     failures = results.failures.read_text()
-    assert "At index 1 diff: 2 != 3" in failures and "illegal memory access" in failures
+    assert "At index 1 diff: 2 != 3" in failures
+    assert failures.count("RuntimeError: CUDA error: an illegal memory access") == 2
     assert "Timeout (0:00:05)!" in results.path("tests").read_text()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("error", [None, KeyError("from a hook")])
+def test_a_test_ends_its_timer_and_a_lost_process(
+    monkeypatch: pytest.MonkeyPatch, lost: bool, error: Exception | None
+) -> None:
+    """Whether what is inside raises, and its error goes on, or not."""
+    did: list[Any] = []
+    timer = SimpleNamespace(
+        dump_traceback_later=lambda limit, **_: did.append(limit),
+        cancel_dump_traceback_later=lambda: did.append("cancelled"),
+    )
+    monkeypatch.setattr(live_report, "faulthandler", timer)
+    monkeypatch.setattr(os, "_exit", did.append)
+    guard = live_report.Guard(5.0)
+    os.close(guard.stderr)
+    protocol = guard.pytest_runtest_protocol()
+    next(protocol)
+    guard.lost = lost
+    with pytest.raises(KeyError if error else StopIteration):
+        protocol.throw(error) if error else next(protocol)
+    assert did == [5.0, "cancelled", *([1] if lost else [])]
 
 
 def test_groups_and_table() -> None:
@@ -691,6 +819,42 @@ def test_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert "--launch-skip 1 --launch-count 1 --clock-control none" in profiled
     target = [sys.executable, "-m", "bench.counters", "--device", "cpu", "--call", "4x64"]
     assert shlex.split(profiled)[-len(target) :] == target
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected", "begun", "failed"),
+    [
+        ("50", 0, ["5x10"], []),
+        ("150", 1, ["5x10", "6x10"], ["5x10"]),  # which had all the time of a shape
+    ],
+)
+def test_what_counters_leave_out(
+    tmp_path: Path,
+    clock: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    budget: str,
+    expected: int,
+    begun: list[str],
+    failed: list[str],
+) -> None:
+    """Of an ncu that never ends: the shape in which the budget ends, and those after it."""
+    program, flag = tmp_path / "ncu", tmp_path / "child.hangs"
+    program.write_text(
+        f'#!/bin/sh\nfor last; do :; done\necho "$last" >> "$0.log"\ntouch "{flag}"\nsleep 300\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(counters, "time", children.time)
+    arguments = ["--shapes", "5x10", "6x10", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert counters.main([*arguments, "--budget", budget]) == expected
+    assert (tmp_path / "ncu.log").read_text().split() == begun
+    printed = capsys.readouterr().out
+    for shape in ("5x10", "6x10"):
+        why = f"ncu ran out of time, see counters-{shape}.log" if shape in failed else (
+            "left out, the budget is spent"
+        )  # fmt: skip
+        assert f"KD {shape} bfloat16: {why}\n" in printed
 
 
 @pytest.mark.skipif(not ISAS, reason="no CPU kernels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cases import SOME, assert_same, evaluate, make_inputs, needs_cpu
 from bench import sweep
 from bench.cases import Case
 from bench.measure import Cpu
-from bench.providers import planned
+from bench.providers import PLAN, planned
 
 pytestmark = needs_cpu
 BF16 = torch.bfloat16
@@ -21,12 +22,15 @@ BF16 = torch.bfloat16
 
 # ---- plans ----------------------------------------------------------------------------------
 
-# Some of each kind; together every number that the sweep asks for.
+# For the emulation: some of each kind, together every number that the sweep asks for.
 PLANS = [x for i, x in enumerate(sweep.PLANS) if not x.startswith("regime=cluster") or i % 7 == 0]
 
 
 def test_the_plans_are_all_there_are() -> None:
     assert len(set(sweep.PLANS)) == len(sweep.PLANS) == 4 + 5 * 3 * 2 * 2
+
+
+def test_the_emulated_plans_have_every_number() -> None:
     words = {word for plan in PLANS for word in plan.split()}
     assert words == {word for plan in sweep.PLANS for word in plan.split()}
 
@@ -56,6 +60,38 @@ def test_a_plan_gives_the_same_numbers(plan: str, generator: torch.Generator) ->
     torch.testing.assert_close(gradient, truth[1], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("before", [None, "parts=4"])
+def test_an_override_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """In the environment, which the planner reads in every call; whatever ends it."""
+    monkeypatch.delenv(PLAN, raising=False)
+    if before:
+        monkeypatch.setenv(PLAN, before)
+    for plan in ("regime=staged", ""):
+        with planned(plan):
+            assert os.environ.get(PLAN, "") == plan
+        assert os.environ.get(PLAN) == before
+        with pytest.raises(KeyError), planned(plan):
+            raise KeyError
+        assert os.environ.get(PLAN) == before
+
+
+@pytest.mark.full
+def test_an_override_is_of_the_calls_in_it(generator: torch.Generator) -> None:
+    """Neither of the one before nor of the one after, which get the planner's own plan."""
+    from emulated import emulate
+
+    inputs = make_inputs("normal", 3, 703, BF16, generator)
+    results = []
+    with emulate(0) as done:
+        for plan in ("", "regime=staged threads=64", ""):
+            with planned(plan):
+                results.append(evaluate(SOME, *inputs, backend="cuda"))
+        own, asked, after = [(x["regime"], x["threads"]) for x in done.runs]
+    assert asked == ("staged", 64) and own == after != asked
+    for x, y in zip(results[0], results[2], strict=True):
+        assert_same(x, y)
+
+
 # ---- a measurement --------------------------------------------------------------------------
 
 
@@ -79,7 +115,11 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert swept.measure(case, "regime=split")["outcome"] == "wrong"
 
 
-def test_a_plan_that_is_not_possible_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", ["; allowed: words", "\nException raised from somewhere"])
+def test_only_a_plan_that_is_not_possible_is_a_result(
+    monkeypatch: pytest.MonkeyPatch, more: str
+) -> None:
+    """In one line; another error is raised."""
     monkeypatch.setattr(sweep, "WARM", 0.0)
     swept = sweep.Sweep(Cpu(), "cpu", seconds=1e-9)
     case = Case("kd", 5, 101, "bfloat16")
@@ -88,15 +128,15 @@ def test_a_plan_that_is_not_possible_is_a_result(monkeypatch: pytest.MonkeyPatch
     seen: list[str | None] = []
 
     def run(_: Any) -> None:
-        seen.append(sweep.os.environ.get("KDKERNELS_PLAN"))
-        raise RuntimeError("KDKERNELS_PLAN: parts=3 is not possible for 5 rows; allowed: words")
+        seen.append(os.environ.get(PLAN))
+        raise RuntimeError(f"KDKERNELS_PLAN: parts=3 is not possible for 5 rows{more}")
 
     monkeypatch.setattr(loss, "run", run)
     assert swept.measure(case, "parts=3") == {
         "outcome": "not possible",
         "why": "KDKERNELS_PLAN: parts=3 is not possible for 5 rows",
     }
-    assert seen == ["parts=3"] and "KDKERNELS_PLAN" not in sweep.os.environ
+    assert seen == ["parts=3"] and PLAN not in os.environ
     monkeypatch.setattr(loss, "run", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         swept.measure(case, "")
@@ -147,6 +187,39 @@ def test_lines_are_kept_as_they_come_and_not_measured_again(
     assert len(read(path)) == 6 and capsys.readouterr().out.endswith("all are there\n")
 
 
+@pytest.mark.parametrize("ending", ["\r\n", "\n"])  # git or an editor may have changed it
+@pytest.mark.parametrize(
+    "half",
+    ["4x10,bfloat16,parts=4", "4x10,bfloat16,parts=4,ok", '4x10,bfloat16,parts=4,failed,"a'],
+)
+def test_half_a_line_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str, ending: str
+) -> None:
+    """The run that wrote it was killed; what comes after it is read as it was written."""
+    path = tmp_path / "sweep.csv"
+    text = ",".join(sweep.FIELDS) + "\n4x10,bfloat16,,ok,1.5\n" + half
+    path.write_bytes(text.replace("\n", ending).encode())
+
+    def work_through(names: list[str], *_: Any, **__: Any) -> Any:
+        assert names == ["4x10 bfloat16 parts=4", "4x10 bfloat16 parts=3"]
+        return [{"name": x, "outcome": "ok", "ms": 2.5} for x in names]
+
+    monkeypatch.setattr(sweep, "work_through", work_through)
+    arguments = ["--shapes", "4x10", "--plans", "", "parts=4", "parts=3", "--device", "cpu"]
+    assert sweep.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert [(x["plan"], x["outcome"]) for x in read(path)] == [
+        ("", "ok"), ("parts=4", "ok"), ("parts=3", "ok"),
+    ]  # fmt: skip
+
+
+def test_half_a_header_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sweep.csv"
+    path.write_text("shape,dty")
+    monkeypatch.setattr(sweep, "work_through", lambda *_, **__: iter(()))
+    assert sweep.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert path.read_text().splitlines() == [",".join(sweep.FIELDS)]
+
+
 def test_the_child_says_a_line_for_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(sweep, "say", lambda **line: said.append(line))
@@ -172,7 +245,6 @@ def test_the_child_says_a_line_for_each_name(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-@pytest.mark.full
 def test_a_sweep_of_the_cpu(tmp_path: Path) -> None:
     """Its plans change nothing there: the same numbers, from a child, in a file."""
     arguments = ["--shapes", "16x103", "--plans", "", "regime=split", "--seconds", "0.001"]
@@ -180,17 +252,3 @@ def test_a_sweep_of_the_cpu(tmp_path: Path) -> None:
     lines = read(tmp_path / "sweep.csv")
     assert [(x["plan"], x["outcome"]) for x in lines] == [("", "ok"), ("regime=split", "ok")]
     assert all(float(x["ms"]) > 0 for x in lines)
-
-
-@pytest.mark.full
-def test_an_override_leaves_no_trace(generator: torch.Generator) -> None:
-    from emulated import emulate
-
-    inputs = make_inputs("normal", 3, 703, BF16, generator)
-    with emulate(0):
-        before = evaluate(SOME, *inputs, backend="cuda")
-        with planned("regime=staged threads=64"):
-            evaluate(SOME, *inputs, backend="cuda")
-        after = evaluate(SOME, *inputs, backend="cuda")
-    for x, y in zip(before, after, strict=True):
-        assert_same(x, y)
