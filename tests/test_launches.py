@@ -246,7 +246,7 @@ def test_the_counters_of_calls_in_flight_differ(new_device):
 # ---- errors ---------------------------------------------------------------------------------
 
 ASKED = ["cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute"]
-ASKED += ["cudaOccupancyMaxActiveClusters", "cudaStreamIsCapturing", "cudaGetSymbolAddress"]
+ASKED += ["cudaStreamIsCapturing", "cudaGetSymbolAddress"]
 TOLD = ["cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaDeviceGetAttribute"]
 CASES = [*((x, False) for x in [*ASKED, "cudaLaunchKernelExC"]), *((x, True) for x in TOLD)]
 
@@ -264,6 +264,44 @@ def test_what_failed_once_is_asked_again(new_device, function, knows_device):
         _fake.call(**LARGE)
     assert _fake.last_error() == NO_ERROR and _fake.mode() == "global"
     assert call(**LARGE) == expected
+
+
+OCCUPANCY = "cudaOccupancyMaxActiveClusters"
+
+
+@pytest.mark.parametrize("size", range(5))
+def test_clusters_that_a_device_does_not_answer_for_are_none_to_this_call(new_device, size):
+    new_device()
+    clusters = list(KNOWN["H100"]["clusters"])
+    clusters[size] = 0
+    _fake.plant_error(OCCUPANCY, ANY, after=size)
+    assert _fake.device_facts() == KNOWN["H100"] | {"clusters": clusters}
+    assert _fake.last_error() == NO_ERROR and not _fake.take_refusals()
+    assert _fake.device_facts() == KNOWN["H100"]
+
+
+def test_clusters_beyond_eight_that_may_not_be_asked_for_are_none_to_this_call(new_device):
+    """The first thing that a kernel is told is its shared memory, which others need, too."""
+    new_device()
+    _fake.plant_error("cudaFuncSetAttribute", ANY, after=1)
+    assert _fake.device_facts()["clusters"] == [*KNOWN["H100"]["clusters"][:4], 0]
+    assert _fake.last_error() == NO_ERROR
+    assert _fake.device_facts() == KNOWN["H100"]
+
+
+def test_a_call_does_without_clusters_that_a_device_does_not_answer_for(new_device):
+    """Each time that it does not; and has the right plan as soon as it does."""
+    new_device(clusters=[0] * 5)
+    without = [call(**options) for options in (SMALL, LARGE)]
+    new_device()
+    expected = [call(**options) for options in (SMALL, LARGE)]
+    assert without[0] == expected[0] and without[1] != expected[1]
+    new_device()
+    _fake.plant_error(OCCUPANCY, ANY, calls=20)
+    for _ in range(2):
+        assert [call(**options) for options in (SMALL, LARGE)] == without
+    assert _fake.last_error() == NO_ERROR and _fake.mode() == "global"
+    assert [call(**options) for options in (SMALL, LARGE)] == expected
 
 
 # ---- graphs ---------------------------------------------------------------------------------

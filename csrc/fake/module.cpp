@@ -220,7 +220,7 @@ void for_types(int loss, F f) {
 constexpr int64_t kMostLogits = int64_t(1) << 31;  // of a tensor; more are more of the same waves
 
 py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool large_first) {
-  const gpu::Device* device = nullptr;
+  gpu::Device device;
   if (const int error = gpu::device_facts(device)) fail(error);
   if (large_first) {
     std::reverse(classes.begin(), classes.end());
@@ -243,7 +243,7 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
                     if (two && !gpu::kLosses[loss].two_temperatures) continue;
                     // Reductions have one output to reduce.
                     if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, *device, seen,
+                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, device, seen,
                               out);
                   }
           });
@@ -320,7 +320,8 @@ PYBIND11_MODULE(_fake, m) {
   });
   m.def("take_refusals", &fake::take_refusals);
   m.def("last_error", &fake::last_error, "What cudaGetLastError() says to this thread.");
-  m.def("plant_error", &fake::plant_error, py::arg("function"), py::arg("error"), "Of its next call.");
+  m.def("plant_error", &fake::plant_error, py::arg("function"), py::arg("error"), py::kw_only(), py::arg("calls") = 1,
+        py::arg("after") = 0, "Of so many of its calls, after so many others.");
   m.def("hold", &fake::hold, py::arg("function"), "The next thread that calls it waits for release().");
   m.def("await_held", &fake::await_held, py::call_guard<py::gil_scoped_release>(),
         "Until a thread waits, or release() is called: whether one waited.");
@@ -329,14 +330,14 @@ PYBIND11_MODULE(_fake, m) {
   m.def(
       "device_facts",
       [] {
-        const gpu::Device* found = nullptr;
+        gpu::Device found;
         int error;
         {
           const py::gil_scoped_release release;
           error = gpu::device_facts(found);
         }
         if (error) fail(error);
-        return as_dict(*found);
+        return as_dict(found);
       },
       "What device.cu says of the current device.");
   m.def(
