@@ -20,6 +20,7 @@ import pytest
 from test_cuda_compiled import built_module, cubins, resources
 
 import kdkernels
+from bench import sweep
 
 try:
     from kdkernels import _fake
@@ -124,6 +125,66 @@ def test_no_launch_is_refused(compiled, new_device, name, large_first):
         sizes = [2**i for i, most in enumerate(KNOWN[name]["clusters"]) if most]
         assert sorted(map(int, found["clusters"])) == sizes
     assert set(found["regimes"]) == regimes
+
+
+# The fewest threads and the most, residents at the edge of what registers hold, uneven parts.
+ODD_PLANS = [
+    "regime=staged threads=32",
+    "regime=staged threads=32 per_multiprocessor=2",
+    "regime=staged threads=768",
+    "regime=staged threads=384 per_multiprocessor=1",
+    "regime=split threads=64 parts=7",
+    "regime=split threads=32 parts=64",
+    "regime=split parts=1",
+    "regime=sweeps threads=32",
+    "regime=sweeps threads=32 per_multiprocessor=12",
+    "regime=sweeps threads=32 per_multiprocessor=16",
+    "regime=sweeps threads=160",
+    "regime=cluster",
+    "regime=cluster threads=32",
+    "regime=cluster threads=224 per_multiprocessor=1",
+    "regime=cluster threads=160 per_multiprocessor=2",
+    "parts=16 stages=3",
+    "threads=32",
+    "per_multiprocessor=1",
+]
+ODD_CLASSES = [1, 7, 100, 513, 4097, 8201, 50257, 1000003]
+
+
+@pytest.mark.parametrize("name", ["H100", "H200", "B200"])
+def test_what_is_asked_for_is_refused_by_the_planner_or_by_nobody(compiled, new_device, name):
+    """What only the device refused would be taken for a fault of the kernel."""
+    new_device(name)
+    regimes, clusters, not_possible = set(), set(), 0
+    for plan in dict.fromkeys([*sweep.PLANS, *ODD_PLANS]):
+        found = _fake.sweep(
+            classes=[*sweep.CLASSES, *ODD_CLASSES],
+            rows=[4096, 3],
+            types=["bfloat16", "float32"],
+            override=plan,
+        )
+        wrong = [f"{what}, as in {calls[0]}" for what, calls in found["wrong"].items()]
+        assert not wrong, f"{plan}\n" + "\n".join(wrong)
+        assert found["launches"]  # of backward passes at least, which have no choice
+        for said in found["not_possible"]:
+            asked, _, why = said.partition(" is not possible for ")
+            assert sorted(asked.split()) == sorted(["KDKERNELS_PLAN:", *plan.split()]) and why
+        not_possible += len(found["not_possible"])
+        regimes |= found["regimes"].keys()
+        clusters |= found["clusters"].keys()
+    assert not_possible
+    assert regimes == {"lanes", "block", "staged", "sweeps", "split", "strided", "cluster"}
+    assert sorted(map(int, clusters)) == [1, 2, 4, 8, 16]
+
+
+def test_a_call_may_ask_for_a_plan(new_device):
+    new_device()
+    plan, launches = call(**LARGE, override="regime=cluster parts=16 threads=192 stages=2")
+    assert (plan["regime"], plan["parts"], plan["stages"]) == ("cluster", 16, 2)
+    assert [(x["cluster"], x["threads"]) for x in launches][-1] == (16, 192)
+    with pytest.raises(ValueError, match=r"^KDKERNELS_PLAN: parts=3 is not possible"):
+        _fake.call(**LARGE, override="parts=3")
+    assert not _fake.take_launches()
 
 
 @pytest.mark.parametrize("dtype", _fake.types)
@@ -246,7 +307,7 @@ def test_the_counters_of_calls_in_flight_differ(new_device):
 # ---- errors ---------------------------------------------------------------------------------
 
 ASKED = ["cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaFuncSetAttribute"]
-ASKED += ["cudaOccupancyMaxActiveClusters", "cudaStreamIsCapturing", "cudaGetSymbolAddress"]
+ASKED += ["cudaStreamIsCapturing", "cudaGetSymbolAddress"]
 TOLD = ["cudaFuncGetAttributes", "cudaFuncSetAttribute", "cudaDeviceGetAttribute"]
 CASES = [*((x, False) for x in [*ASKED, "cudaLaunchKernelExC"]), *((x, True) for x in TOLD)]
 
@@ -264,6 +325,44 @@ def test_what_failed_once_is_asked_again(new_device, function, knows_device):
         _fake.call(**LARGE)
     assert _fake.last_error() == NO_ERROR and _fake.mode() == "global"
     assert call(**LARGE) == expected
+
+
+OCCUPANCY = "cudaOccupancyMaxActiveClusters"
+
+
+@pytest.mark.parametrize("size", range(5))
+def test_clusters_that_a_device_does_not_answer_for_are_none_to_this_call(new_device, size):
+    new_device()
+    clusters = list(KNOWN["H100"]["clusters"])
+    clusters[size] = 0
+    _fake.plant_error(OCCUPANCY, ANY, after=size)
+    assert _fake.device_facts() == KNOWN["H100"] | {"clusters": clusters}
+    assert _fake.last_error() == NO_ERROR and not _fake.take_refusals()
+    assert _fake.device_facts() == KNOWN["H100"]
+
+
+def test_clusters_beyond_eight_that_may_not_be_asked_for_are_none_to_this_call(new_device):
+    """The first thing that a kernel is told is its shared memory, which others need, too."""
+    new_device()
+    _fake.plant_error("cudaFuncSetAttribute", ANY, after=1)
+    assert _fake.device_facts()["clusters"] == [*KNOWN["H100"]["clusters"][:4], 0]
+    assert _fake.last_error() == NO_ERROR
+    assert _fake.device_facts() == KNOWN["H100"]
+
+
+def test_a_call_does_without_clusters_that_a_device_does_not_answer_for(new_device):
+    """Each time that it does not; and has the right plan as soon as it does."""
+    new_device(clusters=[0] * 5)
+    without = [call(**options) for options in (SMALL, LARGE)]
+    new_device()
+    expected = [call(**options) for options in (SMALL, LARGE)]
+    assert without[0] == expected[0] and without[1] != expected[1]
+    new_device()
+    _fake.plant_error(OCCUPANCY, ANY, calls=20)
+    for _ in range(2):
+        assert [call(**options) for options in (SMALL, LARGE)] == without
+    assert _fake.last_error() == NO_ERROR and _fake.mode() == "global"
+    assert [call(**options) for options in (SMALL, LARGE)] == expected
 
 
 # ---- graphs ---------------------------------------------------------------------------------

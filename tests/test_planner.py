@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
+from functools import partial
+
 import pytest
 from cases import ISAS
 
@@ -234,6 +238,51 @@ def test_a_bad_override_is_refused(word: str) -> None:
     with pytest.raises(ValueError, match=r"^KDKERNELS_PLAN: got '.*'; allowed: words such as") as e:
         _host.gpu_plan(device="H200", rows=4096, classes=128256, override=f"threads=192 {word}")
     assert f"got '{word}'" in str(e.value)
+
+
+MIXED: dict = {"alike": False, "wide": True}
+
+
+def named(what: str) -> str:
+    """The group of a pattern, in what a refusal says is allowed."""
+    with pytest.raises(ValueError, match="; allowed: ") as e:
+        _host.gpu_plan(device="H200", rows=4096, classes=16384, override="parts=0")
+    found = re.search(what, str(e.value))
+    assert found, str(e.value)
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("bound", "step", "words", "options"),
+    [
+        (r"(\d+) with staged", 32, "regime=staged threads={} per_multiprocessor=1", {}),
+        (r"(\d+) with cluster", 32, "regime=cluster threads={} per_multiprocessor=1", {}),
+        (r"(\d+) with sweeps,", 32, "regime=sweeps threads={}", {}),
+        (r"(\d+) with split,", 32, "regime=split threads={}", {}),
+        (r"(\d+) with sweeps and split of", 32, "regime=sweeps threads={}", MIXED),
+        (r"(\d+) with sweeps and split of", 32, "regime=split threads={}", MIXED),
+        (r"with split 1 to (\d+)", 1, "regime=split parts={}", {}),
+        (r"stages: of a cluster 1 to (\d+)", 1, "regime=cluster parts=16 stages={}", {}),
+    ],
+)
+def test_the_bounds_that_are_named_are_those_that_hold(
+    bound: str, step: int, words: str, options: dict
+) -> None:
+    plan = partial(_host.gpu_plan, device="H200", rows=4096, classes=16384, **options)
+    most = int(named(bound))
+    assert f"regime={plan(override=words.format(most))['regime']}" in words
+    with pytest.raises(ValueError, match="is not possible"):
+        plan(override=words.format(most + step))
+
+
+def test_the_sizes_of_clusters_that_are_named_are_those_that_there_are() -> None:
+    possible = []
+    for parts in range(1, 65):
+        with suppress(ValueError):
+            override = f"regime=cluster parts={parts}"
+            _host.gpu_plan(device="H200", rows=4096, classes=16384, override=override)
+            possible.append(str(parts))
+    assert named(r"parts: of a cluster ([\d, ]+);").split(", ") == possible
 
 
 def test_every_word_of_an_override_at_most_once() -> None:

@@ -16,9 +16,9 @@ struct Needs {
 
 // 0, or an error code, which error_text() explains.
 inline int prepare(const Call& c, Needs& out, const Override& override = {}) {
-  const Device* device = nullptr;
+  Device device;
   if (const int error = device_facts(device)) return error;
-  out.plan = plan(shape_of(c.problem), *device, override);
+  out.plan = plan(shape_of(c.problem), device, override);
   out.bytes = scratch_bytes(c, out.plan);
   bool captured = false;
   if (c.total)

@@ -113,8 +113,11 @@ namespace gpu {
 
 namespace {
 
-// How many clusters of so many blocks are resident at a time; 0 where there are none of that size.
-int most_clusters(const void* kernel, int blocks, int shared, int& out) {
+// How many clusters of so many blocks are resident at a time, in `out`; 0 where there are none of that size, and where
+// the device does not say: then false is returned.
+bool most_clusters(const void* kernel, int index, int blocks, int shared, int& out) {
+  out = 0;
+  if (blocks > arch::kClusterBlocks && arch::tell(kernel, index, arch::kClusters)) return false;
   cudaLaunchAttribute size = {};
   size.id = cudaLaunchAttributeClusterDimension;
   size.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
@@ -124,12 +127,15 @@ int most_clusters(const void* kernel, int blocks, int shared, int& out) {
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.attrs = &size;
   config.numAttrs = 1;
-  out = 0;
-  const int error = code(cudaOccupancyMaxActiveClusters(&out, kernel, &config));
-  return error == cudaErrorInvalidClusterSize ? 0 : error;
+  int found = 0;
+  const int error = code(cudaOccupancyMaxActiveClusters(&found, kernel, &config));
+  if (!error) out = found;
+  return !error || error == cudaErrorInvalidClusterSize;
 }
 
-int ask_device(int index, Device& out) {
+// A cluster size that the device does not answer for is no error, because the call may do without: there are then none
+// of this size, and the facts are not `complete`.
+int ask_device(int index, Device& out, bool& complete) {
   const Beside beside;
   const void* const kernel = reinterpret_cast<const void*>(probe);
   int multiprocessors = 0, per_block = 0, per_multiprocessor = 0, l2 = 0, has_clusters = 0;
@@ -142,30 +148,32 @@ int ask_device(int index, Device& out) {
   if (const int error = get(l2, cudaDevAttrL2CacheSize)) return error;
   if (const int error = get(has_clusters, cudaDevAttrClusterLaunch)) return error;
   out = {multiprocessors, per_block, per_multiprocessor, l2, {}};
+  complete = true;
   // A build for older devices runs here too, from its PTX, but its cluster kernels are empty (arch::kHasClusters).
   cudaFuncAttributes compiled;
   if (const int error = code(cudaFuncGetAttributes(&compiled, kernel))) return error;
   if (!has_clusters || compiled.ptxVersion < 90) return 0;
-  if (const int error = arch::tell(kernel, index, arch::kShared | arch::kClusters)) return error;
+  if (const int error = arch::tell(kernel, index, arch::kShared)) return error;
   for (int i = 0; i < kClusterSizes; ++i)
-    if (const int error = most_clusters(kernel, 1 << i, per_block, out.clusters[i])) return error;
+    complete = most_clusters(kernel, index, 1 << i, per_block, out.clusters[i]) && complete;
   return 0;
 }
 
 }  // namespace
 
-int device_facts(const Device*& out) {
+int device_facts(Device& out) {
   static std::array<std::optional<Device>, arch::kMostDevices> known;
   static std::mutex mutex;
   int index = 0;
   if (const int error = current_device(index)) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!known[index]) {
-    Device facts;
-    if (const int error = ask_device(index, facts)) return error;
-    known[index] = facts;
+  if (known[index]) {
+    out = *known[index];
+    return 0;
   }
-  out = &*known[index];
+  bool complete = false;
+  if (const int error = ask_device(index, out, complete)) return error;
+  if (complete) known[index] = out;
   return 0;
 }
 

@@ -7,8 +7,9 @@
 namespace kd {
 namespace gpu {
 
-// Asked of the device once: it never changes, and asking takes as long as several launches.
-int device_facts(const Device*& out);
+// Asked of the device once: it never changes, and asking takes as long as several launches. Clusters of a size that the
+// device does not answer for are none to this call, which may do without; the next one asks again.
+int device_facts(Device& out);
 const char* error_text(int error);
 
 // A counter that is 0 and nobody else's while the kernels of a call run. Kernels leave it at 0, so that the counters of

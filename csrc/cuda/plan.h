@@ -1,13 +1,15 @@
 // Which kernel takes a call on a GPU, and how it is launched: a pure function of the shape, the types and the device.
 //
+// clang-format off
 //   lanes    a few lanes of a warp per row, several rows per warp; everything in registers
 //   block    a block per row, its exponentials in registers: read once, written once
 //   staged   a block per row, the row pair in shared memory; while one row's gradient is written, the next row arrives
-//   cluster  several blocks per row, with the row pair in the shared memory of all of them (compute capability 9 and
-//   up) sweeps   a block per row, read twice: once for the statistics, then in reverse for the gradient split several
-//   blocks per row and two launches, for rows that are few or long; in waves of rows whose second read
+//   cluster  several blocks per row, the row pair in the shared memory of all of them (compute capability 9 and up)
+//   sweeps   a block per row, read twice: once for the statistics, then in reverse for the gradient
+//   split    several blocks per row and two launches, for rows that are few or long; in waves of rows whose second read
 //            finds the L2 cache
 //   strided  a thread per row, for classes that are apart in memory
+// clang-format on
 //
 // The thresholds are designed from the byte and register counts of the kernels; they wait for measurements.
 #pragma once
@@ -97,41 +99,6 @@ constexpr Wish kWishes[] = {{"parts", &Override::parts, &Plan::parts},
                             {"per_multiprocessor", &Override::per_multiprocessor, &Plan::per_multiprocessor}};
 constexpr Regime kOnRequest[] = {Regime::cluster, Regime::staged, Regime::sweeps, Regime::split};
 constexpr const char* kOverrideVariable = "KDKERNELS_PLAN";
-constexpr const char* kOverrideAllowed =
-    "words such as regime=cluster parts=4 stages=2 threads=192 per_multiprocessor=1, each at most once. regime: "
-    "cluster, "
-    "staged, sweeps, split. parts: of a cluster 1, 2, 4, 8, 16; with split 1 to 64. stages: of a cluster 1 to 3, as "
-    "shared memory has room. threads: multiples of 32, times per_multiprocessor (cluster and staged: 1 or 2) at most "
-    "768 "
-    "with staged, 384 with cluster and sweeps, 192 with split and of sweeps over mixed types and float64";
-
-// Of the words of `text`, which may be empty.
-inline Override parse_override(const std::string& text) {
-  Override out;
-  std::istringstream words(text);
-  for (std::string word; words >> word;) {
-    const size_t equals = std::min(word.find('='), word.size());
-    const std::string name = word.substr(0, equals), value = word.substr(std::min(equals + 1, word.size()));
-    bool known = false;
-    for (const Regime regime : kOnRequest)
-      if (name == "regime" && !out.regime && value == kRegimes[static_cast<int>(regime)]) {
-        out.regime = regime;
-        known = true;
-        break;
-      }
-    const bool number = !value.empty() && value.size() <= 4 && value[0] != '0' &&
-                        value.find_first_not_of("0123456789") == std::string::npos;
-    for (const Wish& wish : kWishes)
-      if (name == wish.name && number && !(out.*wish.asked)) {
-        out.*wish.asked = std::stoi(value);
-        known = true;
-      }
-    if (!known)
-      throw std::invalid_argument(std::string(kOverrideVariable) + ": got '" + word +
-                                  "'; allowed: " + kOverrideAllowed);
-  }
-  return out;
-}
 
 // Registers hold the exponentials of so many classes per thread.
 constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;  // in regime lanes
@@ -156,11 +123,57 @@ constexpr int kMostParts = 64;
 constexpr int64_t kSmallestWave = int64_t(8) << 20;  // bytes; below, launches would cost more than missing the cache
 constexpr int64_t kTargetsPerThread = 32;  // that every block counts for itself; more take a launch of their own
 constexpr int64_t kMostCountBlocks = 128, kMostScaleBlocks = 2048;
-constexpr int64_t kRowOverhead = 4 << 10;       // bytes of shared memory beside the staged rows
-constexpr int64_t kClusterOverhead = 10 << 10;  // the same of a block of a cluster
-constexpr int64_t kClusterSkewedClasses =
-    4096;  // rows that lie otherwise and are shorter are read twice, from the cache
+constexpr int64_t kRowOverhead = 4 << 10;        // bytes of shared memory beside the staged rows
+constexpr int64_t kClusterOverhead = 10 << 10;   // the same of a block of a cluster
+constexpr int64_t kClusterSkewedClasses = 4096;  // rows that lie otherwise: shorter ones are read twice, from the cache
 constexpr int kMostStages = 3;
+
+// The words of an override, and the bounds that kernels set; a call or a device may set closer ones.
+inline std::string override_allowed() {
+  std::ostringstream out;
+  out << "words such as regime=cluster parts=4 stages=2 threads=192 per_multiprocessor=1, each at most once. regime:";
+  const char* before = " ";
+  for (const Regime regime : kOnRequest) {
+    out << before << kRegimes[static_cast<int>(regime)];
+    before = ", ";
+  }
+  out << ". parts: of a cluster";
+  for (int i = 0; i < kClusterSizes; ++i) out << (i ? ", " : " ") << (1 << i);
+  out << "; with split 1 to " << kMostParts << ". stages: of a cluster 1 to " << kMostStages
+      << ", as shared memory has room. threads: multiples of 32, times per_multiprocessor (cluster and staged: 1 or 2) "
+      << "at most " << kStagedThreads << " with staged, " << kClusterThreads << " with cluster, " << kLongThreads
+      << " with sweeps, " << kPartThreads << " with split, and " << kWideThreads
+      << " with sweeps and split of mixed types or float64";
+  return out.str();
+}
+
+// Of the words of `text`, which may be empty.
+inline Override parse_override(const std::string& text) {
+  Override out;
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    const size_t equals = std::min(word.find('='), word.size());
+    const std::string name = word.substr(0, equals), value = word.substr(std::min(equals + 1, word.size()));
+    bool known = false;
+    for (const Regime regime : kOnRequest)
+      if (name == "regime" && !out.regime && value == kRegimes[static_cast<int>(regime)]) {
+        out.regime = regime;
+        known = true;
+        break;
+      }
+    const bool number = !value.empty() && value.size() <= 4 && value[0] != '0' &&
+                        value.find_first_not_of("0123456789") == std::string::npos;
+    for (const Wish& wish : kWishes)
+      if (name == wish.name && number && !(out.*wish.asked)) {
+        out.*wish.asked = std::stoi(value);
+        known = true;
+      }
+    if (!known)
+      throw std::invalid_argument(std::string(kOverrideVariable) + ": got '" + word +
+                                  "'; allowed: " + override_allowed());
+  }
+  return out;
+}
 
 // One line per choice, first match counts. A GPU's row of the table differs only by what Device says.
 struct Rule {
@@ -359,7 +372,7 @@ inline Plan plan(const Shape& x, const Device& d, const Override& o = {}) {
   if (!met)
     throw std::invalid_argument(std::string(kOverrideVariable) + ":" + words + " is not possible for " +
                                 std::to_string(x.rows) + " rows of " + std::to_string(x.classes) +
-                                " classes on this device; allowed: " + kOverrideAllowed);
+                                " classes on this device; allowed: " + override_allowed());
   return out;
 }
 

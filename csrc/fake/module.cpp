@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_set>
@@ -98,8 +100,8 @@ gpu::Call call_of(const Spec& x, void* stream) {
 }
 
 // blocks: instead of those planned, if any.
-int run(gpu::Call& c, gpu::Needs& needs, int64_t blocks = 0) {
-  if (const int error = gpu::prepare(c, needs)) return error;
+int run(gpu::Call& c, gpu::Needs& needs, const gpu::Override& override, int64_t blocks = 0) {
+  if (const int error = gpu::prepare(c, needs, override)) return error;
   if (blocks) needs.plan.blocks = blocks;
   return gpu::run(c, needs, needs.bytes ? memory(8) : nullptr);
 }
@@ -137,6 +139,7 @@ py::dict as_dict(const fake::Launch& x) {
 struct Swept {
   int64_t calls = 0, launches = 0, refused = 0;           // refused: calls
   std::map<std::string, int64_t> regimes, clusters;       // calls
+  std::set<std::string> not_possible;                     // the planner's words
   std::map<std::string, std::vector<std::string>> wrong;  // what, and the first calls that it happened to
 
   void add(const std::string& what, const Spec& x, const gpu::Plan& plan) {
@@ -182,15 +185,28 @@ Key key_of(const Spec& x, const gpu::Call& c, const gpu::Plan& plan) {
           magnitude(gpu::count_blocks(c, plan))};
 }
 
-void sweep_one(const Spec& x, const gpu::Device& device, Seen& seen, Swept& out) {
+// None where the override asks for what the planner refuses.
+std::optional<gpu::Plan> planned(const gpu::Call& c, const gpu::Device& device, const gpu::Override& override,
+                                 Swept& out) {
+  try {
+    return gpu::plan(gpu::shape_of(c.problem), device, override);
+  } catch (const std::invalid_argument& error) {
+    out.not_possible.insert(error.what());
+    return std::nullopt;
+  }
+}
+
+void sweep_one(const Spec& x, const gpu::Device& device, const gpu::Override& override, Seen& seen, Swept& out) {
   gpu::Call c = call_of(x, nullptr);
-  const gpu::Plan plan = gpu::plan(gpu::shape_of(c.problem), device);
+  const std::optional<gpu::Plan> possible = planned(c, device, override, out);
+  if (!possible) return;
+  const gpu::Plan& plan = *possible;
   if (!seen.insert(key_of(x, c, plan)).second) return;
   ++out.calls;
   ++out.regimes[gpu::kRegimes[static_cast<int>(plan.regime)]];
   if (plan.regime == gpu::Regime::cluster) ++out.clusters[std::to_string(plan.parts)];
   gpu::Needs needs;
-  const int error = run(c, needs);
+  const int error = run(c, needs, override);
   const std::vector<fake::Launch> launches = fake::take_launches();
   out.launches += static_cast<int64_t>(launches.size());
   std::vector<std::string> refusals = fake::take_refusals();
@@ -210,8 +226,7 @@ void sweep_one(const Spec& x, const gpu::Device& device, Seen& seen, Swept& out)
 }
 
 template <class F>
-void for_types(int loss, F f) {
-  const DType types[] = {DType::f32, DType::f64, DType::f16, DType::bf16};
+void for_types(int loss, const std::vector<DType>& types, F f) {
   for (DType student : types)
     for (DType teacher : types)
       if (gpu::kLosses[loss].teacher || teacher == student) f(student, teacher);
@@ -219,8 +234,12 @@ void for_types(int loss, F f) {
 
 constexpr int64_t kMostLogits = int64_t(1) << 31;  // of a tensor; more are more of the same waves
 
-py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool large_first) {
-  const gpu::Device* device = nullptr;
+py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool large_first,
+               const std::vector<std::string>& types, const std::string& override) {
+  const gpu::Override wanted = gpu::parse_override(override);
+  std::vector<DType> dtypes;
+  for (const std::string& name : types) dtypes.push_back(DType(index_of("types", name, kTypes)));
+  gpu::Device device;
   if (const int error = gpu::device_facts(device)) fail(error);
   if (large_first) {
     std::reverse(classes.begin(), classes.end());
@@ -234,7 +253,7 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
       for (int64_t r : rows) {
         if (n > kMostLogits / r) continue;
         for (int loss = 0; loss < gpu::kLossCount; ++loss)
-          for_types(loss, [&](DType student, DType teacher) {
+          for_types(loss, dtypes, [&](DType student, DType teacher) {
             for (int pass = 0; pass < 3; ++pass)
               for (bool two : {false, true})
                 for (int lie = 0; lie < 4; ++lie)
@@ -243,8 +262,8 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
                     if (two && !gpu::kLosses[loss].two_temperatures) continue;
                     // Reductions have one output to reduce.
                     if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, *device, seen,
-                              out);
+                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, device, wanted,
+                              seen, out);
                   }
           });
       }
@@ -255,6 +274,7 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
   found["refused"] = out.refused;
   found["regimes"] = out.regimes;
   found["clusters"] = out.clusters;
+  found["not_possible"] = out.not_possible;
   found["wrong"] = out.wrong;
   return found;
 }
@@ -320,7 +340,8 @@ PYBIND11_MODULE(_fake, m) {
   });
   m.def("take_refusals", &fake::take_refusals);
   m.def("last_error", &fake::last_error, "What cudaGetLastError() says to this thread.");
-  m.def("plant_error", &fake::plant_error, py::arg("function"), py::arg("error"), "Of its next call.");
+  m.def("plant_error", &fake::plant_error, py::arg("function"), py::arg("error"), py::kw_only(), py::arg("calls") = 1,
+        py::arg("after") = 0, "Of so many of its calls, after so many others.");
   m.def("hold", &fake::hold, py::arg("function"), "The next thread that calls it waits for release().");
   m.def("await_held", &fake::await_held, py::call_guard<py::gil_scoped_release>(),
         "Until a thread waits, or release() is called: whether one waited.");
@@ -329,20 +350,21 @@ PYBIND11_MODULE(_fake, m) {
   m.def(
       "device_facts",
       [] {
-        const gpu::Device* found = nullptr;
+        gpu::Device found;
         int error;
         {
           const py::gil_scoped_release release;
           error = gpu::device_facts(found);
         }
         if (error) fail(error);
-        return as_dict(*found);
+        return as_dict(found);
       },
       "What device.cu says of the current device.");
   m.def(
       "call",
       [](const std::string& loss, const std::string& pass, int64_t rows, int64_t classes, const std::string& student,
-         const std::string& teacher, bool two, const std::string& lie, bool mean, uintptr_t stream, int64_t blocks) {
+         const std::string& teacher, bool two, const std::string& lie, bool mean, uintptr_t stream, int64_t blocks,
+         const std::string& override) {
         const Spec spec = {loss_of(loss),
                            Pass(index_of("pass", pass, kPasses)),
                            DType(index_of("student", student, kTypes)),
@@ -353,11 +375,12 @@ PYBIND11_MODULE(_fake, m) {
                            Spec::Lie(index_of("lie", lie, kLies)),
                            mean};
         gpu::Call c = call_of(spec, reinterpret_cast<void*>(stream));
+        const gpu::Override wanted = gpu::parse_override(override);
         gpu::Needs needs;
         int error;
         {
           const py::gil_scoped_release release;
-          error = run(c, needs, blocks);
+          error = run(c, needs, wanted, blocks);
         }
         if (error) fail(error);
         py::dict out = gpu::as_dict(needs.plan);
@@ -368,7 +391,7 @@ PYBIND11_MODULE(_fake, m) {
       py::arg("loss") = "kd", py::kw_only(), py::arg("pass_") = "forward_grad", py::arg("rows") = 4096,
       py::arg("classes") = 1000, py::arg("student") = "bfloat16", py::arg("teacher") = "bfloat16",
       py::arg("two") = false, py::arg("lie") = "aligned", py::arg("mean") = true, py::arg("stream") = 0,
-      py::arg("blocks") = 0,
+      py::arg("blocks") = 0, py::arg("override") = "",
       "A call as the binding makes it, on the current device: its plan. An error is a RuntimeError.");
   m.def(
       "scale",
@@ -378,7 +401,9 @@ PYBIND11_MODULE(_fake, m) {
         if (error) fail(error);
       },
       py::arg("dtype"), py::arg("size"), py::arg("in_double"));
-  m.def("sweep", &sweep, py::arg("classes"), py::arg("rows"), py::arg("large_first"),
+  const std::vector<std::string> types(kTypes, kTypes + 4);
+  m.def("sweep", &sweep, py::arg("classes"), py::arg("rows"), py::kw_only(), py::arg("large_first") = false,
+        py::arg("types") = types, py::arg("override") = "",
         "Calls of all losses, passes, types and layouts, of each kernel and plan one: what went wrong.");
-  m.attr("types") = std::vector<std::string>(kTypes, kTypes + 4);
+  m.attr("types") = types;
 }

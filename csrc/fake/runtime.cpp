@@ -53,8 +53,11 @@ struct State {
   std::vector<std::unique_ptr<Stream>> streams;
   std::vector<Launch> launches;
   std::vector<std::string> refusals;
-  std::pair<std::string, int> planted;  // the function whose next call fails, and how
-  std::string held;                     // the function at whose call a thread shall wait
+  struct {
+    std::string function;
+    int error = 0, calls = 0, after = 0;
+  } planted;         // as in plant_error()
+  std::string held;  // the function at whose call a thread shall wait
   bool waiting = false;
 };
 State& state() {
@@ -114,9 +117,10 @@ cudaError_t api(const char* function, On on, Body body) {
     state().moved.wait(lock, [] { return state().held.empty(); });
   }
   cudaError_t error = cudaSuccess;
-  if (state().planted.first == function) {
-    error = static_cast<cudaError_t>(state().planted.second);
-    state().planted = {};
+  auto& planted = state().planted;
+  if (planted.calls > 0 && planted.function == function && planted.after-- <= 0) {
+    error = static_cast<cudaError_t>(planted.error);
+    --planted.calls;
   } else if (on == On::device && self.device >= static_cast<int>(state().devices.size())) {
     error = cudaErrorInvalidDevice;
   } else if (on == On::device && device_of(self.device).error) {
@@ -316,9 +320,9 @@ std::vector<std::string> take_refusals() {
 }
 int last_error() { return cudaGetLastError(); }
 
-void plant_error(const std::string& function, int error) {
+void plant_error(const std::string& function, int error, int calls, int after) {
   const Lock lock(state().mutex);
-  state().planted = {function, error};
+  state().planted = {function, error, calls, after};
 }
 void hold(const std::string& function) {
   const Lock lock(state().mutex);

@@ -53,8 +53,8 @@ std::vector<Launch> take_launches();  // those since the last time
 std::vector<std::string> take_refusals();
 int last_error();  // cudaGetLastError()
 
-// The next call of this function of the API fails.
-void plant_error(const std::string& function, int error);
+// So many calls of this function of the API fail, after so many that do not.
+void plant_error(const std::string& function, int error, int calls, int after);
 // The next thread that calls it waits there until release().
 void hold(const std::string& function);
 bool await_held();  // until one waits, or release() is called: whether one waited
