@@ -1,10 +1,11 @@
 """Plants the faults of mutants_list.py one at a time and shows whether the tests catch each.
 
 A fault is applied to a copy of a checkout in a temporary folder; what its layer needs is built
-there, and the test files that could see it run, up to the first failure. It survived if all of them
-passed. A test that fails without the fault as well proves nothing: the fault is then "unclear".
-Results are appended to a file as they come, and the same run goes on where it was stopped. There is
-no time limit: a fault that could make a kernel loop for ever has no place in the list.
+there, and the test files that could see it run, up to the first failure: first the test that caught
+it last time, if one is known. It survived if all of them passed. A test that fails without the
+fault as well proves nothing: the fault is then "unclear". Results are appended to a file as they
+come, and the same run goes on where it was stopped. There is no time limit: a fault that could make
+a kernel loop for ever has no place in the list.
 """
 
 from __future__ import annotations
@@ -26,10 +27,23 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from mutants_list import LAYERS, MUTANTS, Mutant, broken
+from mutants_list import FIRST, LAYERS, MUTANTS, Mutant, broken
 
 ROOT = Path(__file__).resolve().parents[1]
 FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", re.MULTILINE)
+# Runs pytest in a fork of a process that has loaded what takes long, for each line of arguments.
+SERVER = """
+import json, os, sys
+import hypothesis, numpy, pytest, torch, torch._dynamo
+for line in sys.stdin:
+    output, *arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        for stream, name in enumerate((os.devnull, output, output)):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), stream)
+        os._exit(pytest.main(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 CRASHED = re.compile(r'File ".*?/(tests/test_\w+\.py)", line \d+ in (test_\w+)')
 
 
@@ -57,9 +71,14 @@ class Copy:
             "PYTHONPATH": str(folder),
             "PYTHONDONTWRITEBYTECODE": "1",  # a file may change twice within a second
             "COLUMNS": "300",  # or pytest cuts its messages
+            "TRITON_INTERPRET": "1",
             "KDKERNELS_BUILD": "cpu",
             "KDKERNELS_CPU_ISAS": isas,
         }
+        self.output = folder / "pytest.txt"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", SERVER]
+        self.server = subprocess.Popen(command, cwd=folder, env=self.environment, **pipes)
 
     def take_over(self, other: Path, *names: str) -> None:
         """Folders, times included: ninja then builds no more than it must."""
@@ -83,14 +102,18 @@ class Copy:
     def test(self, *arguments: str) -> tuple[str, str] | bool:
         """The first test that fails and the first line of why; or whether there was a test."""
         options = ("-x", "-q", "--tb=short", "-p", "no:cacheprovider")
-        done = self.run("-m", "pytest", *options, *arguments)
-        if done.returncode in (0, 5):
-            return done.returncode == 0
-        if found := FAILED.search(done.stdout):
+        self.output.unlink(missing_ok=True)
+        self.server.stdin.write(json.dumps([str(self.output), *options, *arguments]) + "\n")
+        self.server.stdin.flush()
+        status = int(self.server.stdout.readline())
+        shown = self.output.read_text(errors="replace")
+        if status in (0, 5):
+            return status == 0
+        if found := FAILED.search(shown):
             return found[1], (found[2] or "").strip()
-        if done.returncode < 0 and (crashed := CRASHED.search(done.stdout)):
-            return "::".join(crashed.groups()), f"signal {-done.returncode}"
-        raise SystemExit(f"pytest fails ({done.returncode}):\n{done.stdout[-3000:]}")
+        if status < 0 and (crashed := CRASHED.search(shown)):
+            return "::".join(crashed.groups()), f"signal {-status}"
+        raise SystemExit(f"pytest fails ({status}):\n{shown[-3000:]}")
 
 
 class Runner:
@@ -124,14 +147,16 @@ class Runner:
     def verdict(self, mutant: Mutant, copy: Copy) -> dict[str, str]:
         if mutant.file.startswith("csrc") and (error := copy.build(mutant.layer == "cuda")):
             return {"verdict": "did not build", "message": error}
-        files = (f"tests/test_{name}.py" for name in LAYERS[mutant.layer].split())
+        file, _, test = FIRST.get(mutant.id, "").partition(" ")
+        files = [(file, "-k", test)] if test else []
         # One by one, because it takes long to collect all of them.
-        there = (x for x in files if (copy.folder / x).is_file())
+        files += [(name,) for name in LAYERS[mutant.layer].split()]
         results = []
-        for x in there:
-            results.append(copy.test(x, *self.selection))
-            if isinstance(results[-1], tuple):
-                break
+        for name, *chosen in files:
+            if (copy.folder / (path := f"tests/test_{name}.py")).is_file():
+                results.append(copy.test(path, *chosen, *self.selection))
+                if isinstance(results[-1], tuple):
+                    break
         if not any(results):
             raise SystemExit(f"{mutant.layer}: {shlex.join(self.selection)} leaves no test")
         if not isinstance(results[-1], tuple):

@@ -18,6 +18,41 @@ LAYERS = {
     "cuda": "planner cuda_emulated simt",
 }
 
+# The file and the test that caught a fault last time, which are tried first.
+FIRST: dict[str, str] = {
+    "python-float16-in-one-sweep": "autograd a_float16_gradient_is_rounded",
+    "python-nan-in-the-mean-confidence": "edges nan_stays_in_its_row",
+    "python-weight-0-in-the-mean-confidence": "edges rows_of_weight_zero",
+    "python-learned-weight-of-0": "autograd a_learned_weight_of_0_hides_an_infinite_loss",
+    "python-batchmean-by-all-rows": "arguments reductions",
+    "python-strided-target": "compile every_loss",
+    "python-teacher-gradient-dropped": "autograd only_the_teacher_is_learned",
+    "python-target-equal-to-classes": "arguments every_loss_checks_its_inputs",
+    "python-normalizer-of-weights-in-one-sweep": "autograd gradients_of_row_weight_and_normalizer",
+    "python-mean-of-nothing": "edges all_rows_ignored",
+    "python-gradient-given-away-twice": "autograd backward_twice",
+    "python-fake-outputs-last": "autograd opcheck",
+    "python-fake-loss-in-the-students-dtype": "autograd opcheck_of_dtypes",
+    "python-fake-statistics-in-float": "autograd opcheck",
+    "python-double-backward-dropped": "autograd double_backward_is_the_references",
+    "python-loss-dtype-of-the-student": "equivalence shapes",
+    "python-second-backward-without-upstream": "autograd backward_twice",
+    "python-check-by-presence": "arguments targets_are_read_on_the_host",
+    "python-warns-every-time": "arguments one_warning_at_a_silent_downgrade",
+    "python-broken-extension": "arguments a_broken_extension_says_why",
+    "python-module-forgets-row-weight": "modules equal_to_the_function",
+    "python-module-forgets-an-option": "modules equal_to_the_function",
+    "python-reference-0-times-inf": "edges one_hot_teacher",
+    "python-reference-temperature-once": "reference nkd_by_hand",
+    "python-reference-factor-differentiated": "reference is_the_authors_formula",
+    "python-reference-infinite-divergence": "edges infinite_logits",
+    "python-reference-teacher-not-in-float64": "arguments no_rows_of_mixed_dtypes",
+    "triton-merge-without-the-shift": "triton shapes",
+    "triton-merge-at-the-wrong-temperature": "triton shapes",
+    "triton-moves-from-nowhere": "triton shapes",
+    "triton-difference-cancels": "triton saturated_targets",
+}
+
 
 class Mutant(NamedTuple):
     id: str
