@@ -420,8 +420,8 @@ def unmeasured(reports: dict[str, Report]) -> str:
     lines = []
     if not any("gpu" in report["facts"] for report in reports.values()):
         lines.append(
-            "- No result of a GPU: **nothing has run on a GPU yet.** CONTRIBUTING.md has the commands"
-            " for a visit to one."
+            "- No result of a GPU: **nothing has run on a GPU yet.** CONTRIBUTING.md has the"
+            " commands for a visit to one."
         )
     for folder, report in reports.items():
         reasons: dict[str, list[str]] = {}
