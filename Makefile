@@ -23,7 +23,7 @@ ARGS ?=
 # Without nvidia-smi its device file still says that there is one, of an architecture that is not known.
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep GPU)
 DEVICE := $(or $(GPU),$(wildcard /dev/nvidia[0-9]*))
-ifeq ($(KDKERNELS_CUDA_ARCHS),)
+ifeq ($(KDKERNELS_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST),)
 KDKERNELS_CUDA_ARCHS := $(if $(GPU),native,90)
 endif
 ON_GPU := gpu-check gpu-check-triton gpu-counters gpu-sweep gpu-bench

@@ -107,21 +107,35 @@ def find_python():
     script += "[s.get_path('include'), v['EXT_SUFFIX'], bool(v.get('Py_GIL_DISABLED'))]))"
     try:
         return Python(*json.loads(output([command, "-c", script])))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.CalledProcessError, ValueError, TypeError):
         raise SystemExit(
-            f"\nkdkernels cannot be built: KDKERNELS_PYTHON={command}: {error}\n"
+            f"\nkdkernels cannot be built: KDKERNELS_PYTHON={command!r}: must be the command of a "
+            "Python that runs here, such as python3.12\n"
         ) from None
+
+
+def words_of(variable):
+    """The value of a variable of the environment that holds a command or flags."""
+    value = os.environ.get(variable, "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        why = f"{variable}={value!r}: must be words as for a shell: {error}"
+        raise SystemExit(f"\nkdkernels cannot be built: {why}\n") from None
 
 
 def find_compiler():
     """(command, first line of --version), or None."""
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
-        command = [*shlex.split(name), "--version"]
+    own = words_of("CXX")
+    for command in [own] if own else [["c++"], ["g++"], ["clang++"]]:
         try:
-            shown = subprocess.run(command, capture_output=True, text=True, check=True)
+            shown = subprocess.run(
+                [*command, "--version"], capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             continue
-        return shlex.split(name), shown.stdout.splitlines()[0]
+        if lines := shown.stdout.splitlines():
+            return command, lines[0]
     return None
 
 
@@ -168,7 +182,7 @@ def find_nvcc():
     tried = ["nvcc"]
     if os.environ.get("CUDA_HOME"):
         tried.insert(0, shlex.quote(str(Path(os.environ["CUDA_HOME"], "bin", "nvcc"))))
-    if os.environ.get("NVCC"):
+    if words_of("NVCC"):
         tried = [os.environ["NVCC"]]
     for name in tried:
         try:
@@ -258,7 +272,7 @@ def native_archs(variable):
 
 def decide():
     """(outcome, Cuda or None, reason for each backend not built, what stops the build or None)."""
-    mode = os.environ.get("KDKERNELS_BUILD", "auto")
+    mode = os.environ.get("KDKERNELS_BUILD") or "auto"
     if mode not in MODES:
         return "none", None, {}, f"KDKERNELS_BUILD={mode!r}; allowed: {', '.join(MODES)}"
     if BAD_ISAS:
@@ -348,7 +362,7 @@ def compile_modules(folder, names):
     """
     torch = TORCH[0]
     local = f"{PYTHON.suffix.split('.')[1]}-torch-{TORCH[1]}"
-    cxx = [*COMPILER[0], *shlex.split(os.environ.get("CXXFLAGS", "")), *COMPILE.split()]
+    cxx = [*COMPILER[0], *words_of("CXXFLAGS"), *COMPILE.split()]
     # pybind11's headers are those inside torch: they fit every Python that this torch runs on.
     python = ["-isystem", PYTHON.include, "-isystem", str(torch / "include")]
     python.append(f"-ffile-prefix-map={torch.parent}{os.sep}=")
@@ -369,7 +383,7 @@ def compile_modules(folder, names):
 
     def link(name, *inputs, libraries=(), flags=()):
         out = str(folder / local / f"{name}.so")
-        flags = [*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        flags = [*flags, *words_of("LDFLAGS")]
         command = [*COMPILER[0], *LINK.split(), *inputs, *libraries, *flags, "-o", out]
         steps.append(("link", out, inputs, command))
         return out

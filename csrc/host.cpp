@@ -79,6 +79,9 @@ const gpu::Device& gpu_device(const std::string& name) {
 
 py::dict gpu_plan(const std::string& device, int64_t rows, int64_t classes, int itemsize, bool teacher, int kept,
                   bool alike, bool strided, bool wide, bool backward, bool writes, const std::string& override) {
+  constexpr int64_t kMostClasses = (int64_t(1) << 31) - 65;  // as the binding has it
+  if (rows < 1 || rows > int64_t(1) << 48) throw py::value_error("rows: must be from 1 to 2^48");
+  if (classes < 1 || classes > kMostClasses) throw py::value_error("classes: must be from 1 to 2^31 - 65");
   gpu::Shape x = {rows,
                   classes,
                   wide ? 32 / itemsize : 16 / itemsize,

@@ -22,7 +22,10 @@ from kdkernels.reference import AEKT_VARIANTS
 # Every random number of a run follows from one seed; the workers of pytest-xdist inherit it.
 if os.environ.get("KDKERNELS_SEED") == "random":
     os.environ["KDKERNELS_SEED"] = str(int.from_bytes(os.urandom(4), "little"))
-SEED = int(os.environ.get("KDKERNELS_SEED") or 20240913)
+_SEED = os.environ.get("KDKERNELS_SEED") or "20240913"
+if not _SEED.isdecimal() or int(_SEED) >= 2**63:
+    raise pytest.UsageError(f"KDKERNELS_SEED={_SEED!r}: must be a number below 2^63, or random")
+SEED = int(_SEED)
 
 IGNORED = -100
 INF = math.inf

@@ -48,11 +48,13 @@ def pairwise(**factors: Sequence[Any]) -> pytest.MarkDecorator:
     The combinations of the usual cases, which are those that `make test` runs, are one by
     themselves.
     """
+    if len(factors) < 2 or not all(factors.values()):
+        raise ValueError(f"pairwise: two factors or more, with values; got {factors}")
     # The usual cases first.
     values = [
         sorted(x, key=lambda value: not getattr(value, "usual", True)) for x in factors.values()
     ]
     usual = [sum(getattr(value, "usual", True) for value in x) for x in values]
-    rows = covering([len(x) for x in values], covering(usual))
+    rows = covering([len(x) for x in values], covering(usual) if all(usual) else ())
     chosen = [tuple(x[index] for x, index in zip(values, row, strict=True)) for row in rows]
     return pytest.mark.parametrize(tuple(factors), chosen, ids=str)

@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--isas", default="baseline", help="the CPU's instruction sets to build")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants.jsonl")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs: got {options.jobs}; must be at least 1")
     wanted = set(options.only or (x.id for x in MUTANTS))
     mutants = [x for x in MUTANTS if x.layer in options.layers and x.id in wanted]
     tree = options.tree.resolve()

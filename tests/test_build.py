@@ -126,8 +126,15 @@ u.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
             "the C++ build failed",
         ),
         (NO_TORCH, {}, "pip install --no-build-isolation"),
+        (
+            "",
+            {"KDKERNELS_CPU_ISAS": "mmx"},
+            "KDKERNELS_CPU_ISAS: got 'mmx'; allowed: baseline",
+        ),
+        ("", {"KDKERNELS_PYTHON": "/bin/true"}, "KDKERNELS_PYTHON='/bin/true': must be the"),
+        ("", {"CXX": "'"}, """CXX="'": must be words"""),
     ],
-    ids=["mode", "no-compiler", "compile-error", "no-torch"],
+    ids=["mode", "no-compiler", "compile-error", "no-torch", "isa", "python", "quotes"],
 )
 def test_a_build_that_cannot_be_says_why(checkout, before, environment, message):
     done = build(checkout, before, **environment)
@@ -432,7 +439,7 @@ def test_a_build_for_another_python(checkout):
     assert {x.name for x in package.glob("*.so")} == {"_C.abi3.so", "_host.cpython-399-x.so"}
     assert f"-isystem {include} " in (checkout / "compiled").read_text()
     done = build(checkout, **environment, KDKERNELS_PYTHON="no-such-python")
-    assert done.returncode != 0 and "KDKERNELS_PYTHON=no-such-python: " in done.stderr
+    assert done.returncode != 0 and "KDKERNELS_PYTHON='no-such-python': " in done.stderr
 
 
 def test_an_old_setuptools_is_refused(checkout):

@@ -35,6 +35,18 @@ def test_every_two_values_of_the_usual_cases_meet_among_themselves() -> None:
         assert met == set(product(*values))
 
 
+def test_a_grid_without_a_usual_case_is_one_of_the_others() -> None:
+    others = [case for case in CASES if not case.usual][:3]
+    (rows,) = pairwise(case=others, size=range(2), kind="ab").args[1:]
+    assert {row[0] for row in rows} == set(others)
+
+
+@pytest.mark.parametrize("factors", [{}, {"a": [1, 2]}, {"a": [], "b": [1, 2]}], ids=str)
+def test_a_grid_of_nothing_is_refused(factors: dict) -> None:
+    with pytest.raises(ValueError, match="two factors or more"):
+        pairwise(**factors)
+
+
 def test_every_loss_is_in_the_table() -> None:
     public = {name for name in kdkernels.__all__ if name.endswith("_loss")}
     assert {f"{name}_loss" for name, loss in LOSSES.items() if loss.outputs == 1} == public
