@@ -208,12 +208,12 @@ def test_layouts_of_one_type(layout: str, same: str, generator: torch.Generator)
     check_rows(SOME, *views, dense[2], generator, backend="triton", variants=one("as planned"))
 
 
-@pytest.mark.parametrize("classes", [31, 32, 63, 64])
+@pytest.mark.parametrize("classes", [31, 32, 63, 64, 128])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_rows_that_reach_into_one_more_block(
     regime: str, classes: int, generator: torch.Generator
 ) -> None:
-    """Because they begin between two granules: blocks have 32 classes here."""
+    """Because they begin between two granules: blocks have 32 classes here, shares of a CTA 64."""
     student, teacher, target = make_inputs("normal", (1, 3), classes, BF16, generator)
     views = [LAYOUTS["unaligned"](x)[0] for x in (student, teacher)]
     check_rows(SOME, *views, target, generator, backend="triton", variants=one(regime))
