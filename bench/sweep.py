@@ -30,7 +30,7 @@ from torch import Tensor
 from bench import measure, providers, report
 from bench.__main__ import positive, shape_of
 from bench.cases import DTYPES, Case, truth
-from bench.children import say, work_through
+from bench.children import STOP, say, stoppable, work_through
 from bench.providers import PLAN, planned
 from bench.run import COPY, WARM
 
@@ -204,9 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shown = (report.number(line.get("ms")), report.percent(line.get("share_of_copy")))
             words = ", ".join(x for x in shown if x) or line.get("why", "")
             print(f"{line['name']}: {line['outcome']}, {words}", flush=True)
-    print(f"{len(left)} are left" if left else "all are there", flush=True)
+    stopped = "stopped: " if STOP.is_set() else ""
+    print(f"{stopped}{len(left)} are left" if left else "all are there", flush=True)
     return int(bad)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))
