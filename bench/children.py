@@ -26,7 +26,6 @@ LINES = "KD_LINES"
 START = 120.0  # seconds until a child is ready: imports, the device's context
 POLL = 0.02
 STOP = threading.Event()  # set where all of this is to end: children are killed, none is begun
-RUNNING: set[subprocess.Popen] = set()  # what `watch` has started and not yet killed
 
 Line = dict[str, Any]
 
@@ -49,9 +48,9 @@ def kill(process: subprocess.Popen) -> None:
 def stoppable(main: Callable[[], int]) -> int:
     """Its exit status; or, after SIGTERM, SIGHUP or SIGINT, 128 + the first one's number.
 
-    They set STOP, so that it ends by itself, having written what it knows. However it ends, nothing
-    that `watch` has started is left. A signal that is ignored stays so: that is what nohup asks
-    for. In a child nothing changes, since its parent kills it.
+    They set STOP, so that it ends by itself, having written what it knows, and `watch` kills what
+    it has started. A signal that is ignored stays so: that is what nohup asks for. In a child
+    nothing changes, since its parent kills it.
     """
     if LINES in os.environ:
         return main()
@@ -64,11 +63,7 @@ def stoppable(main: Callable[[], int]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
-    try:
-        status = main()
-    finally:
-        for process in list(RUNNING):
-            kill(process)
+    status = main()
     return 128 + came[0] if came else status
 
 
@@ -100,7 +95,6 @@ def watch(
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
         )
-        RUNNING.add(process)
         heard, allowed, half = time.monotonic(), START, ""
         try:
             with path.open(encoding="utf-8") as file:
@@ -122,7 +116,6 @@ def watch(
                     time.sleep(POLL)
         finally:
             kill(process)
-            RUNNING.discard(process)
 
 
 def work_through(
