@@ -114,6 +114,24 @@ def grouped(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Group
     return groups
 
 
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a check-*.jsonl, and how many there are that are none: it may be damaged."""
+    lines, unreadable = [], 0
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+            words = [line[x] for x in ("stage", "backend", "name")] + [line.get("tool", "")]
+            good = all(isinstance(x, str) for x in words) and line["stage"] in STAGES
+            good = good and isinstance(line.get("seconds", 0.0), (int, float))
+        except (KeyError, RecursionError, TypeError, ValueError):
+            good = False
+        if good:
+            lines.append(line)
+        else:
+            unreadable += bool(text.strip())
+    return lines, unreadable
+
+
 def table(lines: Iterable[dict[str, Any]]) -> str:
     header = ["stage", "backend", "what", "passed", "failed", "seconds", "remarks"]
     rows = [header]
@@ -141,6 +159,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self.path("check", "txt"), self.path("check", "jsonl"), self.failures):
             path.unlink(missing_ok=True)
+        self.path("check").touch()  # an error now, if ever
 
     def path(self, what: str, suffix: str = "txt") -> Path:
         return self.folder / f"{what}-{self.backend}.{suffix}"
@@ -387,7 +406,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if unknown := sorted(set(words) - set(known)):
             parser.error(f"--{name}: {', '.join(unknown)}; there are {', '.join(known)}")
         setattr(options, name, [x for x in known if x in words])
-    if options.budget <= 0 or options.limit <= 0 or (options.jobs is not None and options.jobs < 1):
+    above = options.budget > 0 and options.limit > 0  # NaN is not
+    if not above or (options.jobs is not None and options.jobs < 1):
         parser.error("--budget, --limit and --jobs: must be positive")
     return options
 
@@ -412,13 +432,21 @@ def run(results: Results, options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.table:
-        text = options.table.read_text(encoding="utf-8").rpartition("\n")[0]  # whole lines
-        print(table(map(json.loads, text.splitlines())))
-        return 0
+        try:
+            lines, unreadable = read(options.table)
+        except OSError as error:
+            sys.exit(f"--table {options.table}: {error.strerror}")
+        print(table(lines))
+        if unreadable:
+            print(f"{options.table}: {unreadable} lines could not be read, and are left out")
+        return int(not lines)
     device = torch.cuda.is_available()
     kept = report.RESULTS / report.folder_of(torch.cuda.get_device_name()) if device else None
     folder = Path(os.environ.get("OUT") or kept or ROOT / "out" / "gpu-check")
-    results = Results(folder, options.backend)
+    try:
+        results = Results(folder, options.backend)
+    except OSError as error:
+        sys.exit(f"OUT={folder}: no results can be written there, {error.strerror}")
     results.print(describe())
     try:
         run(results, options)

@@ -416,7 +416,50 @@ def test_the_smoke_stage(
     lines = results.path("check", "jsonl")
     lines.write_text(lines.read_text() + '{"stage": "smo')  # killed
     assert gpu_check.main(["--table", str(lines)]) == 0
-    assert capsys.readouterr().out == gpu_check.table(results.lines) + "\n"
+    note = f"{lines}: 1 lines could not be read, and are left out\n"
+    assert capsys.readouterr().out == f"{gpu_check.table(results.lines)}\n{note}"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"words", b"\xff\x00\x80", b"[]", b"3", b"{}", b"[" * 100000, b'{"stage": "smoke"}',
+        b'{"stage": "smoke", "name": "a"}', b'{"stage": "other", "backend": "cpu", "name": "a"}',
+        b'{"stage": [], "backend": "cpu", "name": "a"}', b'{"stage": "tests", "backend": "cpu"}',
+        b'{"stage": "smoke", "backend": "cpu", "name": []}',
+        b'{"stage": "smoke", "backend": "cpu", "name": "a", "seconds": "b"}',
+        b'{"stage": "smoke", "backend": "cpu", "name": "a", "tool": 1}',
+    ],
+)  # fmt: skip
+def test_a_table_is_of_the_lines_that_can_be_read(tmp_path: Path, bad: bytes, capsys: Any) -> None:
+    path = tmp_path / "lines"
+    good = [b'{"stage": "smoke", "backend": "cpu", "name": "%d"}' % i for i in range(3)]
+    path.write_bytes(b"\n".join([good[0], bad, b"", good[1], bad, good[2]]))
+    assert gpu_check.main(["--table", str(path)]) == 0
+    row, note = capsys.readouterr().out.splitlines()[1:]
+    assert row.split() == ["smoke", "cpu", "smoke", "3", "0", "0.0"]
+    assert note == f"{path}: 2 lines could not be read, and are left out"
+    path.write_bytes(bad)
+    assert gpu_check.main(["--table", str(path)]) == 1, "none"
+
+
+def test_a_table_of_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(SystemExit, match=f"--table {path}: "):
+            gpu_check.main(["--table", str(path)])
+
+
+@pytest.mark.parametrize("name", ["", "check-cpu.txt"])
+def test_results_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """OUT is a file, or has a folder where a file goes; that is said before anything runs."""
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True) if name else out.write_text("")
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setattr(gpu_check, "run", lambda *_: pytest.fail("ran"))
+    with pytest.raises(SystemExit, match=f"OUT={out}: no results can be written there, "):
+        gpu_check.main(["--backend", "cpu"])
 
 
 def test_what_the_smoke_stage_leaves_out(
@@ -742,7 +785,10 @@ def test_arguments() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--tools", "x"], ["--stages", "x"], ["--budget", "0"], ["--jobs", "0"], ["--limit", "0"]],
+    [
+        *(["--tools", "x"], ["--stages", "x"], ["--jobs", "0"]),
+        *([name, value] for name in ("--budget", "--limit") for value in ("0", "nan")),
+    ],
 )
 def test_bad_arguments_are_refused(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit):
