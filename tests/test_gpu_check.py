@@ -449,13 +449,19 @@ def test_a_table_of_no_file(tmp_path: Path) -> None:
             gpu_check.main(["--table", str(path)])
 
 
-@pytest.mark.parametrize("name", ["", "check-cpu.txt"])
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+
+
+@pytest.mark.parametrize("name", ["", "check-cpu.txt", pytest.param("/proc", marks=LINUX)])
 def test_results_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """OUT is a file, or has a folder where a file goes; that is said before anything runs."""
-    out = tmp_path / "out"
-    (out / name).mkdir(parents=True) if name else out.write_text("")
+    """OUT is a file, has a folder where a file goes, or takes none; nothing runs then."""
+    out = Path("/proc") if name == "/proc" else tmp_path / "out"
+    if name:
+        (out / name).mkdir(parents=True, exist_ok=True)
+    else:
+        out.write_text("")
     monkeypatch.setenv("OUT", str(out))
     monkeypatch.setattr(gpu_check, "run", lambda *_: pytest.fail("ran"))
     with pytest.raises(SystemExit, match=f"OUT={out}: no results can be written there, "):
