@@ -4,7 +4,8 @@ A child appends lines of JSON to the file that the environment's KD_LINES names:
 ready, and one for each thing it has done (`say`). `watch` yields them as they come, and kills a
 child that has been silent for too long: no signal reaches Python while it waits for a kernel.
 `work_through` gives a child names to do in turn, and starts another one behind the name at which
-one hung, crashed or lost its device.
+one hung, crashed or lost its device. `stoppable` is for the parent: a child is in a session of its
+own, which no signal to its parent reaches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,28 @@ def kill(process: subprocess.Popen) -> None:
         process.wait(5)
 
 
+def stoppable(main: Callable[[], int]) -> int:
+    """Its exit status; or, after SIGTERM, SIGHUP or SIGINT, 128 + the first one's number.
+
+    They set STOP, so that it ends by itself, having written what it knows, and `watch` kills what
+    it has started. A signal that is ignored stays so: that is what nohup asks for. In a child
+    nothing changes, since its parent kills it.
+    """
+    if LINES in os.environ:
+        return main()
+    came: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)
+        STOP.set()
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    status = main()
+    return 128 + came[0] if came else status
+
+
 def watch(
     command: Sequence[str],
     *,
@@ -55,9 +78,12 @@ def watch(
     """The child's lines, then how it ended: {"status": of its exit}.
 
     Or {"hang": seconds}, when it has said nothing for `limit` of them (START before its first
-    line), or {"late": True}, when time.monotonic() has come to `until`; it is killed then. What it
-    prints is appended to the file `output` meanwhile.
+    line), or {"late": True}, when time.monotonic() has come to `until`, or STOP is set; it is
+    killed then. What it prints is appended to the file `output` meanwhile.
     """
+    if STOP.is_set():
+        yield {"late": True}
+        return
     with tempfile.TemporaryDirectory() as folder, open(output or os.devnull, "ab") as printed:
         path = Path(folder) / "lines"
         path.touch()

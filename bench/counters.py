@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from bench import providers, report
+from bench import children, providers, report
 from bench.__main__ import positive, shape_of
 from bench.cases import Case
-from bench.children import watch
 from bench.measure import Inputs, LossCall
 
 SHAPES = [(4096, 128256), (4096, 10007), (4096, 262144)]
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
 LIMIT = 100.0  # seconds for a shape: every section takes the kernel some passes
 LEFT_OUT = "left out, the budget is spent"
+STOPPED = "left out, the run was stopped"
 OF_LONG_ROWS = "regex:^(cluster|staged|sweeps|part_stats)$"
 
 
@@ -43,7 +43,7 @@ def call(case: Case, device: str) -> None:
 
 
 def count(program: str, case: Case, device: str, out: Path, until: float) -> str | None:
-    """Writes the files of a shape; or why there are none: LEFT_OUT, or what failed."""
+    """Writes the files of a shape; or why there are none: LEFT_OUT, STOPPED, or what failed."""
     stem = out / f"counters-{case.shape}"
     target = [sys.executable, "-m", "bench.counters", "--device", device, "--call", case.shape]
     sections = [x for name in SECTIONS for x in ("--section", name)]
@@ -59,11 +59,15 @@ def count(program: str, case: Case, device: str, out: Path, until: float) -> str
     }
     for path, arguments in steps.items():
         now = time.monotonic()
+        if children.STOP.is_set():
+            return STOPPED
         if now >= until:
             return LEFT_OUT
         path.unlink(missing_ok=True)
         latest = min(until, now + LIMIT)
-        *_, end = watch([program, *arguments], limit=LIMIT, until=latest, output=path)
+        *_, end = children.watch([program, *arguments], limit=LIMIT, until=latest, output=path)
+        if "late" in end and children.STOP.is_set():
+            return STOPPED
         if "late" in end and latest == until:
             return LEFT_OUT
         if end != {"status": 0}:
@@ -100,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = count(program, case, options.device, options.out, began + options.budget)
         where = options.out / f"counters-{case.shape}"
         print(f"{case}: {why or where.with_suffix('.txt')}", flush=True)
-        if why not in (None, LEFT_OUT):
+        if why not in (None, LEFT_OUT, STOPPED):
             bad = True
             print(where.with_suffix(".log").read_text(errors="replace")[-2000:], flush=True)
     return int(bad)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(children.stoppable(main))

@@ -9,7 +9,8 @@ that of the planner's own plan, loss and gradient with float64, and it is timed 
 of as many bytes as the loss must move. A line for each shape and plan goes to sweep.csv in --out
 (default: out/bench) as it comes: also for one that a kernel or the device cannot have, that gives
 wrong numbers, hangs or crashes. It runs in a child process, so that the next one has a device.
-Shapes and plans that are in the file are not measured again.
+Shapes and plans that the file has from this device and commit are not measured again; the exit
+status is 1 when one of them is wrong or failed, whichever call has measured it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from bench import measure, providers, report
 from bench.__main__ import positive, shape_of
 from bench.cases import DTYPES, Case, truth
-from bench.children import say, work_through
+from bench.children import STOP, say, stoppable, work_through
 from bench.providers import PLAN, planned
 from bench.run import COPY, WARM
 
@@ -40,8 +41,10 @@ PLANS = ("", "regime=staged", "regime=split", "regime=sweeps") + tuple(
     f"regime=cluster parts={parts} stages={stages} threads={threads} per_multiprocessor={blocks}"
     for parts, stages, threads, blocks in product((1, 2, 4, 8, 16), (1, 2, 3), (384, 192), (1, 2))
 )
-FIELDS = ["shape", "dtype", "plan", "outcome", "ms", "ms_p20", "ms_p80", "calls", "bytes"]
+FIELDS = ["device", "commit"]  # what a line is of, with the next three
+FIELDS += ["shape", "dtype", "plan", "outcome", "ms", "ms_p20", "ms_p80", "calls", "bytes"]
 FIELDS += ["gb_per_s", "share_of_copy", "loss_error", "grad_error", "difference", "launched", "why"]
+BAD = ("wrong", "failed")  # outcomes
 ALLOWED = 1e-2  # of the largest entry of a gradient: two roundings to bfloat16
 LIMIT = 60.0  # seconds for a plan; the first of a shape draws the inputs and computes the truth
 
@@ -138,9 +141,19 @@ def work(names: Sequence[str], device: str, seconds: float) -> None:
 
 
 def drop_half_line(path: Path) -> None:
-    """What a run that was killed while it wrote has left at the end of its file."""
+    """What a run that was killed while it wrote has left at the end of its file.
+
+    A file with another header is refused, as it is.
+    """
     if path.exists():
         text = path.read_bytes()
+        header, ended, _ = text.partition(b"\n")
+        there, ours = header.decode(errors="replace").rstrip("\r"), ",".join(FIELDS)
+        if there != ours and (ended or not ours.startswith(there)):
+            sys.exit(
+                f"{path} has other columns: nothing was measured. Move it, or choose another --out."
+                f"\nthere: {there[:400]}\n here: {ours}"
+            )
         os.truncate(path, text.rfind(b"\n") + 1)
 
 
@@ -172,41 +185,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(options.work, options.device, options.seconds)
         return 0
     cases = [Case("kd", rows, classes, options.dtype) for rows, classes, _ in options.shapes]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench.sweep: there is no CUDA device here; nothing was measured")
+    device = torch.cuda.get_device_name() if options.device == "cuda" else measure.cpu_name()
+    here = {"device": device, "commit": measure.commit()}
     asked = {name_of(*pair): pair for pair in product(cases, options.plans)}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "sweep.csv"
     command = [sys.executable, "-m", "bench.sweep", "--device", options.device]
     command += ["--seconds", str(options.seconds), "--work"]
-    bad = False
     drop_half_line(path)
     with path.open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
-        rows = list(csv.DictReader(file))
-        done = {f"{x['shape']} {x['dtype']} {x['plan']}".strip() for x in rows}
+        rows = [x for x in csv.DictReader(file) if here.items() <= x.items()]
+        done = {f"{x['shape']} {x['dtype']} {x['plan']}".strip(): x["outcome"] for x in rows}
+        bad = sum(done.get(name) in BAD for name in asked)
         lines = csv.DictWriter(file, FIELDS, restval="", extrasaction="ignore")
         if file.tell() == 0:
             lines.writeheader()
         left = [name for name in asked if name not in done]
-        print(f"{path}: {len(asked) - len(left)} of {len(asked)} lines are there", flush=True)
+        print(
+            f"{path}: {len(asked) - len(left)} of {len(asked)} lines are there, {bad} bad",
+            flush=True,
+        )
         for line in work_through(left, command, limit=LIMIT, until=began + options.budget):
             if "failed" in line:
                 line |= {"outcome": "failed", "why": line["failed"]}
-                bad = True
             if "name" not in line:
                 print(f"the child: {line['why']}", flush=True)
+                bad += 1
                 continue
             case, plan = asked[line["name"]]
-            line |= {"shape": case.shape, "dtype": case.dtype, "plan": plan}
+            line |= here | {"shape": case.shape, "dtype": case.dtype, "plan": plan}
             lines.writerow(line)
             file.flush()
             left.remove(line["name"])
-            bad |= line["outcome"] == "wrong"
+            bad += line["outcome"] in BAD
             shown = (report.number(line.get("ms")), report.percent(line.get("share_of_copy")))
             words = ", ".join(x for x in shown if x) or line.get("why", "")
             print(f"{line['name']}: {line['outcome']}, {words}", flush=True)
-    print(f"{len(left)} are left" if left else "all are there", flush=True)
-    return int(bad)
+    stopped = "stopped: " if STOP.is_set() else ""
+    print(f"{stopped}{len(left)} are left" if left else "all are there", flush=True)
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

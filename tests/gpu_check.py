@@ -18,8 +18,9 @@ and the next one gets another process. Each stage has its share of --budget, and
 leave; what is not begun by then is left out, and the table says so. Results go to the folder named
 by the environment's OUT, or else to bench/results/<GPU>, as they come: check-<backend>.txt is what
 the screen shows, check-<backend>.jsonl has a line for everything that ended, failures-<backend>.txt
-the texts of failures; other files are what the children print. Exit status 1 when something failed,
-or when there is a device and nothing passed on it; without a device it says so and ends with 0.
+the texts of failures; other files are what the children print. SIGTERM, SIGHUP and SIGINT end all
+of it, and the table says what was left out. Exit status 1 when something failed, or when there is a
+device and nothing passed on it; without a device it says so and ends with 0.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -65,6 +66,7 @@ CASE = 60.0  # from the benchmark, whose largest case takes tens of them on a GP
 TEST = 120.0  # seconds for a test
 MEMORY = 4 << 30  # free memory of the GPU for each process
 NOTHING_SELECTED = 5  # of pytest's
+STOPPED = "stopped"  # left out because of a signal
 HEADLINE = ["4096x128256", "4096x32000", "4096x262144", "4096x10007"]
 
 
@@ -112,6 +114,24 @@ def grouped(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Group
     return groups
 
 
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a check-*.jsonl, and how many there are that are none: it may be damaged."""
+    lines, unreadable = [], 0
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+            words = [line[x] for x in ("stage", "backend", "name")] + [line.get("tool", "")]
+            good = all(isinstance(x, str) for x in words) and line["stage"] in STAGES
+            good = good and isinstance(line.get("seconds", 0.0), (int, float))
+        except (KeyError, RecursionError, TypeError, ValueError):
+            good = False
+        if good:
+            lines.append(line)
+        else:
+            unreadable += bool(text.strip())
+    return lines, unreadable
+
+
 def table(lines: Iterable[dict[str, Any]]) -> str:
     header = ["stage", "backend", "what", "passed", "failed", "seconds", "remarks"]
     rows = [header]
@@ -139,6 +159,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self.path("check", "txt"), self.path("check", "jsonl"), self.failures):
             path.unlink(missing_ok=True)
+        self.path("check").touch()  # an error now, if ever
 
     def path(self, what: str, suffix: str = "txt") -> Path:
         return self.folder / f"{what}-{self.backend}.{suffix}"
@@ -152,8 +173,9 @@ class Results:
             file.write(text + "\n")
 
     def print(self, text: str) -> None:
-        print(text, flush=True)
         self._append(self.path("check"), text)
+        with suppress(OSError):  # the screen goes with its connection, the files stay
+            print(text, flush=True)
 
     def add(self, stage: str, line: dict[str, Any]) -> None:
         """A line says failed, skipped, left out, or else that it passed."""
@@ -209,6 +231,7 @@ def smoke(results: Results, until: float, options: argparse.Namespace, tool: str
             left.discard(line.setdefault("name", "the process"))
             results.add(stage, line | ({"tool": tool} if tool else {}))
         why = "out of time" if time.monotonic() >= until else "no process got ready for it"
+        why = STOPPED if children.STOP.is_set() else why
         for name in (x for x in group if x in left):
             line = {"name": name, "left out": why}
             results.add(stage, line | ({"tool": tool} if tool else {}))
@@ -229,7 +252,10 @@ def headline(results: Results, until: float, options: argparse.Namespace) -> Non
         last = ["nothing", *(x["name"] for x in said if "name" in x)][-1]
         why = f"{end} after {last}, see {output.name}"
         line["left out" if "late" in end else "failed"] = why
-    results.print(output.read_text(encoding="utf-8", errors="replace"))
+        if children.STOP.is_set():
+            line["left out"] = STOPPED
+    if output.exists():
+        results.print(output.read_text(encoding="utf-8", errors="replace"))
     results.add("headline", line)
 
 
@@ -278,14 +304,17 @@ def pytest(
         if time.monotonic() > shown + 10:
             shown = time.monotonic()
             results.print(f"tests, {marker}: {len(ended)} of {collected} ended")
+    stopped = "late" in end and children.STOP.is_set()
     for name in sorted(begun - ended):
         why = "stopped: out of time" if "late" in end else "did not end"
-        results.add("tests", {"name": name, "backend": "", "failed": why})
+        word = {"left out": STOPPED} if stopped else {"failed": why}
+        results.add("tests", {"name": name, "backend": ""} | word)
     name = f"pytest, {marker}"
     if "late" in end:
         count = collected - len(begun) if collected else "all"
-        why = f"out of time: {count} tests were not begun"
-        results.add("tests", {"name": name, "backend": "-", "left out": why})
+        why = f"{STOPPED if stopped else 'out of time'}: {count} tests were not begun"
+        line = {"name": name, "backend": "-", "left out": why}
+        results.add("tests", line | ({"count": count} if collected else {}))
     elif end.get("status") not in (0, NOTHING_SELECTED) and not failed:
         results.add("tests", {"name": name, "backend": "-", "failed": f"{end}, see tests"})
 
@@ -377,7 +406,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if unknown := sorted(set(words) - set(known)):
             parser.error(f"--{name}: {', '.join(unknown)}; there are {', '.join(known)}")
         setattr(options, name, [x for x in known if x in words])
-    if options.budget <= 0 or options.limit <= 0 or (options.jobs is not None and options.jobs < 1):
+    above = options.budget > 0 and options.limit > 0  # NaN is not
+    if not above or (options.jobs is not None and options.jobs < 1):
         parser.error("--budget, --limit and --jobs: must be positive")
     return options
 
@@ -394,28 +424,29 @@ def run(results: Results, options: argparse.Namespace) -> None:
             results.add(stage, {"name": stage, "skipped": "no CUDA device"})
         else:
             until = START + options.budget * over / whole
-            results.print(f"\n{stage}, for at most {until - time.monotonic():.0f} s")
+            if not children.STOP.is_set():  # then it says what is left out
+                results.print(f"\n{stage}, for at most {until - time.monotonic():.0f} s")
             RUN[stage](results, until, options)
-
-
-def end(number: int, _frame: object) -> None:
-    """What ends this ends what it has started."""
-    children.STOP.set()
-    sys.exit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.table:
-        text = options.table.read_text(encoding="utf-8").rpartition("\n")[0]  # whole lines
-        print(table(map(json.loads, text.splitlines())))
-        return 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+        try:
+            lines, unreadable = read(options.table)
+        except OSError as error:
+            sys.exit(f"--table {options.table}: {error.strerror}")
+        print(table(lines))
+        if unreadable:
+            print(f"{options.table}: {unreadable} lines could not be read, and are left out")
+        return int(not lines)
     device = torch.cuda.is_available()
     kept = report.RESULTS / report.folder_of(torch.cuda.get_device_name()) if device else None
     folder = Path(os.environ.get("OUT") or kept or ROOT / "out" / "gpu-check")
-    results = Results(folder, options.backend)
+    try:
+        results = Results(folder, options.backend)
+    except OSError as error:
+        sys.exit(f"OUT={folder}: no results can be written there, {error.strerror}")
     results.print(describe())
     try:
         run(results, options)
@@ -426,11 +457,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = f"{passed} passed on {torch.cuda.get_device_name()}" if device else (
         "There is no CUDA device here: nothing ran on a GPU, and nothing was checked on one."
     )  # fmt: skip
-    results.print(f"FAILED: {failed} failures" if failed else verdict)
+    verdict = f"FAILED: {failed} failures" if failed else verdict
+    if stopped := children.STOP.is_set():
+        left = [x for x in results.lines if str(x.get("left out", "")).startswith(STOPPED)]
+        count = sum(x.get("count", 1) for x in left)
+        verdict = f"STOPPED by a signal: {count} were not done, {passed} passed, {failed} failed"
+    results.print(verdict)
     took = time.monotonic() - START
     results.print(f"{took:.0f} s of {options.budget:.0f} s; files are in {results.folder}")
-    return int(failed > 0 or (device and not passed))
+    return int(stopped or failed > 0 or (device and not passed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(children.stoppable(main))

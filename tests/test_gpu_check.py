@@ -147,6 +147,95 @@ def test_all_of_it_can_be_stopped(child: str, monkeypatch: pytest.MonkeyPatch) -
     assert [x["name"] for x in through([child], "a", "hangs", "b")] == ["a"]
 
 
+SCRIPT = """
+import sys
+from bench import children
+
+def main():
+    words = 'echo {} >> "$KD_LINES"; echo ready; exec sleep 20'
+    for line in children.watch(["sh", "-c", words], limit=1e9, until=1e18):
+        print(line, flush=True)
+        if line == {} and "raise" in sys.argv:
+            raise KeyError
+    return 0
+
+sys.exit(children.stoppable(main))
+"""
+STOPPABLE = {
+    "sweep": (["-m", "bench.sweep", "--device", "cpu", "--shapes", "4x10", "--plans", ""], "there"),
+    "gpu_check": (["tests/gpu_check.py", "--backend", "cpu", "--stages", "smoke"], "at most"),
+}
+
+
+def start(arguments: list[str], **variables: str) -> subprocess.Popen:
+    """A process whose output ends with the last of those that have it."""
+    variables = {k: v for k, v in os.environ.items() if k != children.LINES} | variables
+    command, root = [sys.executable, *arguments], gpu_check.ROOT
+    return subprocess.Popen(command, env=variables, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def begin(arguments: list[str], word: str, **variables: str) -> subprocess.Popen:
+    """It has printed the word."""
+    process = start(arguments, **variables)
+    assert process.stdout and any(word in line for line in process.stdout)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_what_was_started(number: signal.Signals) -> None:
+    """The parent says what it knows, and its status tells of the signal."""
+    process = begin(["-c", SCRIPT], "ready")
+    process.send_signal(number)
+    assert process.communicate()[0].splitlines()[-1] == "{'late': True}"
+    assert process.returncode == 128 + number
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    process = begin(["-c", f"import signal; signal.signal(1, signal.SIG_IGN){SCRIPT}"], "ready")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_an_error_in_the_parent_ends_what_it_has_started() -> None:
+    process = begin(["-c", SCRIPT, "raise"], "ready")
+    assert process.communicate()[0] == "{}\n" and process.returncode == 1
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels")
+@pytest.mark.parametrize("name", STOPPABLE)
+def test_a_program_is_ended_by_a_dropped_connection(name: str, tmp_path: Path) -> None:
+    arguments, word = STOPPABLE[name]
+    more = ["--seconds", "20", "--out", str(tmp_path)] if name == "sweep" else []
+    process = begin([*arguments, *more], word, OUT=str(tmp_path))
+    process.send_signal(signal.SIGHUP)
+    printed = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGHUP
+    if name == "sweep":
+        assert printed == "stopped: 1 are left\n"
+    else:
+        count = len(gpu_smoke.names("cpu")) + len(gpu_smoke.first("cpu"))
+        assert f"STOPPED by a signal: {count} were not done, 0 passed, 0 failed\n" in printed
+        assert f"{count} left out (stopped)" in (tmp_path / "check-cpu.txt").read_text()
+
+
+def test_counters_are_ended_by_a_signal(tmp_path: Path) -> None:
+    program, fifo = tmp_path / "ncu", tmp_path / "fifo"
+    program.write_text(f'#!/bin/sh\necho begun > "{fifo}"\nexec sleep 20 > "{fifo}"\n')
+    program.chmod(0o755)
+    os.mkfifo(fifo)
+    arguments = ["-m", "bench.counters", "--shapes", "5x10", "6x10", "--out", str(tmp_path)]
+    process = start(arguments, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    with fifo.open() as file:
+        assert file.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        file.read()  # ends with the program
+    why = "left out, the run was stopped"
+    assert process.communicate()[0] == "".join(f"KD {x}x10 bfloat16: {why}\n" for x in (5, 6))
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 # ---- the smoke test -------------------------------------------------------------------------
 
 
@@ -327,7 +416,56 @@ def test_the_smoke_stage(
     lines = results.path("check", "jsonl")
     lines.write_text(lines.read_text() + '{"stage": "smo')  # killed
     assert gpu_check.main(["--table", str(lines)]) == 0
-    assert capsys.readouterr().out == gpu_check.table(results.lines) + "\n"
+    note = f"{lines}: 1 lines could not be read, and are left out\n"
+    assert capsys.readouterr().out == f"{gpu_check.table(results.lines)}\n{note}"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"words", b"\xff\x00\x80", b"[]", b"3", b"{}", b"[" * 100000, b'{"stage": "smoke"}',
+        b'{"stage": "smoke", "name": "a"}', b'{"stage": "other", "backend": "cpu", "name": "a"}',
+        b'{"stage": [], "backend": "cpu", "name": "a"}', b'{"stage": "tests", "backend": "cpu"}',
+        b'{"stage": "smoke", "backend": "cpu", "name": []}',
+        b'{"stage": "smoke", "backend": "cpu", "name": "a", "seconds": "b"}',
+        b'{"stage": "smoke", "backend": "cpu", "name": "a", "tool": 1}',
+    ],
+)  # fmt: skip
+def test_a_table_is_of_the_lines_that_can_be_read(tmp_path: Path, bad: bytes, capsys: Any) -> None:
+    path = tmp_path / "lines"
+    good = [b'{"stage": "smoke", "backend": "cpu", "name": "%d"}' % i for i in range(3)]
+    path.write_bytes(b"\n".join([good[0], bad, b"", good[1], bad, good[2]]))
+    assert gpu_check.main(["--table", str(path)]) == 0
+    row, note = capsys.readouterr().out.splitlines()[1:]
+    assert row.split() == ["smoke", "cpu", "smoke", "3", "0", "0.0"]
+    assert note == f"{path}: 2 lines could not be read, and are left out"
+    path.write_bytes(bad)
+    assert gpu_check.main(["--table", str(path)]) == 1, "none"
+
+
+def test_a_table_of_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(SystemExit, match=f"--table {path}: "):
+            gpu_check.main(["--table", str(path)])
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+
+
+@pytest.mark.parametrize("name", ["", "check-cpu.txt", pytest.param("/proc", marks=LINUX)])
+def test_results_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """OUT is a file, has a folder where a file goes, or takes none; nothing runs then."""
+    out = Path("/proc") if name == "/proc" else tmp_path / "out"
+    if name:
+        (out / name).mkdir(parents=True, exist_ok=True)
+    else:
+        out.write_text("")
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setattr(gpu_check, "run", lambda *_: pytest.fail("ran"))
+    with pytest.raises(SystemExit, match=f"OUT={out}: no results can be written there, "):
+        gpu_check.main(["--backend", "cpu"])
 
 
 def test_what_the_smoke_stage_leaves_out(
@@ -653,7 +791,10 @@ def test_arguments() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--tools", "x"], ["--stages", "x"], ["--budget", "0"], ["--jobs", "0"], ["--limit", "0"]],
+    [
+        *(["--tools", "x"], ["--stages", "x"], ["--jobs", "0"]),
+        *([name, value] for name in ("--budget", "--limit") for value in ("0", "nan")),
+    ],
 )
 def test_bad_arguments_are_refused(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit):
@@ -672,7 +813,6 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu_check, "describe", lambda: "facts")
-    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     monkeypatch.setattr(gpu_check, "START", time.monotonic())
     monkeypatch.setenv("OUT", str(tmp_path))
     return tmp_path
@@ -717,19 +857,34 @@ def test_verdict(
     assert "1 skipped (no Triton)" in (device / "check-triton.txt").read_text()
 
 
-def test_a_run_that_is_ended_leaves_its_table(
-    device: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_is_stopped_says_what_it_leaves_out(
+    device: Path, stand_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stage(results: Results, *_: Any) -> None:
-        results.add("smoke", {"name": "a"})
-        gpu_check.end(signal.SIGTERM, None)
+    """The stage that it is in, and those behind it; nothing of it is a failure."""
+    stop = threading.Event()
+    lines = [{"collected": 7}, {"begun": "a"}, {"name": "a"}, {"begun": "b"}, {"late": True}]
 
-    monkeypatch.setattr(children, "STOP", threading.Event())
-    monkeypatch.setitem(gpu_check.RUN, "smoke", stage)
-    with pytest.raises(SystemExit) as ended:
-        gpu_check.main([])
-    assert ended.value.code == 128 + signal.SIGTERM and children.STOP.is_set()
-    assert "\nsmoke  cuda     smoke       1" in (device / "check-cuda.txt").read_text()
+    def watch(*_: Any, **__: Any) -> Any:
+        stop.set()
+        return iter(lines)
+
+    watched = children.watch
+    monkeypatch.setattr(children, "STOP", stop)
+    monkeypatch.setattr(gpu_smoke, "names", lambda _: ["x", "y"])
+
+    def tests(results: Results, until: float, options: Any) -> None:
+        monkeypatch.setattr(children, "watch", watch)
+        gpu_check.pytest(results, until, options, "not alone", 1)
+        monkeypatch.setattr(children, "watch", watched)
+        gpu_check.headline(results, until, options)
+
+    monkeypatch.setitem(gpu_check.RUN, "tests", tests)
+    monkeypatch.setitem(gpu_check.RUN, "sanitizers", lambda *x: gpu_check.smoke(*x, "memcheck"))
+    assert gpu_check.main(["--stages", "smoke,tests,sanitizers"]) == 1
+    text = (device / "check-cuda.txt").read_text()
+    # The test that had begun, the 5 behind it, the headline, and both of memcheck.
+    assert "\nSTOPPED by a signal: 9 were not done, 4 passed, 0 failed\n" in text
+    assert "pytest, not alone: left out, stopped: 5 tests were not begun" in text
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -770,7 +925,6 @@ def test_a_rehearsal_without_a_gpu(
 ) -> None:
     """The smoke test as it is, in a child; the other stages say that there is no device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     monkeypatch.setattr(gpu_check, "START", time.monotonic())
     monkeypatch.setattr(gpu_smoke, "names", lambda _: ["16 lanes", "strided"])
     monkeypatch.setattr(gpu_smoke, "first", lambda _: [])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import SOME, assert_same, evaluate, make_inputs, needs_cpu
 
-from bench import sweep
+from bench import measure, sweep
 from bench.cases import Case
 from bench.measure import Cpu
 from bench.providers import PLAN, planned
@@ -145,6 +145,15 @@ def test_only_a_plan_that_is_not_possible_is_a_result(
 # ---- the file -------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The device and the commit, which a line tells first; they may change."""
+    facts = {"device": "a CPU", "commit": "abc"}
+    monkeypatch.setattr(measure, "cpu_name", lambda: facts["device"])
+    monkeypatch.setattr(measure, "commit", lambda: facts["commit"])
+    return facts
+
+
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -182,22 +191,78 @@ def test_lines_are_kept_as_they_come_and_not_measured_again(
     ]
     printed = capsys.readouterr().out
     assert "4x10 bfloat16: ok, 1.50, 87 %\n" in printed and printed.endswith("3 are left\n")
-    sweep.main(arguments)
+    assert sweep.main(arguments) == 1
     assert asked[1] == ["4x20 bfloat16", "4x20 bfloat16 parts=4", "4x20 bfloat16 parts=3"]
     assert len(read(path)) == 6 and capsys.readouterr().out.endswith("all are there\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"), [("ok", 0), ("not possible", 0), ("wrong", 1), ("failed", 1)]
+)
+def test_a_later_call_has_the_status_of_what_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str, expected: int
+) -> None:
+    """Also of lines that are there; not of others."""
+    lines = [f"a CPU,abc,4x10,bfloat16,,{outcome}", "a CPU,abc,4x20,bfloat16,,wrong"]
+    (tmp_path / "sweep.csv").write_text("\n".join([",".join(sweep.FIELDS), *lines, ""]))
+    monkeypatch.setattr(sweep, "work_through", lambda *_, **__: iter(()))
+    arguments = ["--plans", "", "--device", "cpu", "--out", str(tmp_path)]
+    assert sweep.main([*arguments, "--shapes", "4x10"]) == expected
+    assert sweep.main([*arguments, "--shapes", "4x10", "4x20"]) == 1
+
+
+def test_another_device_or_commit_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: dict[str, str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def work_through(names: list[str], *_: Any, **__: Any) -> Any:
+        asked.append(list(names))
+        return [{"name": x, "outcome": "ok"} for x in names]
+
+    monkeypatch.setattr(sweep, "work_through", work_through)
+    arguments = ["--shapes", "4x10", "--plans", "", "--device", "cpu", "--out", str(tmp_path)]
+    for device, commit in [("a CPU", "abc"), ("another", "abc"), ("another", "d"), ("a CPU", "d")]:
+        here.update(device=device, commit=commit)
+        for count in (1, 0):
+            assert sweep.main(arguments) == 0
+            assert len(asked.pop()) == count
+        assert {k: read(tmp_path / "sweep.csv")[-1][k] for k in here} == here
+    assert len(read(tmp_path / "sweep.csv")) == 4
+
+
+@pytest.mark.parametrize("text", ["shape,dtype,plan\n4x10,bfloat16,\n", "words", "\xff\n", "\n"])
+def test_a_file_with_other_columns_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """By its name and both headers, and stays as it is."""
+    path = tmp_path / "sweep.csv"
+    path.write_text(text, encoding="latin-1")
+    monkeypatch.setattr(sweep, "work_through", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as refused:
+        sweep.main(["--device", "cpu", "--out", str(tmp_path)])
+    words = str(refused.value.code)
+    there = text.split("\n")[0].replace("\xff", "\ufffd")
+    assert str(path) in words and f"there: {there}\n" in words
+    assert ",".join(sweep.FIELDS) in words
+    assert path.read_text(encoding="latin-1") == text
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\n"])  # git or an editor may have changed it
 @pytest.mark.parametrize(
     "half",
-    ["4x10,bfloat16,parts=4", "4x10,bfloat16,parts=4,ok", '4x10,bfloat16,parts=4,failed,"a'],
+    ["parts=4", "parts=4,ok", 'parts=4,failed,"a'],
 )
 def test_half_a_line_is_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str, ending: str
 ) -> None:
     """The run that wrote it was killed; what comes after it is read as it was written."""
     path = tmp_path / "sweep.csv"
-    text = ",".join(sweep.FIELDS) + "\n4x10,bfloat16,,ok,1.5\n" + half
+    text = (
+        ",".join(sweep.FIELDS)
+        + "\na CPU,abc,4x10,bfloat16,,ok,1.5\na CPU,abc,4x10,bfloat16,"
+        + half
+    )
     path.write_bytes(text.replace("\n", ending).encode())
 
     def work_through(names: list[str], *_: Any, **__: Any) -> Any:
@@ -214,7 +279,7 @@ def test_half_a_line_is_measured_again(
 
 def test_half_a_header_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "sweep.csv"
-    path.write_text("shape,dty")
+    path.write_text("device,comm")
     monkeypatch.setattr(sweep, "work_through", lambda *_, **__: iter(()))
     assert sweep.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     assert path.read_text().splitlines() == [",".join(sweep.FIELDS)]
