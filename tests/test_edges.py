@@ -32,6 +32,7 @@ from contracts import (
     check_infinite_logits,
     check_saturated_target_of_dkd,
     check_saturated_target_of_nkd,
+    check_that_extreme_temperatures_give_numbers,
 )
 from torch import Tensor, tensor
 
@@ -214,6 +215,15 @@ def test_extreme_temperatures_are_finite(
         assert value.isfinite().all()
         # That of target_split has the size of 1 / T.
         assert gradient.isfinite().all()
+
+
+@needs_cpu
+@pytest.mark.parametrize("case", [x for x in WITH_TEMPERATURE if x.outputs == 1], ids=str)
+def test_a_temperature_that_float32_has_no_inverse_of(case: Case, isa: str) -> None:
+    for classes in CLASSES:
+        check_that_extreme_temperatures_give_numbers(
+            case, 1e-60, classes, "cpu", lambda: iter([isa])
+        )
 
 
 # ---- divergences ----------------------------------------------------------------------------
