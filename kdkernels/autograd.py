@@ -72,7 +72,8 @@ def _pullback(
     an input like any other. What is returned can be differentiated again where gradients are on.
     """
     if is_transformed():
-        return torch.func.vjp(function, *inputs)[1]
+        pull: Callable[[Tensor], Sequence[Tensor | None]] = torch.func.vjp(function, *inputs)[1]
+        return pull
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         apart = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
@@ -88,8 +89,9 @@ def _pushforward(
     function: Differentiable, inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Tensor:
     """The derivative of function(*inputs) along the tangents: the transpose of its transpose."""
-    value, pull = torch.func.vjp(function, *inputs)
-    return torch.func.vjp(pull, torch.zeros_like(value))[1](tuple(tangents))[0]
+    value, pull = torch.func.vjp(function, *inputs)[:2]
+    out: Tensor = torch.func.vjp(pull, torch.zeros_like(value))[1](tuple(tangents))[0]
+    return out
 
 
 def _with(values: Sequence[Any], places: Sequence[int], replaced: Sequence[Any]) -> list[Any]:
@@ -174,7 +176,7 @@ class _Function(torch.autograd.Function):
         """
         if is_transformed():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 class Rows(_Function):
@@ -372,8 +374,8 @@ class Reduced(_Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        _, _, *needed, mean, params, _, _, _ = ctx.needs_input_grad
-        needed = [*needed[:4], params, needed[4]]
+        # In the order of _again(), not that of the arguments: normalizer comes last.
+        needed = [ctx.needs_input_grad[i] for i in (2, 3, 4, 5, 8, 6)]
         places = [place for place, wanted in enumerate(needed) if wanted]
         found: list[Tensor | None] = [None] * 6
         if grad_loss is not None:
@@ -453,15 +455,16 @@ def gradients_of_others(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `others`."""
     inputs = (student, teacher, target, row_weight, params)
-    places = [place for place in _OTHERS if inputs[place] is not None]
-    apart = [None if x is None else x.detach() for x in inputs]
+    apart: list[Any] = [None if x is None else x.detach() for x in inputs]
+    places = [place for place in _OTHERS if apart[place] is not None]
     pull = _pullback(_rows_of(loss, apart, ignore_index, places), [apart[x] for x in places])
     with torch.no_grad():
         found = dict(zip(places, pull(grad_rows.detach()), strict=True))
-    out = []
-    for place in _OTHERS:
-        x, gradient = inputs[place], found.get(place)
-        if gradient is None:
-            gradient = grad_rows.new_empty((0,)) if x is None else torch.zeros_like(x)
-        out.append(gradient)
-    return tuple(out)
+
+    def gradient(place: int) -> Tensor:
+        if apart[place] is None:
+            return grad_rows.new_empty((0,))
+        out = found[place]
+        return torch.zeros_like(apart[place]) if out is None else out
+
+    return gradient(_OTHERS[0]), gradient(_OTHERS[1]), gradient(_OTHERS[2])

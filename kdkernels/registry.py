@@ -25,13 +25,14 @@ class Loss:
     teacher: bool = True
     target: bool = True  # whether one is required
     outputs: int = 1
+    soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
 
 
 # The list of losses: one line each.
 LOSSES = {
     "kd": Loss(reference.kd, target=False),
     "dkd": Loss(reference.dkd),
-    "nkd": Loss(reference.nkd),
+    "nkd": Loss(reference.nkd, soft_target=True),
     "aekt": Loss(reference.aekt),
     "cross_entropy": Loss(reference.cross_entropy, teacher=False),
     "target_split": Loss(reference.target_split, teacher=False, outputs=3),
