@@ -41,26 +41,29 @@ if TYPE_CHECKING:
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def divided(
-    value: Tensor,
-    rows: Sequence[int],
-    target: Tensor | None,
-    ignore_index: int,
-    normalizer: Tensor | None,
-    mean: bool,
-) -> Tensor:
-    """What `reduced` does to the sum of the rows. 0 / 0 is 0: there was nothing to count."""
+def divided(value: Tensor, normalizer: Tensor | None, counted: float | Tensor | None) -> Tensor:
+    """What `reduced` does to a sum of rows. counted: the rows that a mean divides by. 0 / 0 is 0:
+    there was nothing to divide.
+    """
     if normalizer is not None:
         normalizer = normalizer.to(value.dtype)
         value = value / torch.where((normalizer == 0) & (value == 0), 1.0, normalizer)
-    if mean and target is None:
-        value = value / max(math.prod(rows), 1)
-    elif mean and target is not None:
-        value = value / target.ne(ignore_index).sum().clamp(min=1)
+    if counted is not None:
+        value = value / (counted.clamp(min=1) if isinstance(counted, Tensor) else max(counted, 1))
     return value
 
 
-Differentiable = Callable[..., Tensor]
+def counted_rows(
+    mean: bool, shape: Sequence[int], target: Tensor | None, ignore_index: int
+) -> float | Tensor | None:
+    """The rows that are not ignored, for a mean."""
+    if not mean:
+        return None
+    return math.prod(shape) if target is None else target.ne(ignore_index).sum()
+
+
+Differentiable = Callable[..., Any]
+_vjp: Callable[..., Any] = torch.func.vjp
 
 
 def _pullback(
@@ -72,11 +75,12 @@ def _pullback(
     an input like any other. What is returned can be differentiated again where gradients are on.
     """
     if is_transformed():
-        pull: Callable[[Tensor], Sequence[Tensor | None]] = torch.func.vjp(function, *inputs)[1]
-        return pull
+        pull_here: Callable[[Tensor], Sequence[Tensor | None]] = _vjp(function, *inputs)[1]
+        return pull_here
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        apart = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        apart = [x.view_as(x) for x in inputs]
+        apart = [x if x.requires_grad else x.detach().requires_grad_() for x in apart]
         value = function(*apart)
 
     def pull(upstream: Tensor) -> Sequence[Tensor | None]:
@@ -89,8 +93,8 @@ def _pushforward(
     function: Differentiable, inputs: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Tensor:
     """The derivative of function(*inputs) along the tangents: the transpose of its transpose."""
-    value, pull = torch.func.vjp(function, *inputs)[:2]
-    out: Tensor = torch.func.vjp(pull, torch.zeros_like(value))[1](tuple(tangents))[0]
+    value, pull = _vjp(function, *inputs)
+    out: Tensor = _vjp(pull, torch.zeros_like(value))[1](tuple(tangents))[0]
     return out
 
 
@@ -111,7 +115,7 @@ def _rows_of(
     """The rows of the reference as a function of the inputs at these places."""
 
     def rows(*given: Tensor) -> Tensor:
-        return reference_rows(loss, *_with(inputs, places, given), ignore_index)
+        return reference_rows(loss, *_with(inputs, places, given), ignore_index=ignore_index)
 
     return rows
 
@@ -418,9 +422,8 @@ class Reduced(_Function):
             args = (*of_rows, ctx.ignore_index, False)
             rows, _, _ = Rows.apply(ctx.operators, ctx.loss, *args)
             student, _, target, *_ = of_rows
-            return divided(
-                rows.sum(), student.shape[:-1], target, ctx.ignore_index, normalizer, ctx.mean
-            )
+            counted = counted_rows(ctx.mean, student.shape[:-1], target, ctx.ignore_index)
+            return divided(rows.sum(), normalizer, counted)
 
         return loss
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdkernels import backend, ops, reference, registry
+from kdkernels import backend, ops, reference, registry, sharded
 from kdkernels.arguments import (
     Inputs,
     common_options,
@@ -21,7 +21,7 @@ from kdkernels.arguments import (
     wants_gradient,
     wrong_target,
 )
-from kdkernels.autograd import divided
+from kdkernels.autograd import counted_rows, divided
 from kdkernels.rows import as_rows
 
 Numbers = tuple[float | Tensor, ...]
@@ -52,11 +52,14 @@ def loss(
     ce_weight = options["ce_weight"]
     if target is None and is_on(ce_weight):
         raise ValueError(f"target: got None; ce_weight={ce_weight} needs a tensor of class ids")
-    inputs = read_tensors(name, student, teacher, target, options)
     weights = (options["kd_weight"], ce_weight, options["label_smoothing"])
     params = (temperature, *weights, *own.values())
-    inputs = _on_this_device(inputs, params)
-    divisor = _divisor(inputs, options)
+    if sharded.is_sharded(student):
+        run = partial(_rows, name, params=params)
+        return _over_ranks(name, run, student, teacher, target, options, params)
+    inputs = read_tensors(name, student, teacher, target, options)
+    inputs = _where_kernels_serve(inputs, params)
+    divisor = _divisor(options, student)
     with_parts = options["return_parts"]
     if divisor is None or not _fits_one_sweep(inputs, divisor, params):
         value, parts = _rows(name, inputs, params, with_parts)
@@ -70,8 +73,17 @@ def rows(
     name: str, logits: Tensor, target: Tensor, own: Numbers, options: Mapping[str, Any]
 ) -> Tensor:
     """The rows of a loss of one tensor without weights."""
-    inputs = read_tensors(name, logits, None, target, options, "logits")
-    return _rows(name, _on_this_device(inputs, own), own)[0]
+
+    def local(logits: Tensor, _: Any, target: Tensor, __: Any) -> Tensor:
+        inputs = read_tensors(name, logits, None, target, options, "logits")
+        return _rows(name, _where_kernels_serve(inputs, own), own)[0]
+
+    if sharded.is_sharded(logits):
+        value: Tensor = sharded.over_rows(
+            local, logits, None, target, None, options["dim"], "logits"
+        )
+        return value
+    return local(logits, None, target, None)
 
 
 def _returned(
@@ -80,8 +92,43 @@ def _returned(
     assert parts is not None
     parts = parts.detach()
     if divisor is not None:
-        parts = _reduce(parts.flatten(1), inputs, divisor)
+        parts = torch.stack([_reduce(x, inputs, divisor) for x in parts])
     return Parts(value, *parts.unbind())
+
+
+def _over_ranks(
+    name: str,
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    student: Any,
+    teacher: Any,
+    target: Any,
+    options: Mapping[str, Any],
+    params: Numbers,
+) -> Any:
+    """A loss of DTensors. run(inputs=, with_parts=): its rows."""
+    with_parts, row_weight = options["return_parts"], options["row_weight"]
+
+    def local(student: Tensor, teacher: Any, target: Any, row_weight: Any) -> Tensor:
+        own = {**options, "row_weight": row_weight}
+        inputs = read_tensors(name, student, teacher, target, own)
+        inputs = _where_kernels_serve(inputs, params)
+        value, parts = run(inputs=inputs, with_parts=with_parts)
+        counts = torch.ones_like(value)
+        if inputs.target is not None:
+            counts = (inputs.target != inputs.ignore_index).to(value.dtype)
+        return torch.stack([value, *(() if parts is None else parts.detach()), counts])
+
+    if options["causal"]:
+        sharded.refuse_split_sequences(student)
+    stacked = sharded.over_rows(local, student, teacher, target, row_weight, options["dim"])
+    divisor = _divisor(options, student)
+    if divisor is None:
+        out = [stacked[i] for i in range(stacked.shape[0] - 1)]
+    else:
+        totals = sharded.totals(stacked)
+        whole = divided(totals[:-1], divisor.normalizer, totals[-1] if divisor.mean else None)
+        out = [sharded.replicated(x, student) for x in whole.unbind()]
+    return Parts(*out) if with_parts else out[0]
 
 
 # ---- parameters as the operators take them -----------------------------------------------------
@@ -110,17 +157,20 @@ def _packed(numbers: Numbers, like: Tensor) -> Tensor:
     return torch.stack([_as_tensor(x) for x in numbers])
 
 
-def _on_this_device(inputs: Inputs, params: Numbers) -> Inputs:
-    """The kernels take their parameters from the host; the reference from anywhere."""
+def _where_kernels_serve(inputs: Inputs, params: Numbers) -> Inputs:
+    """Moves a call that the kernels cannot take to the reference, with words."""
     if inputs.backend == "reference":
         return inputs
-    if all(not isinstance(x, Tensor) or x.device.type == "cpu" for x in params):
+    if registry.is_forward_over_forward():
+        why = "forward mode over forward mode"
+    elif any(isinstance(x, Tensor) and x.device.type != "cpu" for x in params):
+        why = "temperatures and weights that are tensors on a device (on the CPU they are taken)"
+    else:
         return inputs
     backend.warn_once(
-        "parameters",
-        "kdkernels computes losses whose temperature or weights are tensors on a device in the"
-        " reference, which is slower and takes more memory; such tensors on the CPU keep the"
-        f" kernels. backend {inputs.backend!r} is not used",
+        why,
+        f"kdkernels computes {why} in the reference, which is slower and takes more memory;"
+        f" backend {inputs.backend!r} is not used",
     )
     return inputs._replace(backend="reference")
 
@@ -135,41 +185,41 @@ class _Divisor(NamedTuple):
     mean: bool
 
 
-def _divisor(inputs: Inputs, options: Mapping[str, Any]) -> _Divisor | None:
-    """None for reduction "none"."""
+def _divisor(options: Mapping[str, Any], student: Tensor) -> _Divisor | None:
+    """None for reduction "none". student: the logits as given."""
     reduction, normalizer = options["reduction"], options["normalizer"]
     if reduction == "none":
         if normalizer is not None:
             raise ValueError("normalizer: got one with reduction 'none', which divides by nothing")
         return None
     if isinstance(normalizer, Tensor):
-        return _Divisor(_divisor_tensor(scalar("normalizer", normalizer), inputs), False)
+        return _Divisor(_as_divisor(scalar("normalizer", normalizer), student), False)
     if normalizer is not None:
-        return _Divisor(_packed((positive("normalizer", normalizer),), inputs.student)[0], False)
+        return _Divisor(_packed((positive("normalizer", normalizer),), student)[0], False)
     if reduction == "batchmean":
-        shape = inputs.student.shape[:-1]
-        size = float(max(shape[0], 1)) if shape else 1.0
-        return _Divisor(_packed((size,), inputs.student)[0] if size != 1 else None, False)
+        dim = options["dim"] % student.dim()
+        rest = [n for i, n in enumerate(student.shape) if i != dim]
+        size = float(max(rest[0], 1)) if rest else 1.0
+        return _Divisor(_packed((size,), student)[0] if size != 1 else None, False)
     return _Divisor(None, reduction == "mean")
 
 
-def _divisor_tensor(normalizer: Tensor, inputs: Inputs) -> Tensor:
-    device = inputs.student.device
+def _as_divisor(normalizer: Tensor, student: Tensor) -> Tensor:
+    if sharded.is_sharded(normalizer):
+        normalizer = normalizer.full_tensor()  # type: ignore[attr-defined]
     if normalizer.is_inference() and not torch.compiler.is_compiling():
         normalizer = normalizer.clone()
-    if normalizer.device.type == "cpu":
-        # Read on the host, by the kernels: nothing has to be sent.
-        return normalizer.to(inputs.dtype)
-    return normalizer.to(device, inputs.dtype)
+    # On the CPU it is read by the kernels, and nothing has to be sent.
+    here = normalizer.device.type == "cpu"
+    return normalizer.to("cpu" if here else student.device, torch.float64)
 
 
 def _reduce(value: Tensor, inputs: Inputs, divisor: _Divisor | None) -> Tensor:
-    """Rows, all of them or those of each part `(parts, rows)`."""
     if divisor is None:
         return value
     shape = inputs.student.shape[:-1]
-    total = value.sum(-1) if value.dim() == 2 and len(shape) != 2 else value.sum()
-    return divided(total, shape, inputs.target, inputs.ignore_index, *divisor)
+    counted = counted_rows(divisor.mean, shape, inputs.target, inputs.ignore_index)
+    return divided(value.sum(), divisor.normalizer, counted)
 
 
 # ---- running -------------------------------------------------------------------------------
@@ -199,7 +249,10 @@ def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any
     with_grad = any(wants_gradient(x) for x in (*inputs[:4], packed))
     op = getattr(operators, op_name)
     if op_name == "reduced":
-        divisor, with_parts = options
+        (normalizer, mean), with_parts = options
+        if normalizer is not None and normalizer.device.type != "cpu":
+            normalizer = normalizer.to(inputs.dtype)
+        divisor = (normalizer, mean)
         more: tuple[Any, ...] = (*divisor, packed, inputs.ignore_index, with_grad, with_parts)
     else:
         more = (packed, inputs.ignore_index, *options)
@@ -292,11 +345,13 @@ def tf_nkd(
 ) -> Any:
     """Cross-entropy with a factor per row, made of the rows' own confidences."""
     options = common_options("tf_nkd_loss", ("mean_confidence",), given)
-    inputs = read_tensors("cross_entropy", student, None, target, options)
     weights = (options["kd_weight"], options["ce_weight"], options["label_smoothing"])
-    inputs = _on_this_device(inputs, weights)
-    divisor = _divisor(inputs, options)
-    confidence = _confidence(mean_confidence, inputs)
+    if sharded.is_sharded(student):
+        return _tf_nkd_over_ranks(student, target, mean_confidence, options, weights)
+    inputs = read_tensors("cross_entropy", student, None, target, options)
+    inputs = _where_kernels_serve(inputs, weights)
+    divisor = _divisor(options, student)
+    confidence = _confidence(mean_confidence, inputs.dtype)
     with_parts = options["return_parts"]
     if (
         inputs.backend == "reference"
@@ -324,6 +379,28 @@ def tf_nkd(
     with torch.no_grad():
         parts = _tf_nkd_parts(cross_entropy, share, inputs, smoothing)
     return _returned(value, parts, inputs, divisor)
+
+
+def _tf_nkd_over_ranks(
+    student: Any, target: Any, mean_confidence: Any, options: Mapping[str, Any], weights: Numbers
+) -> Any:
+    name, dim = "cross_entropy", options["dim"]
+
+    def counted(student: Tensor, _: Any, target: Any, row_weight: Any) -> Tensor:
+        own = {**options, "row_weight": row_weight}
+        inputs = _where_kernels_serve(read_tensors(name, student, None, target, own), weights)
+        confidence = _read_cross_entropy(inputs).neg().exp()
+        read = _is_read(confidence, inputs)
+        return torch.stack((torch.where(read, confidence, 0.0), read.to(confidence.dtype)))
+
+    if mean_confidence is None:
+        with torch.no_grad():
+            sums = sharded.over_rows(counted, student, None, target, options["row_weight"], dim)
+            total, count = sharded.totals(sums).unbind()
+            mean_confidence = total / count.clamp(min=1)
+    confidence = _confidence(mean_confidence, registry.loss_dtype(student, None))
+    run = partial(_tf_nkd_rows, weights=weights, confidence=confidence)
+    return _over_ranks(name, run, student, None, target, options, weights)
 
 
 def _weighted(inputs: Inputs, factor: Tensor) -> Inputs:
@@ -397,19 +474,22 @@ def _tf_nkd_share(
     """c + 1 - mean(c)."""
     confidence = cross_entropy.neg().exp()
     if mean_confidence is None:
-        counted = (confidence >= 0) & (inputs.target != inputs.ignore_index)  # NaN is not >= 0
-        if inputs.row_weight is not None:
-            counted = counted & (inputs.row_weight != 0)
+        counted = _is_read(confidence, inputs)
         total = torch.where(counted, confidence, 0.0).sum()
         mean_confidence = total / counted.sum().clamp(min=1)
     return confidence + 1.0 - mean_confidence
 
 
-def _confidence(value: Any, inputs: Inputs) -> float | Tensor | None:
+def _is_read(confidence: Tensor, inputs: Inputs) -> Tensor:
+    counted = (confidence >= 0) & (inputs.target != inputs.ignore_index)  # NaN is not >= 0
+    return counted if inputs.row_weight is None else counted & (inputs.row_weight != 0)
+
+
+def _confidence(value: Any, dtype: torch.dtype) -> float | Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
         value = scalar("mean_confidence", value).detach()
         # A number on the host goes along with any kernel.
-        return value.to(inputs.dtype)
+        return value.to(dtype)
     return number("mean_confidence", value, 0.0, 1.0, "a number from 0 to 1 or a 0-d tensor")

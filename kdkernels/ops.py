@@ -41,6 +41,7 @@ from kdkernels.autograd import (
     Reduced,
     Rows,
     below_autograd,
+    counted_rows,
     divided,
     gradients_of_others,
 )
@@ -216,7 +217,8 @@ class Operators:
             raise RuntimeError("with_grad: must be False under torch.func and forward mode")
         inputs = (student, teacher, target, row_weight)
         rows, _, parts = Rows.apply(self, loss, *inputs, params, ignore_index, with_parts)
-        value = divided(rows.sum(), student.shape[:-1], target, ignore_index, normalizer, mean)
+        counted = counted_rows(mean, student.shape[:-1], target, ignore_index)
+        value = divided(rows.sum(), normalizer, counted)
         return value, student.new_empty((0,)), parts
 
     def apply(self, op: torch._ops.OpOverload, with_grad: bool, *inputs: Any) -> Any:

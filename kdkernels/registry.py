@@ -56,6 +56,17 @@ def is_transformed() -> bool:
     return is_functorch() or forward_ad._current_level >= 0
 
 
+def is_forward_over_forward() -> bool:
+    """Whether forward mode is differentiated in forward mode again, which torch does not do to any
+    autograd.Function: the result would be 0.
+    """
+    if not is_functorch():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    jvp = torch._C._functorch.TransformType.Jvp
+    return sum(level.key() == jvp for level in stack) > 1
+
+
 def is_eager(tensor: Tensor) -> bool:
     """Whether this is a real tensor, with data to look at: subclasses may be fake or functional,
     and under vmap one tensor is many.
