@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from kdkernels import ops, reference
+from kdkernels.autograd import divided
 from kdkernels.backend import check_name, checks_targets, choose
+from kdkernels.registry import is_eager, reference_rows
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
 
@@ -86,7 +88,12 @@ def kd_loss(
             and compiled graphs leave it to the kernel.
         RuntimeError: the backend asked for is not available.
     """
-    params = (check_option("temperature", temperature), check_option("ce_weight", ce_weight))
+    params = (
+        check_option("temperature", temperature),
+        1.0,
+        check_option("ce_weight", ce_weight),
+        0.0,
+    )
     if ce_weight != 0 and target is None:
         raise ValueError(f"target: got None; ce_weight={ce_weight} needs a tensor of class ids")
     inputs = _check("kd", student, teacher, target, ignore_index, row_weight, dim, backend)
@@ -126,7 +133,9 @@ def dkd_loss(
     """
     params = (
         check_option("temperature", temperature),
+        1.0,
         check_option("ce_weight", ce_weight),
+        0.0,
         check_option("alpha", alpha),
         check_option("beta", beta),
     )
@@ -166,7 +175,9 @@ def nkd_loss(
     """
     params = (
         check_option("temperature", temperature),
+        1.0,
         check_option("ce_weight", ce_weight),
+        0.0,
         check_option("gamma", gamma),
     )
     inputs = _check("nkd", student, teacher, target, ignore_index, row_weight, dim, backend)
@@ -210,7 +221,7 @@ def tf_nkd_loss(
     with torch.no_grad():
         factor = _tf_nkd_factor(_read_cross_entropy(inputs), inputs, weight, confidence)
     inputs = inputs._replace(row_weight=factor)
-    return _run("reduced", "cross_entropy", inputs, *divisor, (), inputs.ignore_index)
+    return _run("reduced", "cross_entropy", inputs, *divisor, (0.0,), inputs.ignore_index)
 
 
 def aekt_loss(
@@ -261,7 +272,9 @@ def aekt_loss(
     """
     params = (
         check_option("temperature", temperature),
+        1.0,
         check_option("ce_weight", ce_weight),
+        0.0,
         check_option("alpha", alpha),
         check_option("beta", beta),
         check_option("variant", variant),
@@ -464,7 +477,7 @@ def _check(
         chosen = "reference"
     inputs = _Inputs(student, teacher, target, row_weight, ignore_index, dtype, chosen)
     # The CPU kernels check the range themselves; see _run.
-    if chosen != "cpu" and target is not None and ops.is_eager(target):
+    if chosen != "cpu" and target is not None and is_eager(target):
         error = _range_error(inputs) if checks_targets(target.device) else None
         if error is not None:
             raise error
@@ -505,10 +518,13 @@ def _loss(
     return _run("reduced", name, inputs, *divisor, params, inputs.ignore_index)
 
 
+def _float64(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64)
+
+
 class _Divisor(NamedTuple):
     """What a sum of rows is divided by, as the operator `reduced` takes it."""
 
-    scale: float
     normalizer: Tensor | None
     mean: bool
 
@@ -522,13 +538,13 @@ def _divisor(inputs: _Inputs, normalizer: float | Tensor | None, reduction: str)
         return None
     if isinstance(normalizer, Tensor):
         _check_scalar("normalizer", normalizer)
-        return _Divisor(1.0, _beside_logits(normalizer, inputs), False)
+        return _Divisor(_beside_logits(normalizer, inputs), False)
     if normalizer is not None:
-        return _Divisor(1.0 / _positive("normalizer", normalizer), None, False)
+        return _Divisor(_float64(_positive("normalizer", normalizer)), False)
     if reduction == "batchmean":
         shape = inputs.student.shape[:-1]
-        return _Divisor(1.0 / max(shape[0], 1) if shape else 1.0, None, False)
-    return _Divisor(1.0, None, reduction == "mean")
+        return _Divisor(_float64(float(max(shape[0], 1))) if shape else None, False)
+    return _Divisor(None, reduction == "mean")
 
 
 def _fits_one_sweep(inputs: _Inputs, divisor: _Divisor) -> bool:
@@ -545,11 +561,14 @@ def _fits_one_sweep(inputs: _Inputs, divisor: _Divisor) -> bool:
 def _run(op_name: str, loss: str, inputs: _Inputs, *options: Any) -> Tensor:
     operators = ops.TRITON if inputs.backend == "triton" else ops.FUSED
     with_grad = _wants_gradient(inputs.student)
+    *options, params, ignore_index = options
+    options = (*options, torch.tensor(params, dtype=torch.float64), ignore_index)
     if op_name == "reduced":
         options = (*options, with_grad)
+    options = (*options, False)
     op = getattr(operators, op_name)
     try:
-        return operators.apply(op, with_grad, loss, *_as_rows(inputs), *options)
+        return operators.apply(op, with_grad, loss, *_as_rows(inputs), *options)[0]
     except RuntimeError:
         # The CPU kernels check the targets before they start, so it is not done here as well.
         error = _range_error(inputs) if inputs.backend == "cpu" else None
@@ -561,7 +580,7 @@ def _run(op_name: str, loss: str, inputs: _Inputs, *options: Any) -> Tensor:
 def _reduce(rows: Tensor, inputs: _Inputs, divisor: _Divisor | None) -> Tensor:
     if divisor is None:
         return rows
-    return ops.scaled(rows.sum(), rows.shape, inputs.target, inputs.ignore_index, *divisor)
+    return divided(rows.sum(), rows.shape, inputs.target, inputs.ignore_index, *divisor)
 
 
 def _rows(name: str, inputs: _Inputs, params: tuple[float, ...]) -> Tensor:
@@ -570,7 +589,9 @@ def _rows(name: str, inputs: _Inputs, params: tuple[float, ...]) -> Tensor:
     if row_weight is not None and _wants_gradient(row_weight):
         return _weigh(_rows(name, inputs._replace(row_weight=None), params), row_weight)
     if inputs.backend == "reference":
-        return ops.reference_rows(name, *inputs[:4], params, inputs.ignore_index)
+        return reference_rows(
+            name, *inputs[:4], torch.tensor(params, dtype=torch.float64), inputs.ignore_index
+        )
     rows = _run("forward", name, inputs, params, inputs.ignore_index)
     shape = inputs.student.shape[:-1]
     return rows if len(shape) <= 2 else rows.view(rows.shape[:-2] + shape)
@@ -594,7 +615,9 @@ def _tf_nkd_rows(
         return reference.tf_nkd(
             inputs.student,
             inputs.target,
+            1.0,
             ce_weight,
+            0.0,
             mean_confidence,
             ignore_index=inputs.ignore_index,
             row_weight=row_weight,
@@ -608,7 +631,7 @@ def _read_cross_entropy(inputs: _Inputs) -> Tensor:
     """Cross-entropy of each row without its weight; 0 where that is 0."""
     if inputs.row_weight is not None:
         inputs = inputs._replace(row_weight=(inputs.row_weight != 0).to(inputs.dtype))
-    return _rows("cross_entropy", inputs, ())
+    return _rows("cross_entropy", inputs, (0.0,))
 
 
 def _tf_nkd_factor(
