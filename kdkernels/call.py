@@ -237,15 +237,9 @@ def _fits_one_sweep(inputs: Inputs, divisor: _Divisor, params: Numbers) -> bool:
     return not (inputs.student.dtype == torch.float16 and wants_gradient(inputs.student))
 
 
-def _old(name, params):  # TEMPORARY
-    if name == "cross_entropy":
-        return ()
-    return params if name == "target_split" else (params[0], params[2], *params[4:])
-
-
 def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any) -> Any:
     operators = ops.TRITON if inputs.backend == "triton" else ops.FUSED
-    packed = _packed(_old(name, params), inputs.student)
+    packed = _packed(params, inputs.student)
     with_grad = any(wants_gradient(x) for x in (*inputs[:4], packed))
     op = getattr(operators, op_name)
     if op_name == "reduced":
@@ -318,7 +312,7 @@ def _reference_rows(
     value = entry.reference(
         *logits,
         inputs.target,
-        *_old(name, params),
+        *params,
         ignore_index=inputs.ignore_index,
         row_weight=inputs.row_weight,
         **more,
@@ -431,7 +425,7 @@ def _tf_nkd_rows(
         value = reference.tf_nkd(
             inputs.student,
             inputs.target,
-            weights[1],  # TEMPORARY
+            *weights,
             confidence,
             ignore_index=inputs.ignore_index,
             row_weight=row_weight,

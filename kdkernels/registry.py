@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +28,11 @@ class Loss:
     target: bool = True  # whether one is required
     outputs: int = 1
     soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
+
+    @cached_property
+    def temperature(self) -> bool:
+        """Whether its first parameter is one."""
+        return "temperature" in inspect.signature(self.reference).parameters
 
 
 # The list of losses: one line each.

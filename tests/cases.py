@@ -362,8 +362,13 @@ def make_inputs(
     return student, teacher, target
 
 
+def as_params(*numbers: float) -> Tensor:
+    """As the operators take them."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
 # The operators, each with the parameters of a loss that leads to it.
-OPERATORS = dict(case.operator for case in reversed(CASES))
+OPERATORS = {name: as_params(*x) for name, x in (case.operator for case in reversed(CASES))}
 
 # ---- layouts --------------------------------------------------------------------------------
 

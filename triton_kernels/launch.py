@@ -30,6 +30,7 @@ LOSSES: dict[str, ModuleType] = {
 }
 
 assert ops.STATS_WIDTH == 8, "row.py writes and reads so many"
+_MOST_PARAMS = 8  # p0 to p7 of the kernels
 INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
 
@@ -223,8 +224,10 @@ def _check_operands(
     if row_weight is not None:
         _check_rows("row_weight", row_weight, student, ops.loss_dtype(student, teacher))
     _check(
-        params.device.type == "cpu" and params.dtype == torch.float64 and params.numel() <= 6,
-        f"params: must be at most 6 float64 numbers on the CPU, got {params.numel()}",
+        params.device.type == "cpu"
+        and params.dtype == torch.float64
+        and params.numel() <= _MOST_PARAMS,
+        f"params: must be at most {_MOST_PARAMS} float64 numbers on the CPU, got {params.numel()}",
     )
 
 
@@ -267,7 +270,9 @@ class Call:
         shape = (1,) * (3 - student.dim()) + tuple(student.shape)
         dtype = ops.loss_dtype(student, teacher)
         numbers = params.tolist()
-        if numbers and dtype == torch.float32:
+        if not ops.LOSSES[loss].temperature:
+            numbers.insert(0, 1.0)  # the kernels' first parameter is always one
+        if dtype == torch.float32:
             # As float32 T must not become 0, nor its square infinite: beyond 2^60 both softmaxes
             # are uniform to the last bit.
             numbers[0] = min(max(numbers[0], 2.0**-126), 2.0**60)
@@ -326,7 +331,7 @@ class Call:
         names = [f"{x}_{y}" for x in "stg" for y in ("base", "outer", "inner", "class")]
         student, teacher, grad = self.logits[:5], self.logits[5:], _place(self.grad)
         places = (*student[1:], *teacher[1:], *grad[1:])
-        params = (*self.params, *(1.0,) * (6 - len(self.params)))
+        params = (*self.params, *(1.0,) * (_MOST_PARAMS - len(self.params)))
         return {
             "student": student[0],
             "teacher": teacher[0],
@@ -475,7 +480,9 @@ def reduced(
             normalizer.numel() == 1 and normalizer.is_floating_point(),
             "normalizer: must be one floating point number",
         )
-        if normalizer.device.type == "cpu":
+        # In the interpreter one in the dtype of the loss stands for one on the device.
+        stands_for_device = student.device.type == "cpu" and normalizer.dtype == call.dtype
+        if normalizer.device.type == "cpu" and not stands_for_device:
             number = normalizer.item()
             scale, normalizer = 1.0 / number if number else math.inf, None
         else:

@@ -25,10 +25,10 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
     S log_ratio_max;
     explicit KD_FN Params(const double* p)
         : PairParams<S>(p),
-          alpha(static_cast<S>(p[2])),
-          beta(static_cast<S>(p[3])),
-          variant(static_cast<int>(p[4])),
-          log_ratio_max(static_cast<S>(p[5])) {}
+          alpha(static_cast<S>(this->own(p)[0])),
+          beta(static_cast<S>(this->own(p)[1])),
+          variant(static_cast<int>(this->own(p)[2])),
+          log_ratio_max(static_cast<S>(this->own(p)[3])) {}
   };
 
   // phi and H of the target term. q is the teacher's split (b), p the student's (c).
