@@ -762,6 +762,13 @@ MUTANTS = [
         "the gradient of ignored rows between others is 0 * NaN",
     ),
     Mutant(
+        "cpu-strided-pivot-of-the-last-tile",
+        "csrc/cpu/row.h",
+        "narrow(b.maxima[0], part, row.s);",
+        "narrow(b.maxima[0], part, widen_part(pivots.s, part));",
+        "the sums of a long strided row are taken to be relative to its last tile's maximum",
+    ),
+    Mutant(
         "cpu-outer-stride-forgotten",
         "csrc/cpu/row.h",
         "if (++inner == p.inner) inner = 0, ++outer;",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import (
+    BF16,
     CASES,
     DTYPE_PAIRS,
     DTYPES,
@@ -98,6 +99,33 @@ def test_layouts(
         views.append(view.movedim(dim, -1))
     gradient = check_rows(case, *views, dense[2], generator)
     assert gradient.stride() == torch.empty_like(views[0]).stride()
+
+
+# Rows that are apart in memory: one class more than are kept whole, and many tiles.
+@pairwise(
+    student_layout=["classes_first", "contiguous", "every_other_class"],
+    teacher_layout=["classes_first", "contiguous"], case=MAIN_CASES, classes=[4097, 70_001],
+    dtype=[F32, BF16], rising=[True, False],
+)  # fmt: skip
+def test_strided_rows_of_many_classes(
+    student_layout: str, teacher_layout: str, case: Case, classes: int, dtype: torch.dtype,
+    rising: bool, generator: torch.Generator,
+) -> None:  # fmt: skip
+    """rising: every tile has a larger maximum than the one before."""
+    case = case.apart
+    student, teacher, target = make_inputs("masked", (1, 3), classes, dtype, generator)
+    if rising:
+        student, teacher = student.sort(-1).values, teacher.sort(-1).values
+    target[0] = torch.tensor([0, classes // 2, classes - 1])
+    student[0, range(3), target[0]] = teacher[0, range(3), target[0]] = 1.0
+    layouts = (student_layout, teacher_layout)
+    views = []
+    for layout, x in zip(layouts, (student, teacher), strict=True):
+        view, dim = LAYOUTS[layout](x)
+        views.append(view.movedim(dim, -1))
+    check_rows(case, *views, target, generator)
+    if case.outputs == 1:
+        check_reduction(case, ("mean", None), (*views, target), generator, weighted=False)
 
 
 @pairwise(case=CASES, shape=[(4, 5), (2, 3, 4), (2, 5, 3, 4)], dim=[0, 1, -1])

@@ -125,31 +125,62 @@ def test_the_loss_alone_holds_no_gradient(case):
     assert peak_of(lambda: case(*inputs)) <= COUNT * PER_ROW
 
 
+# Of this process; getrusage would also tell of the one that started it.
+NOW = """
+import re, torch, kdkernels
+torch.set_num_threads(2)
+def status(name):
+    return 1024 * int(re.search(name + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def run_script(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", NOW + script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("strides", ["(V, 1)", "(1, 2)"], ids=["last", "first"])
+def test_scratch_of_many_classes(strides):
+    """Classes that are adjacent: a row's exponentials, of which little is kept after the call.
+    Others: no more than a tile of a row per SIMD lane."""
+    run_script(f"""
+V = 1_000_000
+
+def step(classes):
+    student, teacher = (torch.randn(2 * V).as_strided((2, V), {strides})[:, :classes] for _ in "st")
+    target = torch.tensor([3, classes - 1])
+    student.requires_grad_()
+    before, peak = status("VmRSS"), status("VmHWM")
+    loss = kdkernels.dkd_loss(student, teacher, target, ce_weight=1.0)
+    loss.backward()
+    return status("VmRSS") - before, status("VmHWM") - peak
+
+step(2000)  # what is set up once
+kept, peak = (x - 2 * V * 4 for x in step(V))  # beside the gradient
+assert kept < 6e6, kept
+assert peak < 2 * 3 * 4 * V * {strides.endswith("1)")} + 6e6, peak
+""")
+
+
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("strides", ["(512 * V, V, 1)", "(512 * V, 1, 512)"], ids=["last", "first"])
 def test_resident_memory_of_a_process(strides):
-    script = f"""
-import re, torch, kdkernels
-torch.set_num_threads(2)
+    run_script(f"""
 V = 32000
-
-def peak():  # of this process; getrusage would also tell of the one that started it
-    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 
 def step(rows):
     student, teacher = (torch.randn(512 * V).as_strided((1, rows, V), {strides}) for _ in range(2))
     target = torch.randint(V, (1, rows))
     student.requires_grad_()
-    before = peak()
+    before = status("VmHWM")
     kdkernels.dkd_loss(student, teacher, target, ce_weight=1.0).backward()
-    return peak() - before, student.grad.numel() * 4
+    return status("VmHWM") - before, student.grad.numel() * 4
 
 step(1)  # what is set up once
 grown, gradient = step(512)
 assert gradient == 512 * V * 4
-# Each thread keeps scratch for one row, or for a row per SIMD lane (16) of strided ones.
+# Each thread keeps scratch for one row, or for a tile of a row per SIMD lane of strided ones.
 assert 0.8 * gradient < grown < 1.3 * gradient, (grown, gradient)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+""")

@@ -13,7 +13,10 @@ enum class Regime : int32_t {
 };
 
 constexpr int64_t kCache = 32 << 10;  // bytes of exponentials that a batch may keep: the first-level cache
-constexpr int kTile = 1024;  // classes that are swept at a time: a pair of tiles stays in the first-level cache
+constexpr int kTile = 1024;          // classes that are swept at a time: a pair of tiles stays in the first-level cache
+constexpr int64_t kBlockTile = 256;  // the same with a row per lane
+constexpr int64_t kWholeRows = 4096;              // classes of which a row per lane keeps all exponentials
+constexpr size_t kKeptScratch = size_t(8) << 20;  // bytes that a thread keeps between calls
 
 struct Plan {
   Regime regime;
@@ -26,7 +29,7 @@ struct Kernels {
   int vector_bytes;
   const LossFacts* losses;
   int loss_count;
-  // False if there was no memory for the scratch rows: O(classes) per thread, kept for the thread's next call.
+  // False if there was no memory for the scratch rows.
   bool (*run)(const Problem&, Plan, int64_t row_begin, int64_t row_end);
   // Lane functions over arrays, for the tests that hold their error bounds. n: a multiple of 16.
   void (*exp2_f32)(const float* x, float* y, int64_t n);
@@ -40,6 +43,9 @@ const Kernels* best_kernels();
 const char* supported_names();  // comma separated, best last
 Plan plan(const Kernels&, const Problem&);
 void advise_huge_pages(void* fresh, size_t bytes);
-void* scratch(size_t bytes);  // of this thread, aligned for any vector; null if there is no memory
+// Memory of this thread, aligned for any vector; null if there is none. It stays for the thread's next call, unless it
+// is more than kKeptScratch when the call is done with it.
+void* scratch(size_t bytes);
+void done_with_scratch();
 
 }  // namespace kd

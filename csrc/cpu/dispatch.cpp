@@ -115,20 +115,31 @@ void advise_huge_pages(void* fresh, size_t bytes) {
 #endif
 }
 
+namespace {
+struct Memory {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Memory() { free(data); }
+};
+thread_local Memory memory;
+}  // namespace
+
 void* scratch(size_t bytes) {
-  struct Memory {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Memory() { free(data); }
-  };
-  static thread_local Memory memory;
   if (memory.size < bytes) {
     free(memory.data);
     memory.size = (bytes + 4095) / 4096 * 4096;
     memory.data = aligned_alloc(4096, memory.size);
     if (!memory.data) memory.size = 0;
+    if (memory.size > kKeptScratch) advise_huge_pages(memory.data, memory.size);
   }
   return memory.data;
+}
+
+void done_with_scratch() {
+  if (memory.size <= kKeptScratch) return;
+  free(memory.data);
+  memory.data = nullptr;
+  memory.size = 0;
 }
 
 }  // namespace kd

@@ -9,7 +9,8 @@
 // cache. Still swept row by row, but finished together, one per lane.
 //
 // lanes_are_rows: a row per lane, and the sweep too has a row in every lane; the logits are transposed on the way, or
-// already lie that way (class dimension in the middle).
+// already lie that way (class dimension in the middle). Rows of many classes are walked in tiles here, too, and read
+// twice: as many rows as there are lanes would keep too many exponentials.
 //
 // The target and the padding are loaded as -inf: their exponentials are 0 and nothing below needs to ask for them. The
 // target's gradient is written afterwards.
@@ -361,14 +362,11 @@ struct Rows {
   }
 
   static bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
-    switch (plan.regime) {
-      case Regime::lanes_are_rows:
-        return lanes_are_rows(p, begin, end);
-      case Regime::batches:
-        return batches(p, begin, end);
-      default:
-        return lanes_are_classes(p, begin, end);
-    }
+    const bool ok = plan.regime == Regime::lanes_are_rows ? lanes_are_rows(p, begin, end)
+                    : plan.regime == Regime::batches      ? batches(p, begin, end)
+                                                          : lanes_are_classes(p, begin, end);
+    done_with_scratch();
+    return ok;
   }
 
   static bool lanes_are_classes(const Problem& p, int64_t begin, int64_t end) {
@@ -603,10 +601,97 @@ struct Rows {
     return true;
   }
 
-  static bool lanes_are_rows(const Problem& p, int64_t begin, int64_t end) {
+  // The target's logits of a block's rows, where it is among the `n` classes from `from` on that are in `kept`: to
+  // s_y and t_y, and -inf in their place.
+  static void take_targets(Batch& b, int64_t from, int64_t n, S* kept, int64_t plane) {
+    for (int lane = 0; lane < L; ++lane) {
+      const int64_t c = b.block.target[lane] - from;
+      if (b.block.target[lane] < 0 || c < 0 || c >= n) continue;
+      S* const at = kept + c * L + lane;
+      b.s_y[lane] = *at;
+      *at = -infinity<S>();
+      if constexpr (Sums::teacher) {
+        b.t_y[lane] = at[plane];
+        at[plane] = -infinity<S>();
+      }
+    }
+  }
+
+  // From n classes' logits in `kept` to their exponentials, and, with `sums`, what these sum to.
+  static void sweep_block(const Scales<S>& scales, const Pivots<V>& pivots, int64_t n, S* const* kept,
+                          double (*sums)[L]) {
     constexpr int kChunk = 64;  // classes summed in S before the sum goes to double
-    const int64_t classes = p.classes, plane = classes * L;
-    const bool back = p.pass == Pass::backward;
+    const V ms = usable(pivots.s), mt = usable(pivots.t);
+    const S* const t = kept[Sums::teacher ? 1 : 0];
+    for (int64_t from = 0; from < n; from += kChunk) {
+      typename Sums::template Stats<V> stats = {};
+      const int64_t to = n - from < kChunk ? n : from + kChunk;
+      for (int64_t c = from; c < to; ++c) {
+        const auto x = Sums::template exps<V>(scales, load<S>(kept[0] + c * L) - ms, load<S>(t + c * L) - mt);
+        Sums::add(stats, x);
+        for (int k = 0; k < Sums::kept; ++k) store<S>(kept[k] + c * L, x.e[k]);
+      }
+      if (!sums) continue;
+      for (int k = 0; k < Sums::count; ++k)
+        for (int part = 0; part < kParts<S>; ++part) {
+          double* const sum = sums[k] + part * kLanes<double>;
+          store_bits(sum, load_bits<VecD>(sum) + widen_part(stats.v[k], part));
+        }
+    }
+  }
+
+  // The gradient of n classes takes the place of their exponentials.
+  static void gradient_block(const Batch& b, int64_t n, S* const* kept) {
+    V c[Sums::kept], e[Sums::kept];
+    for (int k = 0; k < Sums::kept; ++k) c[k] = load<S>(b.coef[k]);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + i * L);
+      store<S>(kept[0] + i * L, gradient(e, c));
+    }
+  }
+
+  static Pivots<V> pivots_of(const Batch& b) { return {load<S>(b.maxima[0]), load<S>(b.maxima[1])}; }
+  static void set_pivots(Batch& b, const Pivots<V>& pivots) {
+    store<S>(b.maxima[0], pivots.s);
+    store<S>(b.maxima[1], pivots.t);
+  }
+
+  // More classes of a block's rows, by their sums and pivots.
+  static void merge_into(Batch& b, const Scales<double>& scales, const Pivots<V>& pivots,
+                         const double (&sums)[Sums::count][L]) {
+    for (int part = 0; part < kParts<S>; ++part) {
+      const int at = part * kLanes<double>;
+      typename Sums::template Stats<VecD> stats, more;
+      for (int k = 0; k < Sums::count; ++k) {
+        stats.v[k] = load_bits<VecD>(b.sums[k] + at);
+        more.v[k] = load_bits<VecD>(sums[k] + at);
+      }
+      Pivots<VecD> row = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
+      merge<Sums>(scales, stats, row, more, Pivots<VecD>{widen_part(pivots.s, part), widen_part(pivots.t, part)});
+      for (int k = 0; k < Sums::count; ++k) store_bits(b.sums[k] + at, stats.v[k]);
+      narrow(b.maxima[0], part, row.s);
+      narrow(b.maxima[1], part, row.t);
+    }
+  }
+
+  static void get_targets(const Problem& p, Batch& b) {
+    for (int lane = 0; lane < b.block.lanes; ++lane) {
+      const int64_t outer = b.block.outer[lane], inner = b.block.inner[lane], target = b.block.target[lane];
+      if (target < 0) continue;
+      b.s_y[lane] = get<double>(p.student, row_start(p.student, outer, inner), target);
+      if constexpr (Sums::teacher) b.t_y[lane] = get<double>(p.teacher, row_start(p.teacher, outer, inner), target);
+    }
+  }
+
+  // Classes from `from` on.
+  static Logits part_of(Logits x, int64_t from) {
+    if (x.data) x.data = static_cast<char*>(x.data) + from * x.class_stride * bytes_of(x.dtype);
+    return x;
+  }
+
+  static bool lanes_are_rows(const Problem& p, int64_t begin, int64_t end) {
+    const bool back = p.pass == Pass::backward, whole = p.classes <= kWholeRows;
+    const int64_t classes = p.classes, tile = whole ? classes : kBlockTile, plane = tile * L;
     constexpr int planes = Sums::kept > 2 ? Sums::kept : 2;
     S* memory = static_cast<S*>(scratch(sizeof(S) * planes * plane));
     if (!memory) return false;
@@ -614,52 +699,52 @@ struct Rows {
     for (int k = 0; k < planes; ++k) kept[k] = memory + k * plane;
     const Params params(p.params);
     const Scales<S> scales(params.temperature);
+    const auto load_logits = [&](Batch& b, int64_t from, int64_t n) {
+      load_block<S>(part_of(p.student, from), b.block, n, kept[0]);
+      if constexpr (Sums::teacher) load_block<S>(part_of(p.teacher, from), b.block, n, kept[1]);
+      take_targets(b, from, n, kept[0], plane);
+    };
+    const auto maxima = [&](int64_t n) {
+      const V s = max_lanewise(kept[0], n * L);
+      return Pivots<V>{s, Sums::teacher ? max_lanewise(kept[Sums::teacher ? 1 : 0], n * L) : -infinity<V>()};
+    };
+    const auto each_tile = [&](auto&& use) {
+      for (int64_t from = 0; from < classes; from += tile) use(from, classes - from < tile ? classes - from : tile);
+    };
 
     for (int64_t first = begin; first < end; first += L) {
       Batch b;
       open(p, first, end, b);
-      load_block<S>(p.student, b.block, classes, kept[0]);
-      if constexpr (Sums::teacher) load_block<S>(p.teacher, b.block, classes, kept[1]);
-      for (int lane = 0; lane < L; ++lane) {
-        if (b.block.target[lane] < 0) continue;
-        S* const at = kept[0] + b.block.target[lane] * L + lane;
-        b.s_y[lane] = *at;
-        *at = -infinity<S>();
-        if constexpr (Sums::teacher) {
-          b.t_y[lane] = at[plane];
-          at[plane] = -infinity<S>();
-        }
+      if (whole) {
+        load_logits(b, 0, classes);
+        if (!back) set_pivots(b, maxima(classes));
+        sweep_block(scales, pivots_of(b), classes, kept, back ? nullptr : b.sums);
+        close(p, params, first, b);
+        if (!p.grad.data) continue;
+        gradient_block(b, classes, kept);
+        store_block<S>(p.grad, b.block, classes, kept[0]);
+        put_targets(p, b);
+        continue;
       }
-      if (!back) {
-        store<S>(b.maxima[0], max_lanewise(kept[0], plane));
-        if constexpr (Sums::teacher) store<S>(b.maxima[1], max_lanewise(kept[1], plane));
-      }
-      const V ms = usable(load<S>(b.maxima[0])), mt = usable(load<S>(b.maxima[1]));
-      const S* const t = kept[Sums::teacher ? 1 : 0];
-      for (int64_t from = 0; from < classes; from += kChunk) {
-        typename Sums::template Stats<V> stats = {};
-        const int64_t to = classes - from < kChunk ? classes : from + kChunk;
-        for (int64_t c = from; c < to; ++c) {
-          const auto x = Sums::template exps<V>(scales, load<S>(kept[0] + c * L) - ms, load<S>(t + c * L) - mt);
-          Sums::add(stats, x);
-          for (int k = 0; k < Sums::kept; ++k) store<S>(kept[k] + c * L, x.e[k]);
-        }
-        if (back) continue;
-        for (int k = 0; k < Sums::count; ++k)
-          for (int part = 0; part < kParts<S>; ++part) {
-            double* const sum = b.sums[k] + part * kLanes<double>;
-            store_bits(sum, load_bits<VecD>(sum) + widen_part(stats.v[k], part));
-          }
-      }
+      // Too many classes to keep their exponentials: a sweep for the sums, and another one for the gradient.
+      if (back)
+        get_targets(p, b);
+      else
+        each_tile([&](int64_t from, int64_t n) {
+          load_logits(b, from, n);
+          alignas(kVectorBytes) double sums[Sums::count][L] = {};
+          const Pivots<V> pivots = maxima(n);
+          sweep_block(scales, pivots, n, kept, sums);
+          merge_into(b, Scales<double>(params), pivots, sums);
+        });
       close(p, params, first, b);
       if (!p.grad.data) continue;
-      V c[Sums::kept], e[Sums::kept];
-      for (int k = 0; k < Sums::kept; ++k) c[k] = load<S>(b.coef[k]);
-      for (int64_t i = 0; i < classes; ++i) {
-        for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + i * L);
-        store<S>(kept[0] + i * L, gradient(e, c));
-      }
-      store_block<S>(p.grad, b.block, classes, kept[0]);
+      each_tile([&](int64_t from, int64_t n) {
+        load_logits(b, from, n);
+        sweep_block(scales, pivots_of(b), n, kept, nullptr);
+        gradient_block(b, n, kept);
+        store_block<S>(part_of(p.grad, from), b.block, n, kept[0]);
+      });
       put_targets(p, b);
     }
     return true;
