@@ -51,6 +51,9 @@ def kd_loss(
         student: raw logits `(..., classes)`, or with the classes at `dim`; float16, bfloat16,
             float32 or float64.
         teacher: raw logits of the same shape on the same device; its dtype may differ.
+            Probabilities in place of logits are not noticed: the softmax of numbers from 0 to 1 is
+            nearly uniform, so such a teacher draws the student to that, and of two such tensors the
+            loss is close to 0. Log-probabilities are fine, being logits of the same softmax.
         target: integer class ids, the shape of the logits without the classes. Optional here;
             needed when `ce_weight` is not 0, and a given target applies `ignore_index`.
         temperature: T > 0.
@@ -197,6 +200,7 @@ def tf_nkd_loss(
         mean_confidence: replaces mean(c), which is otherwise taken over the rows that are read
             (neither ignored nor of weight 0) and are not NaN. A number from 0 to 1, or a 0-d tensor
             whose value is not checked. With data split over processes, the mean over all of them.
+            Given, the logits are read in one sweep, else in two.
 
     The other arguments, the result and the errors are those of `kd_loss`.
     """
@@ -234,10 +238,10 @@ def aekt_loss(
     """Adaptive explicit knowledge transfer: T^2 (alpha phi(c; b) + beta NCKD), per row.
 
     b and c are the probabilities of the target in teacher and student at temperature T, NCKD as in
-    `dkd_loss`. What is published (Park and Lee, arXiv 2409.01679, the abstract): the student learns
-    the teacher's confidence in the target, explicit knowledge, adaptively by the ratio r = b / c,
-    along with the other classes. The formula is not public. The forms of phi offered here are
-    derived from that description, and the default may differ from the paper's loss:
+    `dkd_loss`. Park and Lee, arXiv 2409.01679: the preprint is public, but its full text was not
+    available when this was built. The forms of phi are ours, derived from a published summary of it
+    (the student learns the teacher's confidence in the target, explicit knowledge, adaptively by
+    the ratio r = b / c, along with the other classes); the default may differ from the paper's:
 
     - "ratio_weighted_tckd" (default): r TCKD with r held constant: DKD whose explicit term counts
       more where the student lags the teacher, and less where it leads.
@@ -289,8 +293,8 @@ def target_split(
         dim, ignore_index, backend: as in `kd_loss`; ignored rows are 0 in all three results.
 
     Returns:
-        log_target: the logarithm of the target's probability, exact also when that is near 1.
-        log_rest: the logarithm of 1 minus it, exact also when that is near 0.
+        log_target: the logarithm of the target's probability, accurate also when that is near 1.
+        log_rest: the logarithm of 1 minus it, accurate also when that is near 0.
         logsumexp_rest: the logsumexp of logits / T over the classes other than the target.
 
         Each has the shape of the target, float64 for float64 logits, else float32, and is
