@@ -49,11 +49,10 @@ def kd_loss(
 
     Args:
         student: raw logits `(..., classes)`, or with the classes at `dim`; float16, bfloat16,
-            float32 or float64.
+            float32 or float64. Probabilities in place of logits, in either tensor, are not noticed:
+            the softmax of numbers from 0 to 1 is nearly uniform. Such a teacher draws the student
+            there; of two such tensors the loss is close to 0. Log-probabilities are logits, too.
         teacher: raw logits of the same shape on the same device; its dtype may differ.
-            Probabilities in place of logits are not noticed: the softmax of numbers from 0 to 1 is
-            nearly uniform, so such a teacher draws the student to that, and of two such tensors the
-            loss is close to 0. Log-probabilities are fine, being logits of the same softmax.
         target: integer class ids, the shape of the logits without the classes. Optional here;
             needed when `ce_weight` is not 0, and a given target applies `ignore_index`.
         temperature: T > 0.
