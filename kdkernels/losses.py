@@ -168,10 +168,10 @@ def aekt_loss(
     """Adaptive explicit knowledge transfer: T^2 (alpha phi(c; b) + beta NCKD), per row.
 
     b and c are the probabilities of the target in teacher and student at temperature T, NCKD as in
-    `dkd_loss`. What is published (Park and Lee, arXiv 2409.01679, the abstract): the student learns
-    the teacher's confidence in the target, explicit knowledge, adaptively by the ratio r = b / c,
-    along with the other classes. The formula is not public. The forms of phi offered here are
-    derived from that description, and the default may differ from the paper's loss:
+    `dkd_loss`. Park and Lee, arXiv 2409.01679: the preprint is public, but its full text was not
+    available when this was built. The forms of phi are ours, derived from a published summary of it
+    (the student learns the teacher's confidence in the target, explicit knowledge, adaptively by
+    the ratio r = b / c, along with the other classes); the default may differ from the paper's:
 
     - "ratio_weighted_tckd" (default): r TCKD with r held constant: DKD whose explicit term counts
       more where the student lags the teacher, and less where it leads.
@@ -220,8 +220,8 @@ def target_split(
         dim, ignore_index, backend: as in `kd_loss`; ignored rows are 0 in all three results.
 
     Returns:
-        log_target: the logarithm of the target's probability, exact also when that is near 1.
-        log_rest: the logarithm of 1 minus it, exact also when that is near 0.
+        log_target: the logarithm of the target's probability, accurate also when that is near 1.
+        log_rest: the logarithm of 1 minus it, accurate also when that is near 0.
         logsumexp_rest: the logsumexp of logits / T over the classes other than the target.
 
         Each has the shape of the target, float64 for float64 logits, else float32, and is

@@ -235,7 +235,8 @@ class TaskSerialization(nn.Module):
     A linear map from the student's class logits to the logits that the distillation loss sees. The
     class logits themselves go to the cross-entropy, and alone serve after training: the layer is
     trained along and then dropped. It starts as the identity, that is from plain distillation. How
-    the paper initialises the layer, and where exactly it places it, is not public.
+    the paper initialises the layer, and where exactly it places it, we do not know: its full text
+    was not available when this was built.
 
         distilled = serialization(logits)
         loss = cross_entropy(logits, target) + aekt_loss(distilled, teacher_logits, target)

@@ -178,10 +178,10 @@ def aekt(
     """Adaptive explicit knowledge transfer, T^2 (alpha phi(c; b) + beta NCKD).
 
     Park and Lee, "Adaptive Explicit Knowledge Transfer for Knowledge Distillation", arXiv
-    2409.01679, publish the idea: learn the teacher's target confidence b, adaptively, by its
-    ratio to the student's confidence c. Their formula is not public. The five forms of phi are
-    derived from that description and none is claimed to be the paper's loss. With
-    r = exp(min(log b - log c, log_ratio_max)):
+    2409.01679. The preprint is public, but its full text was not available when this was built.
+    The five forms of phi are ours, derived from a published summary of it (the student learns the
+    teacher's target confidence b, adaptively, by its ratio to its own confidence c), and none is
+    claimed to be the paper's loss. With r = exp(min(log b - log c, log_ratio_max)):
 
     ratio_weighted_tckd      r TCKD, r not differentiated
     ratio_weighted_ce        -r log c, r not differentiated

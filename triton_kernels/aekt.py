@@ -1,5 +1,6 @@
-"""AEKT: T^2 (alpha phi + beta NCKD), phi a ratio-weighted term on the target's probability. Park
-and Lee 2024, arXiv 2409.01679, whose formula is not public: a family that fits what is known.
+"""AEKT: T^2 (alpha phi + beta NCKD), phi a term on the target's probability. Park and Lee 2024,
+arXiv 2409.01679: the preprint is public, but its full text was not available when this was built.
+The forms of phi are ours, derived from a published summary of it.
 
 The twin of csrc/losses/aekt.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
 alpha, beta, variant (its position in kdkernels.reference.AEKT_VARIANTS), log_ratio_max.

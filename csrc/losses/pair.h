@@ -3,7 +3,7 @@
 //   target:  T H            others:  T [ (beta - H) ph_i - beta qh_i ]
 //
 // with ph, qh the softmax over the non-target classes of student and teacher and two scalars per row: H and beta.
-// A loss brings its value, H and beta, and nothing else.
+// A loss brings its value, H and beta; cross-entropy at temperature 1 comes on top (add_cross_entropy).
 #pragma once
 
 #include "../stats.h"
