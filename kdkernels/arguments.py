@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import numbers
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -134,9 +133,10 @@ def common_options(function: str, own: tuple[str, ...], given: Mapping[str, Any]
 def shown(value: Any) -> str:
     """A value for a message, whatever it is."""
     try:
-        return textwrap.shorten(repr(value), 60, placeholder=" ...") or repr(value)[:60]
+        text = repr(value)
     except Exception:  # of foreign types, and of integers that are too long to print
         return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _is_number(value: Any) -> bool:
@@ -147,17 +147,18 @@ def _is_number(value: Any) -> bool:
 
 def number(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
     """A float from low to high."""
+    x = value
     if type(value) is not float:
         if not _is_number(value):
             raise TypeError(f"{name}: got {type(value).__name__}; must be {allowed}")
         if not isinstance(value, torch.SymFloat):
             try:
-                value = float(value)
+                x = float(value)
             except OverflowError:
                 raise ValueError(f"{name}: got {shown(value)}; must be {allowed}") from None
-    if not low <= value <= high:
-        raise ValueError(f"{name}: got {value}; must be {allowed}")
-    return value
+    if not low <= x <= high:
+        raise ValueError(f"{name}: got {shown(value)}; must be {allowed}")
+    return x
 
 
 def _scheduled(name: str, value: Any, low: float, high: float, allowed: str) -> float | Tensor:
@@ -178,8 +179,6 @@ def _temperature(name: str, value: Any) -> float | Tensor:
 
 def _weight(name: str, value: Any) -> float | Tensor:
     # Beyond, float32 holds neither it nor its products.
-    if type(value) is float and value == 0.0:
-        return value
     allowed = "0 or a number from 1e-30 to 1e30"
     if _is_number(value) and value == 0:
         return 0.0
