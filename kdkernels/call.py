@@ -14,6 +14,7 @@ from kdkernels.arguments import (
     Inputs,
     common_options,
     is_on,
+    kept,
     number,
     positive,
     read_tensors,
@@ -207,8 +208,7 @@ def _divisor(options: Mapping[str, Any], student: Tensor) -> _Divisor | None:
 def _as_divisor(normalizer: Tensor, student: Tensor) -> Tensor:
     if sharded.is_sharded(normalizer):
         normalizer = normalizer.full_tensor()  # type: ignore[attr-defined]
-    if normalizer.is_inference() and not torch.compiler.is_compiling():
-        normalizer = normalizer.clone()
+    normalizer = kept(normalizer)
     # On the CPU it is read by the kernels, and nothing has to be sent.
     here = normalizer.device.type == "cpu"
     return normalizer.to("cpu" if here else student.device, torch.float64)
