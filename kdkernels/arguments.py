@@ -360,6 +360,9 @@ def read_tensors(
             target, ignore_index = torch.where(mask, 0, -1), -1
         else:
             target = torch.where(mask, target, ignore_index)
+    if row_weight is not None and target is not None:
+        # Whatever an ignored row is weighed by, inf and NaN too, its loss is 0.
+        row_weight = torch.where(target == ignore_index, 0.0, row_weight)
     backend = choose(options["backend"], student.device)
     inputs = Inputs(student, teacher, target, row_weight, ignore_index, dtype, backend)
     # The CPU kernels check the range themselves; see run() in call.py.

@@ -323,9 +323,7 @@ def _reference_rows(
 def _weigh(rows: Tensor, row_weight: Tensor) -> Tensor:
     """rows * row_weight for weights that are learned: their gradient is the row's loss."""
     unusable = (row_weight == 0) & ~rows.isfinite()
-    # And what an ignored row, whose loss is 0, is weighed by does not matter.
-    weight = torch.where((rows == 0) & ~row_weight.isfinite(), 0.0, row_weight)
-    return torch.where(unusable, 0.0, rows) * weight
+    return torch.where(unusable, 0.0, rows) * row_weight
 
 
 # ---- tf-NKD ----------------------------------------------------------------------------------
