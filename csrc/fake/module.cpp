@@ -31,13 +31,14 @@ struct Spec {
   Pass pass = Pass::forward;
   DType student = DType::f32, teacher = DType::f32;
   int64_t rows = 1, classes = 1;
-  bool two = false;  // temperatures
+  Variant variant = Variant::plain;
   // How the tensors lie: all alike; all alike, a class away from a granule; each row of the teacher otherwise; classes
   // apart.
   enum class Lie { aligned, shifted, skewed, strided } lie = Lie::aligned;
   bool mean = true;  // reductions count rows
 };
 constexpr const char* kPasses[] = {"forward", "backward", "forward_grad"};
+constexpr const char* kVariants[] = {", ", " at two temperatures, ", " with label smoothing, "};
 constexpr const char* kLies[] = {"aligned", "shifted", "skewed", "strided"};
 constexpr const char* kTypes[] = {"float32", "float64", "float16", "bfloat16"};
 
@@ -55,7 +56,7 @@ int loss_of(const std::string& name) {
 
 std::string shown(const Spec& x) {
   const auto name = [](const char* const* names, auto i) { return std::string(names[static_cast<int>(i)]); };
-  return std::string(gpu::kLosses[x.loss].name) + (x.two ? " at two temperatures, " : ", ") + name(kPasses, x.pass) +
+  return std::string(gpu::kLosses[x.loss].name) + kVariants[static_cast<int>(x.variant)] + name(kPasses, x.pass) +
          ", " + std::to_string(x.rows) + " x " + std::to_string(x.classes) + ", " + name(kTypes, x.student) + " and " +
          name(kTypes, x.teacher) + ", " + name(kLies, x.lie);
 }
@@ -94,8 +95,12 @@ gpu::Call call_of(const Spec& x, void* stream) {
   if (x.pass == Pass::backward) p.grad_rows = memory(5);
   p.target = reinterpret_cast<const int64_t*>(memory(6));
   std::fill(p.params, p.params + kMaxParams, 1.0);
-  if (x.two) p.params[0] = 4;
-  p.params[3] = 0;  // of a pair loss: label_smoothing
+  // What the parameters begin with: of losses with a teacher temperature, weights and label_smoothing, which is all of
+  // those of a loss that smooths without one.
+  const LossFacts& facts = gpu::kLosses[x.loss];
+  const bool smooth = x.variant == Variant::smooth;
+  if (facts.two_temperatures && x.variant != Variant::plain) p.params[0] = 4;
+  if (facts.smooths) p.params[facts.teacher ? 3 : 0] = smooth ? 0.5 : 0;
   if (x.pass == Pass::forward_grad) c.total = memory(7), c.mean = x.mean;
   return c;
 }
@@ -256,14 +261,15 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
         for (int loss = 0; loss < gpu::kLossCount; ++loss)
           for_types(loss, dtypes, [&](DType student, DType teacher) {
             for (int pass = 0; pass < 3; ++pass)
-              for (bool two : {false, true})
+              for (Variant variant : {Variant::plain, Variant::two, Variant::smooth})
                 for (int lie = 0; lie < 4; ++lie)
                   for (bool mean : {false, true}) {
                     if (mean && Pass(pass) != Pass::forward_grad) continue;
-                    if (two && !gpu::kLosses[loss].two_temperatures) continue;
+                    if (variant == Variant::two && !gpu::kLosses[loss].two_temperatures) continue;
+                    if (variant == Variant::smooth && !gpu::kLosses[loss].smooths) continue;
                     // Reductions have one output to reduce.
                     if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, device, wanted,
+                    sweep_one({loss, Pass(pass), student, teacher, r, n, variant, Spec::Lie(lie), mean}, device, wanted,
                               seen, out);
                   }
           });
