@@ -62,7 +62,7 @@ struct Kept {
   // The first exponential of a class.
   template <class V>
   static KD_FN V marked(V e, V ds) {
-    return smooth ? select(ds == -infinity<V>(), lit<V>(-0.0), e) : e;
+    return smooth ? select(ds == -infinity<V>(), -e, e) : e;
   }
   // The sums of what counts: of the logits, and of the classes. They are the last two of a variant.
   template <class V, int kCount>

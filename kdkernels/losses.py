@@ -37,7 +37,9 @@ def kd_loss(
     target: Tensor | None = None,
     *,
     temperature: float = 4.0,
+    kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -90,9 +92,9 @@ def kd_loss(
     """
     params = (
         check_option("temperature", temperature),
-        1.0,
+        check_option("kd_weight", kd_weight),
         check_option("ce_weight", ce_weight),
-        0.0,
+        check_option("label_smoothing", label_smoothing),
     )
     if ce_weight != 0 and target is None:
         raise ValueError(f"target: got None; ce_weight={ce_weight} needs a tensor of class ids")
@@ -108,7 +110,9 @@ def dkd_loss(
     temperature: float = 4.0,
     alpha: float = 1.0,
     beta: float = 8.0,
+    kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -133,9 +137,9 @@ def dkd_loss(
     """
     params = (
         check_option("temperature", temperature),
-        1.0,
+        check_option("kd_weight", kd_weight),
         check_option("ce_weight", ce_weight),
-        0.0,
+        check_option("label_smoothing", label_smoothing),
         check_option("alpha", alpha),
         check_option("beta", beta),
     )
@@ -150,7 +154,9 @@ def nkd_loss(
     *,
     temperature: float = 1.0,
     gamma: float = 1.5,
+    kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -175,9 +181,9 @@ def nkd_loss(
     """
     params = (
         check_option("temperature", temperature),
-        1.0,
+        check_option("kd_weight", kd_weight),
         check_option("ce_weight", ce_weight),
-        0.0,
+        check_option("label_smoothing", label_smoothing),
         check_option("gamma", gamma),
     )
     inputs = _check("nkd", student, teacher, target, ignore_index, row_weight, dim, backend)
@@ -234,7 +240,9 @@ def aekt_loss(
     beta: float = 8.0,
     variant: str = "ratio_weighted_tckd",
     log_ratio_max: float = math.log(10),
+    kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -272,9 +280,9 @@ def aekt_loss(
     """
     params = (
         check_option("temperature", temperature),
-        1.0,
+        check_option("kd_weight", kd_weight),
         check_option("ce_weight", ce_weight),
-        0.0,
+        check_option("label_smoothing", label_smoothing),
         check_option("alpha", alpha),
         check_option("beta", beta),
         check_option("variant", variant),
@@ -371,7 +379,9 @@ _RULES: dict[str, Callable[[str, Any], Any]] = {
     "gamma": _weight,
     "variant": _variant,
     "log_ratio_max": _clamp,
+    "kd_weight": _weight,
     "ce_weight": _weight,
+    "label_smoothing": _weight,
     "ignore_index": _integer,
     "reduction": _reduction,
     "dim": _integer,

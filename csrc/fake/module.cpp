@@ -38,7 +38,7 @@ struct Spec {
   bool mean = true;  // reductions count rows
 };
 constexpr const char* kPasses[] = {"forward", "backward", "forward_grad"};
-constexpr const char* kVariants[] = {", ", " at two temperatures, ", " with label smoothing, "};
+constexpr const char* kVariants[] = {"plain", "two", "smooth"};
 constexpr const char* kLies[] = {"aligned", "shifted", "skewed", "strided"};
 constexpr const char* kTypes[] = {"float32", "float64", "float16", "bfloat16"};
 
@@ -56,7 +56,7 @@ int loss_of(const std::string& name) {
 
 std::string shown(const Spec& x) {
   const auto name = [](const char* const* names, auto i) { return std::string(names[static_cast<int>(i)]); };
-  return std::string(gpu::kLosses[x.loss].name) + kVariants[static_cast<int>(x.variant)] + name(kPasses, x.pass) +
+  return std::string(gpu::kLosses[x.loss].name) + ", " + name(kVariants, x.variant) + ", " + name(kPasses, x.pass) +
          ", " + std::to_string(x.rows) + " x " + std::to_string(x.classes) + ", " + name(kTypes, x.student) + " and " +
          name(kTypes, x.teacher) + ", " + name(kLies, x.lie);
 }
@@ -173,7 +173,7 @@ Key key_of(const Spec& x, const gpu::Call& c, const gpu::Plan& plan) {
     return bits;
   };
   return {x.loss,
-          x.two,
+          static_cast<int>(x.variant),
           static_cast<int>(x.pass),
           static_cast<int>(x.student),
           static_cast<int>(x.teacher),
@@ -370,15 +370,15 @@ PYBIND11_MODULE(_fake, m) {
   m.def(
       "call",
       [](const std::string& loss, const std::string& pass, int64_t rows, int64_t classes, const std::string& student,
-         const std::string& teacher, bool two, const std::string& lie, bool mean, uintptr_t stream, int64_t blocks,
-         const std::string& override) {
+         const std::string& teacher, const std::string& variant, const std::string& lie, bool mean, uintptr_t stream,
+         int64_t blocks, const std::string& override) {
         const Spec spec = {loss_of(loss),
                            Pass(index_of("pass", pass, kPasses)),
                            DType(index_of("student", student, kTypes)),
                            DType(index_of("teacher", teacher, kTypes)),
                            rows,
                            classes,
-                           two,
+                           Variant(index_of("variant", variant, kVariants)),
                            Spec::Lie(index_of("lie", lie, kLies)),
                            mean};
         gpu::Call c = call_of(spec, reinterpret_cast<void*>(stream));
@@ -397,7 +397,7 @@ PYBIND11_MODULE(_fake, m) {
       },
       py::arg("loss") = "kd", py::kw_only(), py::arg("pass_") = "forward_grad", py::arg("rows") = 4096,
       py::arg("classes") = 1000, py::arg("student") = "bfloat16", py::arg("teacher") = "bfloat16",
-      py::arg("two") = false, py::arg("lie") = "aligned", py::arg("mean") = true, py::arg("stream") = 0,
+      py::arg("variant") = "plain", py::arg("lie") = "aligned", py::arg("mean") = true, py::arg("stream") = 0,
       py::arg("blocks") = 0, py::arg("override") = "",
       "A call as the binding makes it, on the current device: its plan. An error is a RuntimeError.");
   m.def(

@@ -33,7 +33,7 @@ struct Nkd : PairSums<kVariant, true> {
     // The target term is cross-entropy weighted by the teacher's confidence; extra cross-entropy joins it for free.
     const V surprise =
         add_cross_entropy<Sums>(params, kd_weight * q.p, a, s_y - usable(pivots.s), upstream[0], loss, coef);
-    loss[1] = rest + weighted(q.p, surprise);
+    if (params.parts) loss[1] = rest + weighted(q.p, surprise);
   }
 };
 

@@ -89,7 +89,7 @@ struct SplitLoss : PairSums<kVariant, false> {
     V distillation, h, beta;
     Loss::combine(params, q, p, nckd, distillation, h, beta);  // nckd comes times T^2
     loss[0] = weighted(kd_weight, distillation);
-    loss[1] = distillation;
+    if (params.parts) loss[1] = distillation;
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0] * kd_weight, coef);
     if (params.ce_weight != 0 || params.parts)
       add_cross_entropy<Sums>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
