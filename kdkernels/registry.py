@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from kdkernels import reference
 
 # Floating point statistics per row, the same for every loss; the kernels check it.
-STATS_WIDTH = 8
+STATS_WIDTH = 9
 
 
 @dataclass(frozen=True)

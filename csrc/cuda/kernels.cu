@@ -36,8 +36,9 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   double numbers[kMaxParams];
   std::copy(p.params, p.params + kMaxParams, numbers);
   // Where that is a temperature: the losses that have none are at 1.
-  if (Params(numbers).temperature != 1) numbers[0] = representable<S>(numbers[0]);
-  const Params params(numbers);
+  const bool parts = p.parts != nullptr;
+  if (Params(numbers, parts).temperature != 1) numbers[0] = representable<S>(numbers[0]);
+  const Params params(numbers, parts);
   Args<S> a;
   a.student = p.student;
   a.teacher = p.teacher;
@@ -64,6 +65,7 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.stats_in = a.backward ? static_cast<const S*>(p.stats) : nullptr;
   a.stats_out = a.backward ? nullptr : static_cast<S*>(p.stats);
   a.losses = static_cast<S*>(p.rows);
+  a.parts_out = static_cast<S*>(p.parts);
   double* const doubles = static_cast<double*>(c.scratch);
   a.count_blocks = static_cast<int>(count_blocks(c, plan));
   a.counts = a.count_blocks ? doubles : nullptr;
@@ -159,13 +161,12 @@ int run_one(const Call& c, const Plan& plan) {
 template <class F>
 int run_loss(const Call& c, const Plan& plan) {
   int index = 0;
-#define KD_RUN(name, ...) \
-  if (c.problem.loss == index++) return run_one<__VA_ARGS__, F>(c, plan);
-#define KD_RUN_TWO(name, Loss)                                                               \
-  if (c.problem.loss == index++)                                                             \
-    return Loss<false>::two_temperatures(c.problem.params) ? run_one<Loss<true>, F>(c, plan) \
-                                                           : run_one<Loss<false>, F>(c, plan);
-  KD_LOSSES(KD_RUN, KD_RUN_TWO)
+  const Problem& p = c.problem;
+#define KD_RUN(name, ...)                                    \
+  if (p.loss == index++)                                     \
+    return __VA_ARGS__::chosen(p.params, p.parts != nullptr, \
+                               [&](auto tag) { return run_one<typename decltype(tag)::type, F>(c, plan); });
+  KD_LOSSES(KD_RUN)
   return 1;
 }
 

@@ -9,7 +9,7 @@ KD_NAMESPACE_BEGIN
 
 namespace cuda {
 
-constexpr int kMostOutputs = 3;
+constexpr int kMostOutputs = 3;  // or one, and two parts
 
 // A call as the kernels see it. S is the compute type.
 template <class S>
@@ -21,7 +21,7 @@ struct Args {
   const int64_t* target = nullptr;
   int64_t ignore_index = 0;
   Scales<S> scales = Scales<S>(1.0);
-  alignas(8) char params[72] = {};  // the loss's own Params<S>
+  alignas(8) char params[80] = {};  // the loss's own Params<S>
   S margin = 0;                     // how far a logit may rise above a running pivot
   const S* row_weight = nullptr;
   const S* upstream = nullptr;  // (outputs, rows), backward
@@ -30,6 +30,7 @@ struct Args {
   const S* stats_in = nullptr;  // (rows, kStatsWidth), backward
   S* stats_out = nullptr;       // the same, forward
   S* losses = nullptr;          // (outputs, rows), forward
+  S* parts_out = nullptr;       // (2, rows): distillation and cross-entropy
   // A reduction: every block's part of the sum, or every row's where parts of rows are blocks, and the total.
   double* sums = nullptr;
   int64_t sum_count = 0;
@@ -83,7 +84,7 @@ KD_DEVICE void lanes_merge(const Scales<S>& scales, Stats& stats, Pivots<S>& piv
 // The shared memory of a block beside staged rows.
 template <class Sums, class S>
 struct Scratch {
-  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::kept;
+  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::coefs;
   arch::Shared<S> warps;    // statistics per warp
   arch::Shared<S> results;  // coefficients and pivots of the row
   arch::Shared<double> doubles;
@@ -213,26 +214,29 @@ KD_DEVICE void values_of(const F& fs, const F& ft, const Row<F>& row, int vector
   for (int e = 0; e < F::kVector; ++e) t[e] = Sums::teacher ? t[e] : s[e];
 }
 
+// Of the variants of the call's loss the one that sums so.
+template <class Sums, class Loss, class S, class Stats, class Coef>
+KD_DEVICE void finish_variant(const char* params, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
+                              S* loss, Coef& coef) {
+  if constexpr (std::is_same_v<typename Loss::Sums, Sums>)
+    Loss::finish(*reinterpret_cast<const typename Loss::template Params<S>*>(params), stats, pivots, s_y, t_y, g, loss,
+                 coef);
+}
+template <class Sums, class... Losses, class S, class Stats, class Coef>
+KD_DEVICE void finish_variants(Tag<Variants<Losses...>>, const char* params, const Stats& stats,
+                               const Pivots<S>& pivots, S s_y, S t_y, const S* g, S* loss, Coef& coef) {
+  (finish_variant<Sums, Losses>(params, stats, pivots, s_y, t_y, g, loss, coef), ...);
+}
+
 // loss[k] and the coefficients from the sums of a row, by the loss of this call.
 template <class Sums, class S, class Stats, class Coef>
 KD_DEVICE void finish_loss(const Args<S>& a, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
                            S* loss, Coef& coef) {
   int index = 0;
-#define KD_FINISH(name, ...)                                                                                           \
-  if constexpr (std::is_same_v<typename __VA_ARGS__::Sums, Sums>)                                                      \
-    if (a.loss == index)                                                                                               \
-      __VA_ARGS__::finish(*reinterpret_cast<const typename __VA_ARGS__::template Params<S>*>(a.params), stats, pivots, \
-                          s_y, t_y, g, loss, coef);                                                                    \
-  ++index;
-#define KD_FINISH_TWO(name, Loss) \
-  if constexpr (Sums::two) {      \
-    KD_FINISH(name, Loss<true>)   \
-  } else {                        \
-    KD_FINISH(name, Loss<false>)  \
-  }
-  KD_LOSSES(KD_FINISH, KD_FINISH_TWO)
+#define KD_FINISH(name, ...) \
+  if (a.loss == index++) finish_variants<Sums>(Tag<__VA_ARGS__>(), a.params, stats, pivots, s_y, t_y, g, loss, coef);
+  KD_LOSSES(KD_FINISH)
 #undef KD_FINISH
-#undef KD_FINISH_TWO
 }
 
 template <class Sums, class S>
@@ -254,6 +258,8 @@ template <class S>
 KD_DEVICE void write_nothing(const Args<S>& a, int64_t row) {
   for (int k = 0; k < a.outputs; ++k)
     if (a.losses) arch::store(a.losses + k * a.rows + row, S(0));
+  for (int k = 0; k < 2; ++k)
+    if (a.parts_out) arch::store(a.parts_out + k * a.rows + row, S(0));
   for (int k = 0; k < kStatsWidth; ++k)
     if (a.stats_out) arch::store(a.stats_out + row * kStatsWidth + k, S(0));
 }
@@ -292,6 +298,11 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
   for (int k = 0; k < kMostOutputs; ++k)
     if (a.losses && k < a.outputs) arch::store(a.losses + k * a.rows + row, loss[k] * g[k]);
   if (a.stats_out) store_stats<Sums>(a.stats_out + row * kStatsWidth, pivots, stats);
+  if (Sums::teacher && a.parts_out) {
+    const S own = open(a, row).weight;  // without what multiplies the rows of a reduction
+    arch::store(a.parts_out + row, loss[1] * own);
+    arch::store(a.parts_out + a.rows + row, a.target ? loss[2] * own : S(0));
+  }
   return static_cast<double>(loss[0] * g[0]);
 }
 
@@ -300,7 +311,7 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
 // What is needed to write gradients: coefficients of exponentials relative to `pivots`.
 template <class Sums, class S>
 struct Slope {
-  S c[Sums::kept], y;
+  S c[Sums::coefs], y;
   Pivots<S> pivots;
 };
 
@@ -378,17 +389,17 @@ KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scrat
     loss = finish_row<Sums>(a, y, row, weight, pivots, stats, first && writes, coef);
     if (first) {
       KD_UNROLL
-      for (int k = 0; k < Sums::kept; ++k) scratch.results.st(k, coef.c[k]);
-      scratch.results.st(Sums::kept, coef.y);
-      scratch.results.st(Sums::kept + 1, usable(pivots.s));
-      scratch.results.st(Sums::kept + 2, usable(pivots.t));
+      for (int k = 0; k < Sums::coefs; ++k) scratch.results.st(k, coef.c[k]);
+      scratch.results.st(Sums::coefs, coef.y);
+      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
+      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
     }
   }
   arch::sync_block();
   KD_UNROLL
-  for (int k = 0; k < Sums::kept; ++k) slope.c[k] = scratch.results.ld(k);
-  slope.y = scratch.results.ld(Sums::kept);
-  slope.pivots = {scratch.results.ld(Sums::kept + 1), scratch.results.ld(Sums::kept + 2)};
+  for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = scratch.results.ld(k);
+  slope.y = scratch.results.ld(Sums::coefs);
+  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
   if (arch::threads() == 32) arch::sync_block();  // the next row's results may come before another barrier
   return loss;
 }
