@@ -96,7 +96,7 @@ LOSSES = {
             {"temperature": 1.0, "alpha": 1.0, "beta": 0.5, "ce_weight": 1.0},
             {"temperature": 0.5, "alpha": 2.0, "beta": 0.0, "ce_weight": 1.0},
             {"temperature": 2.0, "alpha": 0.0, "beta": 1.0, "ce_weight": 0.0},
-            {"temperature": 1.0, "beta": 1.0, "kd_weight": 0.5, "ce_weight": 1.0, "label_smoothing": 0.1},
+            {"temperature": 1.0, "kd_weight": 0.5, "ce_weight": 1.0, "label_smoothing": 0.1},
         ],
         defaults={"temperature": 4.0, "alpha": 1.0, "beta": 8.0},
         weight=lambda o: o["alpha"] + o["beta"] + _ce(o),

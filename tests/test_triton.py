@@ -24,6 +24,7 @@ from cases import (
     CASES,
     DTYPE_PAIRS,
     F32,
+    F64,
     IGNORED,
     LAYOUTS,
     MAIN_CASES,
