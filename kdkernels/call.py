@@ -419,15 +419,18 @@ def _tf_nkd_rows(
 ) -> tuple[Tensor, Tensor | None]:
     row_weight = inputs.row_weight
     if inputs.backend == "reference" and not wants_gradient(row_weight):
-        more: dict[str, Any] = {"parts": True} if with_parts else {}
+        assert inputs.target is not None
+        kd_weight, ce_weight, smoothing = weights
         value = reference.tf_nkd(
             inputs.student,
             inputs.target,
-            *weights,
+            kd_weight,
+            ce_weight,
+            smoothing,
             confidence,
             ignore_index=inputs.ignore_index,
             row_weight=row_weight,
-            **more,
+            parts=with_parts,
         )
         return (value[0], value[1:]) if with_parts else (value, None)
     if wants_gradient(row_weight):

@@ -155,15 +155,17 @@ def test_a_schedule_in_a_tensor_compiles_once(what):
     inputs = make_inputs("normal", 6, 7)
 
     def call(*inputs: Tensor, x: Tensor) -> Tensor:
-        options = dict.fromkeys(SCHEDULES[what](1.0), x)
-        return kdkernels.dkd_loss(*inputs, **options)
+        return kdkernels.dkd_loss(*inputs, **dict.fromkeys(SCHEDULES[what](1.0), x))
 
     function, counter = compiled(call)
+    graphs = []
     for step in range(12):
         x = torch.tensor(1.0 + step / 8, dtype=torch.float64)
         ours, theirs = (evaluate(f, *inputs, x=x) for f in (function, call))
         assert_close(ours, theirs)
-    assert counter.frame_count == 1
+        graphs.append(counter.frame_count)
+    # The compiler may run twice within the first call.
+    assert graphs[0] == graphs[-1]
 
 
 @needs_cpu
