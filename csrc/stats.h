@@ -166,6 +166,15 @@ KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats& a, Pivots<V>& pa, con
   pa = p;
 }
 
+// NaN if a logit of the row is, else 0: added to the losses, it wins over infinities and over whatever is switched off.
+// s_y and t_y are the target's logits; those of the other classes have made the sums NaN.
+template <class Sums, class V, class Stats>
+KD_FN V nan_of(const Stats& a, V s_y, V t_y) {
+  V all = a.v[Sums::sum_s] + s_y;
+  if constexpr (Sums::teacher) all += a.v[Sums::sum_t] + t_y;
+  return select(all == all, lit<V>(0), all);
+}
+
 // The target against all other classes, from g = log(p / (1 - p)). Nothing cancels and nothing underflows early: log p
 // and log(1 - p) keep full relative accuracy however close p is to 0 or 1.
 template <class V>

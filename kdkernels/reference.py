@@ -7,8 +7,10 @@ there cannot repeat itself here.
 
 float16 and bfloat16 logits are computed in float32; float64 in float64. Rows whose target is
 `ignore_index`, or whose `row_weight` is 0, give 0 and a zero gradient whatever they hold. Rows
-whose target is out of range give NaN. Logits of -inf are exact: 0 * log 0 = 0, and neither a value
-nor a first or second derivative turns NaN because of them, as long as a row has one finite logit.
+whose target is out of range give NaN, and so does every other row with a NaN among the logits of
+student or teacher, whatever is infinite beside it and whichever terms are switched off. Logits of
+-inf are exact: 0 * log 0 = 0, and neither a value nor a first or second derivative turns NaN
+because of them, as long as a row has one finite logit.
 """
 
 from __future__ import annotations
@@ -215,7 +217,7 @@ class _Rows(NamedTuple):
     teacher: Tensor
     hot: Tensor  # (..., classes), true at the target
     alive: Tensor  # (...), false where the row is ignored or has weight 0
-    valid: Tensor  # (...), false where the target is out of range
+    valid: Tensor  # (...), false where the target is out of range or a logit is NaN
     weight: Tensor | None
 
     def cross_entropy(self, weight: float) -> Tensor:
@@ -258,7 +260,8 @@ def _open(
 
     student = read(student)
     teacher = student if teacher is None else read(teacher)
-    # A row with a target out of range is NaN, and by this product its gradient too.
+    valid = valid & ~(student.isnan() | teacher.isnan()).any(dim=-1)
+    # Such a row is NaN, and by this product its gradient too.
     poison = torch.where(valid, 1.0, math.nan).to(dtype).unsqueeze(-1)
     return _Rows(student * poison, teacher * poison, hot, alive, valid, row_weight)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -191,6 +192,33 @@ def check_that_nan_stays_in_its_row(
         assert value[..., 2].isnan().any() and gradient[2].isnan().any()
         assert_same(value[..., others], good[0][..., others])
         assert_same(gradient[others], good[1][others])
+
+
+def check_that_nan_wins(
+    case: Case, classes: int, backend: str, variants: Variants, step: int = 1
+) -> None:
+    """NaN at the target (class 2) or at another class (the last one), of student or teacher; and
+    the target, or all other classes, of student, teacher or both at -inf.
+
+    step: more than 1 where rows are slow: one of so many of these, and only once.
+    """
+    hot = torch.arange(classes) == 2
+    rows = list(product((0, 1)[: 1 + case.teacher], (2, -1), *[(False, True)] * 4))[::step]
+    logits = make_inputs("normal", len(rows), classes, F32)[:2]
+    for i, (tensor, at, *masks) in enumerate(rows):
+        for mask, (x, where) in zip(masks, product(logits, (hot, ~hot)), strict=True):
+            x[i, where & torch.tensor(mask)] = -INF
+        logits[tensor][i, at] = math.nan
+    target = torch.full((len(rows),), 2)
+    off = dict.fromkeys({"alpha", "beta", "gamma"} & set(case.options), 0.0)
+    for _ in variants():
+        for x in (case, case.having(**off), case.having(**off, ce_weight=0.0))[
+            : 3 if off and step == 1 else 1
+        ]:
+            assert x.rows(*logits, target, backend=backend).isnan().all()
+        if step == 1 and not case.facts.target:
+            no_ce = case.having(ce_weight=0.0)
+            assert no_ce.rows(*logits, None, backend=backend).isnan().all()
 
 
 def check_that_a_bad_target_makes_its_row_nan(

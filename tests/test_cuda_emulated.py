@@ -359,6 +359,11 @@ def test_nan_stays_in_its_row(case: Case, at: int, generator: torch.Generator) -
     contracts.check_that_nan_stays_in_its_row(case, generator, "cuda", all_regimes(at), at)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nan_wins_over_infinities_and_weights_of_0(case: Case) -> None:
+    contracts.check_that_nan_wins(case, 70, "cuda", all_regimes(0), step=5)
+
+
 @pytest.mark.parametrize("bad", [-1, 70, 2**32 + 1])
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_a_bad_target_makes_its_row_nan(case: Case, bad: int, generator: torch.Generator) -> None:

@@ -33,6 +33,7 @@ from contracts import (
     check_saturated_target_of_dkd,
     check_saturated_target_of_nkd,
     check_that_extreme_temperatures_give_numbers,
+    check_that_nan_wins,
 )
 from torch import Tensor, tensor
 
@@ -309,13 +310,17 @@ def test_nan_stays_in_its_row(
         others = torch.arange(7) != 3
         assert_same(value[..., others], expected[..., others])
         assert_same(gradient[others], expected_gradient[others])
-        if where == "target" and case.facts.blind(case.all_options):
-            assert value[3].isfinite()
-        elif case.outputs == 1:
-            assert value[3].isnan() and gradient[3].isnan().any()
+        assert value[..., 3].isnan().all()
+        if where != "target" or not case.facts.blind(case.all_options):
+            assert gradient[3].isnan().any()
+        if case.outputs == 1:
             assert case(student, teacher, target, backend=backend).isnan()
-        else:  # the logsumexp over the other classes does not know of the target
-            assert value[0, 3].isnan() and value[1, 3].isnan() and gradient[3].isnan().any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nan_wins_over_infinities_and_weights_of_0(case: Case, backend: str) -> None:
+    for classes in CLASSES:
+        check_that_nan_wins(case, classes, backend, lambda: iter([backend]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])

@@ -265,6 +265,11 @@ def test_nan_stays_in_its_row(case: Case, regime: str, generator: torch.Generato
     contracts.check_that_nan_stays_in_its_row(case, generator, "triton", one(regime))
 
 
+@pairwise(case=CASES, regime=REGIMES)
+def test_nan_wins_over_infinities_and_weights_of_0(case: Case, regime: str) -> None:
+    contracts.check_that_nan_wins(case, 9, "triton", one(regime), step=5)
+
+
 @pairwise(case=CASES, pattern=[*PATTERNS], regime=REGIMES)
 def test_infinite_logits(case: Case, pattern: str, regime: str, generator: torch.Generator) -> None:
     for _ in in_regime(regime):

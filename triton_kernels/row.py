@@ -220,12 +220,14 @@ def _only(read, coef):
 
 
 @triton.jit
-def _store_rows(losses, row, rows, exists, read, values, g, OUTPUTS: tl.constexpr):
+def _store_rows(losses, row, rows, exists, read, values, nan, g, OUTPUTS: tl.constexpr):
     if losses is not None:
-        tl.store(losses + row, tl.where(read, values[0] * g[0], 0.0), mask=exists)
+        tl.store(losses + row, tl.where(read, (values[0] + nan) * g[0], 0.0), mask=exists)
         if OUTPUTS == 3:
-            tl.store(losses + rows + row, tl.where(read, values[1] * g[1], 0.0), mask=exists)
-            tl.store(losses + 2 * rows + row, tl.where(read, values[2] * g[2], 0.0), mask=exists)
+            to = losses + rows + row
+            tl.store(to, tl.where(read, (values[1] + nan) * g[1], 0.0), mask=exists)
+            to = losses + 2 * rows + row
+            tl.store(to, tl.where(read, (values[2] + nan) * g[2], 0.0), mask=exists)
 
 
 @triton.jit
@@ -286,7 +288,12 @@ def _finish(
     g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
     params = _params(p0, p1, p2, p3, p4, p5, DTYPE)
     values, coef, at_target = FINISH(sums, ps, pt, s_y, t_y, g, params, TWO)
-    _store_rows(losses, row, rows, stored, read, values, g, OUTPUTS)
+    # NaN if a logit of the row is, whatever an infinity or a weight of 0 hides.
+    nan = s_y + sums[0]
+    if teacher is not None:
+        nan += t_y + sums[1]
+    nan = tl.where(nan == nan, 0.0, nan)
+    _store_rows(losses, row, rows, stored, read, values, nan, g, OUTPUTS)
     _store_stats(stats, row, stored, ps, pt, sums)
     return _only(read, coef), at_target
 

@@ -436,6 +436,7 @@ struct Rows {
       }
       if (!back) {
         Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
+        for (double& x : loss) x += nan_of<Sums>(stats, s_y, t_y);
         write_rows(p, row, loss, g);
         if (p.stats) store_stats(stats_of(p, row), pivots, stats);
       }
@@ -518,8 +519,10 @@ struct Rows {
       store_bits(b.pivots[1] + at, pivots.t);
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
       for (int k = 0; k < Loss::outputs; ++k) g[k] = load_bits<VecD>(b.g[k] + at);
-      Loss::finish(params, stats, pivots, load_bits<VecD>(b.s_y + at), load_bits<VecD>(b.t_y + at), g, loss, coef);
-      for (int k = 0; k < Loss::outputs; ++k) store_bits(b.loss[k] + at, loss[k]);
+      const VecD s_y = load_bits<VecD>(b.s_y + at), t_y = load_bits<VecD>(b.t_y + at);
+      Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
+      const VecD nan = nan_of<Sums>(stats, s_y, t_y);
+      for (int k = 0; k < Loss::outputs; ++k) store_bits(b.loss[k] + at, loss[k] + nan);
       for (int k = 0; k < Sums::kept; ++k) narrow(b.coef[k], part, coef.c[k]);
       narrow(b.coef_y, part, coef.y);
     }

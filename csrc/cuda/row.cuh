@@ -285,6 +285,9 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
   }
   finish_loss<Sums>(a, stats, pivots, y.s, y.t, g, loss, coef);
   if (!writes || a.backward) return 0;
+  const S nan = nan_of<Sums>(stats, y.s, y.t);
+  KD_UNROLL
+  for (int k = 0; k < kMostOutputs; ++k) loss[k] += nan;
   KD_UNROLL
   for (int k = 0; k < kMostOutputs; ++k)
     if (a.losses && k < a.outputs) arch::store(a.losses + k * a.rows + row, loss[k] * g[k]);
