@@ -9,15 +9,18 @@
 
 A case is a loss on logits (rows, classes) in one direction: the mean over the rows and its gradient
 (`both`), the mean alone without a graph (`forward`), or the gradient from a finished forward
-(`backward`). Its providers are kdkernels' backends, the published formulation in eager PyTorch,
-torch.compile of it, and other libraries where they are installed; each gets raw logits, and all the
-softmaxes that it needs are in its time. They are timed in turns, within the same rounds, together
-with a copy of as many bytes as the loss must move. Every call takes the next of so many inputs that
-they exceed the cache. On a GPU the time is the device's, between two events.
+(`backward`). Its providers are kdkernels' backends, the published formulation in eager PyTorch
+(`eager`), the fastest formula in plain PyTorch that we know (`plain`), torch.compile of either, and
+other libraries where they are installed; each gets raw logits, and all the softmaxes that it needs
+are in its time. They are timed in turns, within the same rounds, together with a copy of as many
+bytes as the loss must move. Every call takes the next of so many inputs that they exceed the cache.
+On a GPU the time is the device's, between two events. On a CPU the C library keeps freed memory, as
+jemalloc, tcmalloc or a caching allocator do; with --malloc default every large tensor is fresh.
 
 "of copy" is the bandwidth that the bytes of the case make of the time, over the bandwidth of that
-copy. Errors are against float64: of the loss, absolute; of the gradient in some rows, over its
-largest entry. Memory is what one call takes beyond its inputs at its peak, gradient included.
+copy, the median of all copies of as many bytes in the run. Errors are against float64: of the loss,
+absolute; of the gradient in some rows, over its largest entry. Memory is what one call takes beyond
+its inputs at its peak, gradient included.
 
 Results go to bench/results/<machine> when the default cases are measured as they are, or with
 --keep; else to out/bench, or to --out: a table on the screen, results.json, results.csv, and plots.
@@ -45,7 +48,7 @@ from bench import measure, providers, report
 from bench.cases import DIRECTIONS, DTYPES, LAYOUTS, LOSSES, TEMPERATURE, choose
 from bench.children import say
 from bench.peers import PEERS
-from bench.run import Runner, case_of, run
+from bench.run import Runner, case_of, pool_copies, run
 
 SECONDS = {"cuda": 1.0, "cpu": 3.0}  # of timing for each case
 QUICK_SECONDS, QUICK_BUDGET = 1.5, 75.0
@@ -105,7 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--malloc",
         choices=measure.MALLOC_POLICIES,
-        help="what the C library does with freed memory on the CPU: as it comes, or keep it",
+        help="what the C library does with freed memory on the CPU (default: keep it)",
     )
     add("--seed", type=int, default=0)
     add("--list", action="store_true", help="show the cases and measure nothing")
@@ -183,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine: measure.Machine = (
         measure.Cuda()
         if options.device == "cuda"
-        else measure.Cpu(options.threads, options.malloc or "default")
+        else measure.Cpu(options.threads, options.malloc or "keep")
     )
     out = options.out or (
         report.RESULTS / report.folder_of(machine.name)
@@ -225,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(ready=True)
         for records in run(runner, cases, options.budget):
             made["records"] += records
+            pool_copies(made["records"])
             made["facts"]["wall_seconds"] = round(time.perf_counter() - began, 1)
             # After every case, so that a run that is cut short leaves what it has.
             paths = report.write(out, made)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from bench import eager
+from bench import eager, plain
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student, teacher, target -> mean over the rows
 
@@ -43,6 +43,7 @@ class Spec:
     eager: Loss
     # kdkernels' function with the parameters of `eager`: (student, teacher, target, **options).
     fused: Callable[..., Tensor] | None  # None: there is none yet
+    plain: Loss | None = None  # the fastest plain formula; None: that is `eager`
     tensors: int = 2  # of logits that it reads: the teacher's or not
     exponentials: int = 2  # of a pair of logits; a logarithm counts as one
     target: bool = True  # needs one; without, the target only says which rows count
@@ -55,11 +56,13 @@ def _no_teacher(function: Callable[..., Tensor], student, teacher, target, **opt
 
 _KD = partial(kdkernels.kd_loss, temperature=TEMPERATURE)
 LOSSES: dict[str, Spec] = {
-    "kd": Spec("KD", eager.kd, _KD, target=False),
-    "kd_ce": Spec("KD + CE", eager.kd_ce, partial(_KD, ce_weight=1.0), exponentials=3),
-    "dkd": Spec("DKD", eager.dkd, partial(kdkernels.dkd_loss, temperature=TEMPERATURE)),
-    "nkd": Spec("NKD", eager.nkd, kdkernels.nkd_loss),
-    "aekt": Spec("AEKT", eager.aekt, partial(kdkernels.aekt_loss, temperature=TEMPERATURE)),
+    "kd": Spec("KD", eager.kd, _KD, plain.kd, target=False),
+    "kd_ce": Spec("KD + CE", eager.kd_ce, partial(_KD, ce_weight=1.0), plain.kd_ce, exponentials=3),
+    "dkd": Spec("DKD", eager.dkd, partial(kdkernels.dkd_loss, temperature=TEMPERATURE), plain.dkd),
+    "nkd": Spec("NKD", eager.nkd, kdkernels.nkd_loss, plain.nkd),
+    "aekt": Spec(
+        "AEKT", eager.aekt, partial(kdkernels.aekt_loss, temperature=TEMPERATURE), plain.aekt
+    ),
     "tf_nkd": Spec(
         "tf-NKD",
         eager.tf_nkd,
@@ -209,7 +212,7 @@ FLOOR = dense((32768, 32768), (16384, 131072), (8192, 262144))  # where quack sh
 
 def _default(device: str) -> list[Case]:
     """The most telling cases first: a run may have no time for all."""
-    uncompiled = ("cuda", "triton", "cpu", "eager", "liger", "flash_attn", "quack")
+    uncompiled = ("cuda", "triton", "cpu", "eager", "plain", "liger", "flash_attn", "quack")
     if device == "cuda":
         large = dense((4096, 128256))
         # torch.compile takes seconds for every case, so that most of them are without it.

@@ -2,7 +2,7 @@
 
 Written anew from the published formulations, operation for operation, so that time and memory are
 those of the code people run today: megvii-research/mdistiller (KD, DKD), yzd-v/cls_KD (NKD in its
-final form, tf-NKD) and huggingface/trl (generalised JSD). AEKT has no public code; `aekt` is what
+final form, tf-NKD) and huggingface/trl (generalised JSD). No code of AEKT was found; `aekt` is what
 kdkernels' derived default costs when it is built on mdistiller's DKD.
 
 These are baselines, not a reference. They keep on purpose what the originals do badly: logarithms
@@ -109,7 +109,7 @@ def aekt(
 ) -> Tensor:
     """AEKT-style on mdistiller's DKD: each row's TCKD times the detached ratio b / c, at most 10.
 
-    The paper's formula is not public: this is the eager price of kdkernels' default variant.
+    Not the paper's formula, whose text was not available: kdkernels' default variant in eager.
     """
     log_pair_p, pair_q, nckd = _decoupled(student, teacher, target, temperature)
     tckd = F.kl_div(log_pair_p, pair_q, reduction="none").sum(1)

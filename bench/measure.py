@@ -113,22 +113,27 @@ class LossCall:
 class CopyCall:
     """A stream of as many bytes as a case's logits and gradient: copy_, or add for 3 passes.
 
-    Of dense memory whatever the layout, to memory used before.
+    Of dense memory whatever the layout, of whole integers whatever the dtype (so that the bytes
+    alone decide), to memory used before.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.streams = 3 if case.passes == 3 else 2
         self.stores = inputs.stores
-        self.count = max(1, case.logit_bytes // self.streams // DTYPES[case.dtype].itemsize)
-        self.out = torch.empty_like(inputs.stores[0][1][: self.count])
+        self._count = max(1, case.logit_bytes // self.streams // 4)
+        self._logits = -(-4 * self._count // DTYPES[case.dtype].itemsize)
+        self.out = torch.empty_like(self._words(inputs.stores[0][1]))
 
     @property
     def bytes(self) -> int:
         return self.streams * self.out.nbytes
 
     def prepare(self, index: int) -> tuple[Tensor, Tensor]:
-        student, teacher = self.stores[index]
-        return student[: self.count], teacher[: self.count]
+        student, teacher = (self._words(x) for x in self.stores[index])
+        return student, teacher
+
+    def _words(self, store: Tensor) -> Tensor:
+        return store[: self._logits].view(torch.int32)[: self._count]
 
     def run(self, state: tuple[Tensor, Tensor]) -> None:
         if self.streams == 3:
@@ -271,9 +276,10 @@ def set_malloc_policy(name: str) -> bool:
     """What glibc does with freed blocks, for the whole process; false where there is no glibc.
 
     "default" is where glibc's adaptive thresholds end up in any process that frees large tensors:
-    a block above 32 MiB goes back to the kernel, so every call pays for the page faults of its own
-    gradient, which is several times what a fused kernel takes. "keep" keeps freed blocks, as
-    jemalloc, tcmalloc or a caching allocator do.
+    a block above 32 MiB goes back to the kernel, so every call pays for the page faults of all
+    that it allocates: of a gradient, several times what a fused kernel takes; of each intermediate
+    tensor of a plain formula. "keep" keeps freed blocks, as jemalloc, tcmalloc or a caching
+    allocator do.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):
@@ -307,7 +313,7 @@ class Cpu:
 
     type = "cpu"
 
-    def __init__(self, threads: int | None = None, malloc: str = "default") -> None:
+    def __init__(self, threads: int | None = None, malloc: str = "keep") -> None:
         if threads:
             torch.set_num_threads(threads)
         self.malloc = malloc if set_malloc_policy(malloc) else "system"

@@ -1,4 +1,4 @@
-"""Who computes a loss: kdkernels' backends, the published formulation, and other libraries."""
+"""Who computes a loss: kdkernels' backends, formulas in plain PyTorch, and other libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from bench.measure import Machine
 from bench.peers import PEERS
 
 FUSED = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}  # backend: the type of its devices
-BASELINES = ("eager", "compile")  # the published formulation, and torch.compile of it
+# The published formulation and the fastest plain formula, and torch.compile of each.
+BASELINES = ("eager", "plain", "compile", "plain_compile")
+COMPILED = {"compile": "eager", "plain_compile": "plain"}
 NAMES = (*FUSED, *BASELINES, *PEERS)
 PLAN = "KDKERNELS_PLAN"  # overrides the CUDA backend's planner: see csrc/cuda/plan.h
 
@@ -25,9 +27,10 @@ def of(case: Case, device: str) -> list[str]:
     """Who could be expected to compute this case on devices of this type."""
     fused = [name for name, kind in FUSED.items() if kind == device]
     peers = [name for name, peer in PEERS.items() if case.loss in peer.losses]
+    baselines = [x for x in BASELINES if case.spec.plain or "plain" not in x]
     return [
         name
-        for name in [*fused, *BASELINES, *peers]
+        for name in [*fused, *baselines, *peers]
         if case.providers is None or name in case.providers
     ]
 
@@ -47,10 +50,13 @@ def missing(name: str, case: Case, device: str) -> str | None:
 def build(name: str, case: Case) -> Loss:
     """The mean over the rows as this provider computes it, to be called by users of it."""
     if name not in FUSED:
-        loss = PEERS[name].losses[case.loss] if name in PEERS else case.spec.eager
+        formula = COMPILED.get(name, name)
+        loss = case.spec.plain if formula == "plain" else case.spec.eager
+        loss = PEERS[name].losses[case.loss] if name in PEERS else loss
+        assert loss is not None
         if case.ignored:
             loss = _of_counted_rows(loss)
-        return torch.compile(loss, dynamic=False) if name == "compile" else loss
+        return torch.compile(loss, dynamic=False) if name in COMPILED else loss
     fused = case.spec.fused
     assert fused is not None
 

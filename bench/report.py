@@ -13,7 +13,7 @@ from typing import Any
 from bench import providers
 from bench.cases import DIRECTIONS, DTYPES, LAYOUTS, LOSSES, Case
 from bench.measure import EXPONENTIALS_PER_CLOCK, MIB
-from bench.run import COPY, Record, case_of
+from bench.run import COPY, Record, case_of, pool_copies
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -93,7 +93,8 @@ class Results:
 
 
 HEADER = ["case", "provider", "ms [20th-80th percentile]", "GB/s", "of copy", "Gexp/s"]
-HEADER += ["vs eager", "vs compile", "peak MiB", "/ gradient", "loss error", "grad error"]
+VERSUS = [f"vs {name.replace('_', ' ')}" for name in providers.BASELINES]
+HEADER += [*VERSUS, "peak MiB", "/ gradient", "loss error", "grad error"]
 
 
 def lines_of(case: Case, results: Results) -> list[list[object]]:
@@ -130,7 +131,8 @@ def summary(records: Sequence[Record]) -> str:
 
 
 # -------------------------------------------------------------------------------------------- goals
-# How many times faster than eager and torch.compile on two cores of a CPU; float32 and bfloat16.
+# How many times faster than eager and torch.compile of it on two cores of a CPU, with fresh memory
+# (--malloc default); float32 and bfloat16.
 _LARGE = {"kd": (30, 6), "dkd": (70, 20)}
 CPU_RATIOS = {
     (512, 32000): _LARGE,
@@ -157,8 +159,10 @@ def goals(report: Report) -> list[tuple[str, float, float, bool]]:
             if name not in providers.FUSED or "missing" in record:
                 continue
             ratios = GPU_RATIOS.get(shape) if gpu else CPU_RATIOS.get(shape, {}).get(case.loss)
+            if not gpu and report["settings"]["malloc"] != "default":
+                ratios = None
             if ratios and case.dtype in ("float32", "bfloat16"):
-                for other, goal in zip(providers.BASELINES, ratios, strict=True):
+                for other, goal in zip(("eager", "compile"), ratios, strict=True):
                     ratio = results.ratio(case, other, name)
                     if ratio is not None:
                         out.append(
@@ -222,6 +226,8 @@ def kept(folder: Path | None = None) -> dict[str, Report]:
         path.parent.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((folder or RESULTS).glob("*/results.json"))
     }
+    for report in found.values():
+        pool_copies(report["records"])  # files of before have a copy for each case
     return dict(sorted(found.items(), key=lambda item: "gpu" not in item[1]["facts"]))
 
 
@@ -248,16 +254,27 @@ def machine_line(report: Report) -> str:
     return f"{what}, torch {facts['torch']}, commit {facts['commit']}, {facts['measured']}"
 
 
-def is_plain(report: Report) -> bool:
-    """Whether it was measured as `python -m bench` does."""
-    settings = report["settings"]
-    return settings["sets"] is None and settings["malloc"] != "keep"
+def headline(reports: dict[str, Report]) -> dict[str, Report]:
+    """What README shows of them, of those that were measured as `python -m bench` does.
+
+    All GPUs, and the CPU that was measured last.
+    """
+    plain = {
+        folder: report
+        for folder, report in reports.items()
+        if report["settings"]["sets"] is None and report["settings"]["malloc"] != "default"
+    }
+    gpus = {folder: report for folder, report in plain.items() if "gpu" in report["facts"]}
+    cpus = sorted(plain.keys() - gpus.keys(), key=lambda x: (plain[x]["facts"]["measured"], x))
+    return gpus | {folder: plain[folder] for folder in cpus[-1:]}
 
 
 def setting_line(report: Report) -> str:
     settings, out = report["settings"], []
     if settings["malloc"] == "keep":
         out.append("freed memory is kept by the C library, as a caching allocator does")
+    if settings["malloc"] == "default":
+        out.append("large tensors are fresh memory, as the C library's malloc makes them")
     if settings["sets"] == 1:
         out.append("small inputs stay in the cache")
     return "; ".join(out)
@@ -267,16 +284,17 @@ def _cell(case: Case, results: Results, name: str) -> str | None:
     record = results.by_case.get(case, {}).get(name, {})
     if "ms" not in record:
         return None
-    ratios = [times(results.ratio(case, other, name)) or "-" for other in providers.BASELINES]
-    return ", ".join([number(record["ms"]) or "", *ratios, percent(record["share_of_copy"]) or ""])
+    compiled = [results.ratio(case, other, name) for other in providers.COMPILED]
+    fastest = min((x for x in compiled if x is not None), default=None)
+    ratios = [results.ratio(case, other, name) for other in ("eager", "plain")]
+    shown = [times(x) or "-" for x in (*ratios, fastest)]
+    return ", ".join([number(record["ms"]) or "", *shown, percent(record["share_of_copy"]) or ""])
 
 
 def speed(reports: dict[str, Report]) -> str:
-    """README's table: each cell is ms, vs eager, vs compile, share of the copy's bandwidth."""
+    """README's table. Each cell: ms, vs eager, vs plain, vs the faster one compiled, of copy."""
     parts = []
-    for folder, report in reports.items():
-        if not is_plain(report):
-            continue
+    for folder, report in headline(reports).items():
         results = Results(report["records"])
         cases = [
             x for x in results.by_case if x.direction == "both" and x.spec.fused and not x.ignored
@@ -366,13 +384,13 @@ def designs() -> str:
 
 
 STANDING = ["case", "backend", "kernel", "ms [p20-p80]", "launch, ms", "limit, ms", "of copy"]
-STANDING += ["vs eager", "vs compile", "vs peers", "peak / gradient", "loss error", "grad error"]
+STANDING += [*VERSUS, "vs peers", "peak / gradient", "loss error", "grad error"]
 
 
 def limit_ms(case: Case, records: dict[str, Record], facts: dict[str, Any]) -> float:
     """The least that the bytes take at the copy's bandwidth, and the exponentials at the GPU's."""
     copy = records[COPY]
-    by_bytes = 1e-6 * case.bytes / copy["gb_per_s"]
+    by_bytes = 1e-6 * case.bytes / (copy["gb_per_s"] / copy["share_of_copy"])
     rate = facts.get("exponentials_per_s")
     return max(by_bytes, 1e3 * case.exponentials / rate if rate else 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -49,6 +50,27 @@ def case_of(record: Record) -> Case:
         record["pass"],
         int(record.get("ignored", 0)),  # results of before have none
     )
+
+
+def pool_copies(records: Sequence[Record]) -> None:
+    """Sets "share_of_copy" of all records: of one bandwidth for each amount of bytes.
+
+    A copy takes turns with the losses in every case, so that it meets the same machine. One case's
+    copy may still be lucky or not, and rows of the same shape would differ by that. What counts is
+    the median of all copies of as many bytes in a run, by the same operator.
+    """
+    rates: dict[tuple[bool, int], list[float]] = {}
+
+    def of(record: Record) -> tuple[bool, int]:
+        case = case_of(record)
+        return case.passes == 3, case.logit_bytes
+
+    for record in records:
+        if record["provider"] == COPY:
+            rates.setdefault(of(record), []).append(record["gb_per_s"])
+    for record in records:
+        if "gb_per_s" in record:
+            record["share_of_copy"] = record["gb_per_s"] / median(rates[of(record)])
 
 
 def without_result(case: Case, name: str, reason: str) -> Record:
@@ -152,6 +174,7 @@ class Runner:
             self.show(f"{case}, timing")
             timings = self._time(calls, found, sets)
             records = [self._record(case, name, timings, calls, found[name]) for name in calls]
+            pool_copies(records)
         return [*records, *(without_result(case, *item) for item in failed.items())]
 
     def _check(self, call: LossCall, true_result: Any) -> Record:
@@ -193,7 +216,7 @@ class Runner:
             **timings[name].summary(),
             "bytes": moved,
             "gb_per_s": moved / seconds / 1e9,
-            "share_of_copy": (moved / seconds) / (copy.bytes / timings[COPY].median),
+            "share_of_copy": None,  # by pool_copies
         }
         if name != COPY:
             record["exponentials"] = case.exponentials
@@ -206,7 +229,10 @@ class Runner:
 def run(
     runner: Runner, cases: Sequence[Case], budget: float | None = None
 ) -> Iterator[list[Record]]:
-    """The records of each case; after `budget` seconds no further case is begun."""
+    """The records of each case; after `budget` seconds no further case is begun.
+
+    Shares of the copy are those of the case alone: pool_copies sets those of a run.
+    """
     began = time.perf_counter()
     for case in cases:
         if budget is not None and time.perf_counter() - began > budget:

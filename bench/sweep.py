@@ -6,11 +6,12 @@
 
 Every plan is asked for by KDKERNELS_PLAN; "" is the planner's own. Its gradient is compared with
 that of the planner's own plan, loss and gradient with float64, and it is timed in turns with a copy
-of as many bytes as the loss must move. A line for each shape and plan goes to sweep.csv in --out
-(default: out/bench) as it comes: also for one that a kernel or the device cannot have, that gives
-wrong numbers, hangs or crashes. It runs in a child process, so that the next one has a device.
-Shapes and plans that the file has from this device and commit are not measured again; the exit
-status is 1 when one of them is wrong or failed, whichever call has measured it.
+of as many bytes as the loss must move (shares are of the median of a shape's copies so far). A line
+for each shape and plan goes to sweep.csv in --out (default: out/bench) as it comes: also for one
+that a kernel or the device cannot have, that gives wrong numbers, hangs or crashes. It runs in a
+child process, so that the next one has a device. Shapes and plans that the file has from this
+device and commit are not measured again; the exit status is 1 when one of them is wrong or failed,
+whichever call has measured it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ class Sweep:
         """Inputs, the truth, and what the planner's own plan makes of them."""
         self._case = None
         self._calls: dict[str, measure.Call] = {}
+        self._copies: list[float] = []  # bytes per second
         self.machine.release()
         self._sets = measure.sets_beyond_cache(case, self.machine.cache, limit=8)
         inputs = measure.Inputs.draw(case, self._sets, 0, self.machine.type)
@@ -102,6 +105,7 @@ class Sweep:
             )
             made = providers.cuda_plan(case, self.machine) if self.backend == "cuda" else None
         seconds = timings[self.backend].median
+        self._copies.append(copy.bytes / timings[COPY].median)
         good = out["difference"] <= ALLOWED and out["grad_error"] <= ALLOWED  # NaN is not
         good = good and out["loss_error"] <= ALLOWED * abs(float(self._truth[0]))
         shown = ("regime", "parts", "stages", "threads", "blocks", "per_multiprocessor")
@@ -110,7 +114,7 @@ class Sweep:
             **timings[self.backend].summary(),
             "bytes": case.bytes,
             "gb_per_s": case.bytes / seconds / 1e9,
-            "share_of_copy": (case.bytes / seconds) / (copy.bytes / timings[COPY].median),
+            "share_of_copy": (case.bytes / seconds) / median(self._copies),
             "launched": " ".join(f"{x}={made[x]}" for x in shown) if made else "",
         }
 

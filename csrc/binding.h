@@ -26,7 +26,6 @@ namespace binding {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Params = std::vector<double>;
 
 // Where all tensors of a call must be.
 struct Place {
@@ -79,17 +78,28 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 
 inline ScalarType compute_type(const Problem& p) { return p.in_double() ? ScalarType::Double : ScalarType::Float; }
 
+// A number that is read on the host.
+inline double number(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.numel() == 1, name, ": must be one CPU number");
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": must be float32 or float64");
+  return dtype == ScalarType::Double ? *static_cast<const double*>(x.data_ptr())
+                                     : *static_cast<const float*>(x.data_ptr());
+}
+
 // Everything about a call but its outputs. Keeps nothing alive: the tensors outlive the call.
 inline Problem describe_call(const LossFacts* losses, int loss_count, const Place& place, const std::string& loss,
                              const Tensor& student, const std::optional<Tensor>& teacher,
                              const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
-                             const Params& params, int64_t ignore_index) {
+                             const Tensor& params, int64_t ignore_index) {
   Problem p;
   while (p.loss < loss_count && loss != losses[p.loss].name) ++p.loss;
   STD_TORCH_CHECK(p.loss < loss_count, "loss: unknown name '", loss, "'");
   const LossFacts& facts = losses[p.loss];
-  STD_TORCH_CHECK(params.size() <= kMaxParams, "params: at most ", kMaxParams, ", got ", params.size());
-  std::copy(params.begin(), params.end(), p.params);
+  STD_TORCH_CHECK(params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous(),
+                  "params: must be a contiguous float64 tensor on the CPU");
+  STD_TORCH_CHECK(params.numel() <= kMaxParams, "params: at most ", kMaxParams, ", got ", params.numel());
+  std::copy_n(static_cast<const double*>(params.data_ptr()), params.numel(), p.params);
 
   p.student = describe(student, "student", place);
   const int64_t dims = student.dim();
@@ -148,6 +158,11 @@ inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, c
   std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
   if (outputs > 1) shape.insert(shape.begin(), outputs);
   return fresh(shape, compute_type(p), place);
+}
+
+// Distillation and cross-entropy of each row by themselves, (2, *rows); nothing unless asked for.
+inline Tensor fresh_parts(const Tensor& student, const Problem& p, const Place& place, bool with_parts) {
+  return with_parts ? fresh_rows(student, 2, p, place) : fresh({0}, compute_type(p), place);
 }
 
 inline void multiply_(const Tensor& x, const Tensor& factor) {

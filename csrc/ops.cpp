@@ -45,7 +45,7 @@ struct Call {
 
 Call describe_call(const kd::Kernels& build, const std::string& loss, const Tensor& student,
                    const std::optional<Tensor>& teacher, const std::optional<Tensor>& target,
-                   const std::optional<Tensor>& row_weight, const Params& params, int64_t ignore_index) {
+                   const std::optional<Tensor>& row_weight, const Tensor& params, int64_t ignore_index) {
   STD_TORCH_CHECK(student.is_cpu(), "student: must be on the CPU");
   const Place place = Place::of(student);
   const kd::Problem p = kd::binding::describe_call(build.losses, build.loss_count, place, loss, student, teacher,
@@ -66,14 +66,6 @@ void run(const kd::Kernels& build, const kd::Problem& p) {
   STD_TORCH_CHECK(ok, "out of memory: no scratch for ", p.classes, " classes");
 }
 
-double number(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.numel() == 1, name, ": must be one CPU number");
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": must be float32 or float64");
-  return dtype == ScalarType::Double ? *static_cast<const double*>(x.data_ptr())
-                                     : *static_cast<const float*>(x.data_ptr());
-}
-
 Tensor empty_gradient(const Tensor& student, Call& call) {
   Tensor grad = fresh_like(student, call.place);
   call.problem.grad = describe(grad, "grad", call.place);
@@ -81,9 +73,9 @@ Tensor empty_gradient(const Tensor& student, Call& call) {
   return grad;
 }
 
-std::tuple<Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, Params params,
-                                   int64_t ignore_index) {
+std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
+                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor params,
+                                   int64_t ignore_index, bool with_parts) {
   const kd::Kernels& build = current_kernels();
   Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = call.problem;
@@ -94,11 +86,11 @@ std::tuple<Tensor, Tensor> forward(std::string loss, Tensor student, std::option
   p.rows = rows.data_ptr();
   p.stats = stats.data_ptr();
   run(build, p);
-  return {rows, stats};
+  return {rows, stats, fresh_parts(student, p, call.place, with_parts)};
 }
 
 Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optional<Tensor> teacher,
-                std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor stats, Params params,
+                std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor stats, Tensor params,
                 int64_t ignore_index) {
   const kd::Kernels& build = current_kernels();
   Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
@@ -114,15 +106,14 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
   return grad;
 }
 
-std::tuple<Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, double scale,
-                                   std::optional<Tensor> normalizer, bool mean, Params params, int64_t ignore_index,
-                                   bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
+                                   std::optional<Tensor> target, std::optional<Tensor> row_weight,
+                                   std::optional<Tensor> normalizer, bool mean, Tensor params, int64_t ignore_index,
+                                   bool with_grad, bool with_parts) {
   const kd::Kernels& build = current_kernels();
   Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = call.problem;
   STD_TORCH_CHECK(build.losses[p.loss].outputs == 1, "loss: '", loss, "' has several outputs, none to reduce");
-  p.scale = scale;
   if (normalizer) p.scale /= number(*normalizer, "normalizer");
   if (mean) p.scale /= static_cast<double>(std::max<int64_t>(call.counted, 1));
   Tensor grad = with_grad ? empty_gradient(student, call) : fresh({0}, student.scalar_type(), call.place);
@@ -138,7 +129,7 @@ std::tuple<Tensor, Tensor> reduced(std::string loss, Tensor student, std::option
     *static_cast<double*>(total.data_ptr()) = sum;
   else
     *static_cast<float*>(total.data_ptr()) = static_cast<float>(sum);
-  return {total, grad};
+  return {total, grad, fresh_parts(student, p, call.place, with_parts)};
 }
 
 // A factor of 1, the ordinary case of loss.backward(), touches nothing.

@@ -28,7 +28,7 @@ struct Described {
 
 Described describe_call(const std::string& loss, const Tensor& student, const std::optional<Tensor>& teacher,
                         const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
-                        const Params& params, int64_t ignore_index) {
+                        const Tensor& params, int64_t ignore_index) {
   STD_TORCH_CHECK(student.is_cuda(), "student: must be on a CUDA device");
   const Place place = Place::of(student);
   Call call;
@@ -66,9 +66,9 @@ Tensor empty_gradient(const Tensor& student, Described& d) {
   return grad;
 }
 
-std::tuple<Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, Params params,
-                                   int64_t ignore_index) {
+std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
+                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor params,
+                                   int64_t ignore_index, bool with_parts) {
   Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = d.call.problem;
   Tensor rows = fresh_rows(student, d.facts.outputs, p, d.place);
@@ -77,11 +77,11 @@ std::tuple<Tensor, Tensor> forward(std::string loss, Tensor student, std::option
   p.rows = rows.data_ptr();
   p.stats = stats.data_ptr();
   run(d);
-  return {rows, stats};
+  return {rows, stats, fresh_parts(student, p, d.place, with_parts)};
 }
 
 Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optional<Tensor> teacher,
-                std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor stats, Params params,
+                std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor stats, Tensor params,
                 int64_t ignore_index) {
   Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = d.call.problem;
@@ -96,18 +96,19 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
   return grad;
 }
 
-std::tuple<Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, double scale,
-                                   std::optional<Tensor> normalizer, bool mean, Params params, int64_t ignore_index,
-                                   bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
+                                   std::optional<Tensor> target, std::optional<Tensor> row_weight,
+                                   std::optional<Tensor> normalizer, bool mean, Tensor params, int64_t ignore_index,
+                                   bool with_grad, bool with_parts) {
   Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = d.call.problem;
   STD_TORCH_CHECK(d.facts.outputs == 1, "loss: '", loss, "' has several outputs, none to reduce");
-  p.scale = scale;
-  if (normalizer) {
+  if (normalizer && normalizer->is_cpu()) {
+    p.scale /= number(*normalizer, "normalizer");
+  } else if (normalizer) {
     STD_TORCH_CHECK(
         d.place.holds(*normalizer) && normalizer->numel() == 1 && normalizer->scalar_type() == compute_type(p),
-        "normalizer: must be one number in the dtype of the loss, on the device of the student");
+        "normalizer: must be one number, on the CPU or in the dtype of the loss on the device of the student");
     d.call.normalizer = normalizer->data_ptr();
   }
   if (mean && !target) p.scale /= static_cast<double>(std::max<int64_t>(p.rows_total(), 1));
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor> reduced(std::string loss, Tensor student, std::option
   p.pass = kd::Pass::forward_grad;
   d.call.total = total.data_ptr();
   run(d);
-  return {total, grad};
+  return {total, grad, fresh_parts(student, p, d.place, with_parts)};
 }
 
 bool is_dense(const Tensor& x) {

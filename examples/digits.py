@@ -15,7 +15,8 @@ were fixed once on validation images; the learning rate is the one that suits pl
 best on them, over seeds that are not reported. Test accuracies are those of the last epoch, over
 all nine positions of the test images.
 
-AEKT is kdkernels' default variant of a loss whose formula is not public.
+AEKT is kdkernels' default variant, derived from a published summary of the paper: its full text was
+not available when the loss was built.
 """
 
 from __future__ import annotations

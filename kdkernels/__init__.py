@@ -1,6 +1,7 @@
 """Fused knowledge-distillation losses for PyTorch."""
 
 from kdkernels.backend import Availability, backends
+from kdkernels.call import Parts
 from kdkernels.losses import (
     TargetSplit,
     aekt_loss,
@@ -20,6 +21,7 @@ __all__ = [
     "DKDLoss",
     "KDLoss",
     "NKDLoss",
+    "Parts",
     "TFNKDLoss",
     "TargetSplit",
     "TaskSerialization",

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +93,7 @@ def _probe() -> dict[str, Availability]:
 
 
 _available = _probe()
-_warned = False
+_warned: set[str] = set()  # kinds of warnings
 
 
 def backends() -> dict[str, Availability]:
@@ -115,14 +116,17 @@ def choose(backend: str | None, device: torch.device) -> str:
             break
     else:
         name = "reference"
-    if preferred[:1] != (name,) and not _warned and not torch.compiler.is_compiling():
+    if preferred[:1] != (name,):
         _warn_downgrade(name, device.type)
     return name
 
 
-def check_name(argument: str, backend: str | None) -> None:
+def check_name(argument: str, backend: Any) -> None:
+    allowed = ", ".join(_available)
+    if backend is not None and not isinstance(backend, str):
+        kind = type(backend).__name__
+        raise TypeError(f"{argument}: got {kind}; must be None or one of {allowed}")
     if backend is not None and backend not in _available:
-        allowed = ", ".join(_available)
         raise ValueError(f"{argument}: got {backend!r}; must be None or one of {allowed}")
 
 
@@ -138,20 +142,30 @@ def _named(backend: str, device: torch.device) -> str:
 
 
 def _warn_downgrade(name: str, device_type: str) -> None:
-    global _warned
-    _warned = True
     missing = [
         f"{better} ({_available[better].reason})"
         for better in _PREFERENCE.get(device_type, ())
         if not _available[better].available
     ]
     why = "; not available: " + ", ".join(missing) if missing else ""
-    warnings.warn(
+    warn_once(
+        "backend",
         f"kdkernels uses its slower backend {name!r} for {device_type} tensors{why}. "
         "Pass backend= to choose one and silence this.",
-        RuntimeWarning,
-        stacklevel=5,  # the caller of a loss function
     )
+
+
+def warn_once(kind: str, message: str) -> None:
+    """One warning of a kind in a process, at the line that called this package. None while a graph
+    is traced, which a warning would break.
+    """
+    if torch.compiler.is_compiling() or kind in _warned:
+        return
+    _warned.add(kind)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("kdkernels"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def checks_targets(device: torch.device) -> bool:

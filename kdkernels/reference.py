@@ -1,9 +1,10 @@
 """The losses in plain differentiable PyTorch: the truth that every kernel is tested against.
 
 Each function takes class-last logits `(..., classes)`, an integer target `(...)`, and returns one
-loss per row `(...)`. Everything is the published formula on top of `log_softmax`; gradients are
-autograd's. No closed-form gradient and no algebra of the kernels is used here, so that a mistake
-there cannot repeat itself here.
+loss per row `(...)`; with `parts=True`, stacked in front of the distillation and the cross-entropy
+of which it is the weighted sum, `(3, ...)`. Everything is the published formula on top of
+`log_softmax`; gradients are autograd's. No closed-form gradient and no algebra of the kernels is
+used here, so that a mistake there cannot repeat itself here.
 
 float16 and bfloat16 logits are computed in float32; float64 in float64. Rows whose target is
 `ignore_index`, or whose `row_weight` is 0, give 0 and a zero gradient whatever they hold. Rows
@@ -32,17 +33,22 @@ AEKT_VARIANTS = (
 )
 
 _NEG_INF = -math.inf
+_LOG_10 = math.log(10.0)
+Number = float | Tensor  # a parameter; a tensor is 0-d
 
 
 def kd(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None = None,
-    temperature: float = 4.0,
-    ce_weight: float = 0.0,
+    temperature: Number = 4.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    parts: bool = False,
 ) -> Tensor:
     """Knowledge distillation, T^2 KL(q || p) with p, q the softmax at T of student and teacher.
 
@@ -53,20 +59,24 @@ def kd(
     log_p = torch.log_softmax(rows.student / temperature, dim=-1)
     log_q = torch.log_softmax(rows.teacher / temperature, dim=-1)
     divergence = _times(log_q.exp(), log_q - log_p).sum(dim=-1)
-    return rows.close(temperature**2 * divergence + rows.cross_entropy(ce_weight))
+    distillation = temperature**2 * divergence
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
 def dkd(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
-    temperature: float = 4.0,
-    ce_weight: float = 0.0,
-    alpha: float = 1.0,
-    beta: float = 8.0,
+    temperature: Number = 4.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    alpha: Number = 1.0,
+    beta: Number = 8.0,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    parts: bool = False,
 ) -> Tensor:
     """Decoupled distillation, T^2 (alpha TCKD + beta NCKD).
 
@@ -75,24 +85,29 @@ def dkd(
     arXiv 2203.08679, equations 5 to 7.
     """
     rows = _open(student, teacher, target, ignore_index, row_weight)
-    loss = rows.cross_entropy(ce_weight)
-    if alpha != 0:
-        loss = loss + temperature**2 * alpha * _binary_divergence(rows, temperature)
-    if beta != 0:
-        loss = loss + temperature**2 * beta * _non_target_divergence(rows, temperature)
-    return rows.close(loss)
+    distillation = rows.nothing()
+    if not _is_zero(alpha):
+        binary = _binary_divergence(rows, temperature)
+        distillation = distillation + _weighted(temperature**2 * alpha, binary)
+    if not _is_zero(beta):
+        rest = _non_target_divergence(rows, temperature)
+        distillation = distillation + _weighted(temperature**2 * beta, rest)
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
 def nkd(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    gamma: float = 1.5,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    gamma: Number = 1.5,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    parts: bool = False,
 ) -> Tensor:
     """Normalised distillation, -b log c - gamma T^2 sum over i != y of qh_i log ph_i.
 
@@ -105,24 +120,28 @@ def nkd(
     rows = _open(student, teacher, target, ignore_index, row_weight)
     log_c, _ = _log_target(rows.student, rows.hot)
     log_b, _ = _log_target(rows.teacher, rows.hot)
-    loss = _times(log_b.exp(), -log_c) + rows.cross_entropy(ce_weight)
-    if gamma != 0:
+    distillation = _times(log_b.exp(), -log_c)
+    if not _is_zero(gamma):
         _, log_ph = _non_target(rows.student / temperature, rows.hot)
         qh, _ = _non_target(rows.teacher / temperature, rows.hot)
-        loss = loss + gamma * temperature**2 * _times(qh, -log_ph).sum(dim=-1)
-    return rows.close(loss)
+        rest = _times(qh, -log_ph).sum(dim=-1)
+        distillation = distillation + _weighted(gamma * temperature**2, rest)
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
 def tf_nkd(
     student: Tensor,
     target: Tensor,
-    ce_weight: float = 0.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
     mean_confidence: float | Tensor | None = None,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    parts: bool = False,
 ) -> Tensor:
-    """Teacher-free NKD, -(w + ce_weight) log c with w = c + 1 - mean(c), not differentiated.
+    """Teacher-free NKD, -w log c with w = c + 1 - mean(c), not differentiated.
 
     c is the target probability at temperature 1 and its mean runs over the rows that are read
     and are not NaN, unless `mean_confidence` gives it. Yang et al., "Rethinking Knowledge
@@ -137,30 +156,34 @@ def tf_nkd(
         mean_confidence = total / counted.sum().clamp(min=1)
     elif isinstance(mean_confidence, Tensor):
         mean_confidence = mean_confidence.detach()
-    return rows.close(-(confidence + 1 - mean_confidence + ce_weight) * log_c)
+    distillation = _times(confidence + 1 - mean_confidence, -log_c)
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
 def aekt(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
-    temperature: float = 4.0,
-    ce_weight: float = 0.0,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    variant: str | float = "ratio_weighted_tckd",
-    log_ratio_max: float = math.log(10.0),
+    temperature: Number = 4.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    alpha: Number = 1.0,
+    beta: Number = 8.0,
+    variant: str | Number = "ratio_weighted_tckd",
+    log_ratio_max: Number = _LOG_10,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    parts: bool = False,
 ) -> Tensor:
     """Adaptive explicit knowledge transfer, T^2 (alpha phi(c; b) + beta NCKD).
 
     Park and Lee, "Adaptive Explicit Knowledge Transfer for Knowledge Distillation", arXiv
-    2409.01679, publish the idea: learn the teacher's target confidence b, adaptively, by its
-    ratio to the student's confidence c. Their formula is not public. The five forms of phi are
-    derived from that description and none is claimed to be the paper's loss. With
-    r = exp(min(log b - log c, log_ratio_max)):
+    2409.01679. The preprint is public, but its full text was not available when this was built.
+    The five forms of phi are ours, derived from a published summary of it (the student learns the
+    teacher's target confidence b, adaptively, by its ratio to its own confidence c), and none is
+    claimed to be the paper's loss. With r = exp(min(log b - log c, log_ratio_max)):
 
     ratio_weighted_tckd      r TCKD, r not differentiated
     ratio_weighted_ce        -r log c, r not differentiated
@@ -170,31 +193,37 @@ def aekt(
     """
     name = variant if isinstance(variant, str) else AEKT_VARIANTS[int(variant)]
     rows = _open(student, teacher, target, ignore_index, row_weight)
-    loss = rows.cross_entropy(ce_weight)
-    if alpha != 0:
+    distillation = rows.nothing()
+    if not _is_zero(alpha):
         phi = _explicit_knowledge(rows, temperature, name, log_ratio_max)
-        loss = loss + temperature**2 * alpha * phi
-    if beta != 0:
-        loss = loss + temperature**2 * beta * _non_target_divergence(rows, temperature)
-    return rows.close(loss)
+        distillation = distillation + _weighted(temperature**2 * alpha, phi)
+    if not _is_zero(beta):
+        rest = _non_target_divergence(rows, temperature)
+        distillation = distillation + _weighted(temperature**2 * beta, rest)
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
 def cross_entropy(
     student: Tensor,
     target: Tensor,
+    label_smoothing: Number = 0.0,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
 ) -> Tensor:
-    """Ordinary cross-entropy at temperature 1, -log c."""
+    """Ordinary cross-entropy at temperature 1, -log c, with label smoothing as torch's.
+
+    It spreads over the classes that are not at -inf: (1 - e) (-log c) + e mean(-log p_i). Szegedy
+    et al., "Rethinking the Inception Architecture for Computer Vision", arXiv 1512.00567.
+    """
     rows = _open(student, None, target, ignore_index, row_weight)
-    return rows.close(rows.cross_entropy(1.0))
+    return rows.close(rows.cross_entropy(label_smoothing))
 
 
 def target_split(
     logits: Tensor,
     target: Tensor,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
@@ -219,12 +248,45 @@ class _Rows(NamedTuple):
     alive: Tensor  # (...), false where the row is ignored or has weight 0
     valid: Tensor  # (...), false where the target is out of range or a logit is NaN
     weight: Tensor | None
+    target: bool  # whether there is one
 
-    def cross_entropy(self, weight: float) -> Tensor:
-        if weight == 0:
-            # Zeros that are differentiable, for losses whose weights are all 0.
-            return self.student[..., :0].sum(dim=-1)
-        return -weight * _log_target(self.student, self.hot)[0]
+    def nothing(self) -> Tensor:
+        """Zeros that are differentiable, for losses whose weights are all 0."""
+        return self.student[..., :0].sum(dim=-1)
+
+    def cross_entropy(self, label_smoothing: Number) -> Tensor:
+        if not self.target:
+            return self.nothing()
+        log_c, _ = _log_target(self.student, self.hot)
+        if _is_zero(label_smoothing):
+            return -log_c
+        counted = self.student != _NEG_INF
+        log_p = torch.log_softmax(self.student, dim=-1)
+        mean = -torch.where(counted, log_p, 0.0).sum(dim=-1) / counted.sum(dim=-1)
+        return _weighted(1 - label_smoothing, -log_c) + _weighted(label_smoothing, mean)
+
+    def weigh(
+        self,
+        distillation: Tensor,
+        kd_weight: Number,
+        ce_weight: Number,
+        label_smoothing: Number,
+        parts: bool,
+    ) -> Tensor:
+        """The loss from its distillation; with parts stacked in front of it and the cross-entropy.
+
+        The parts carry no gradient: where they are infinite it would make the loss's NaN.
+        """
+        terms = [(kd_weight, distillation)]
+        if parts or not _is_zero(ce_weight):
+            terms.append((ce_weight, self.cross_entropy(label_smoothing)))
+        loss = self.nothing()
+        for weight, term in terms:
+            if not _is_zero(weight):
+                loss = loss + _weighted(weight, term)
+        if not parts:
+            return self.close(loss)
+        return self.close(torch.stack((loss, *(term.detach() for _, term in terms))))
 
     def close(self, loss: Tensor) -> Tensor:
         loss = torch.where(self.valid, loss, math.nan)
@@ -263,7 +325,20 @@ def _open(
     valid = valid & ~(student.isnan() | teacher.isnan()).any(dim=-1)
     # Such a row is NaN, and by this product its gradient too.
     poison = torch.where(valid, 1.0, math.nan).to(dtype).unsqueeze(-1)
-    return _Rows(student * poison, teacher * poison, hot, alive, valid, row_weight)
+    given = target is not None
+    return _Rows(student * poison, teacher * poison, hot, alive, valid, row_weight, given)
+
+
+def _is_zero(weight: Number) -> bool:
+    """Whether a term is left out. A tensor's value is never looked at."""
+    return not isinstance(weight, Tensor) and weight == 0
+
+
+def _weighted(weight: Number, term: Tensor) -> Tensor:
+    """weight * term where a weight of 0 wins over an infinite term."""
+    if isinstance(weight, Tensor):
+        term = torch.where((weight == 0) & term.isinf(), 0.0, term)
+    return weight * term
 
 
 def _times(probability: Tensor, value: Tensor) -> Tensor:
@@ -318,7 +393,7 @@ def _accurate_near_one(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(small, torch.log1p(-torch.where(small, b, 0.0)), log_a)
 
 
-def _binary_divergence(rows: _Rows, temperature: float) -> Tensor:
+def _binary_divergence(rows: _Rows, temperature: Number) -> Tensor:
     """TCKD: b log(b/c) + (1-b) log((1-b)/(1-c))."""
     log_c, log_c_rest = _log_target(rows.student / temperature, rows.hot)
     log_b, log_b_rest = _log_target(rows.teacher / temperature, rows.hot)
@@ -326,7 +401,7 @@ def _binary_divergence(rows: _Rows, temperature: float) -> Tensor:
     return target + _times(log_b_rest.exp(), log_b_rest - log_c_rest)
 
 
-def _non_target_divergence(rows: _Rows, temperature: float) -> Tensor:
+def _non_target_divergence(rows: _Rows, temperature: Number) -> Tensor:
     """NCKD: the sum over i != y of qh_i log(qh_i / ph_i)."""
     _, log_ph = _non_target(rows.student / temperature, rows.hot)
     qh, log_qh = _non_target(rows.teacher / temperature, rows.hot)
@@ -334,7 +409,7 @@ def _non_target_divergence(rows: _Rows, temperature: float) -> Tensor:
 
 
 def _explicit_knowledge(
-    rows: _Rows, temperature: float, variant: str, log_ratio_max: float
+    rows: _Rows, temperature: Number, variant: str, log_ratio_max: Number
 ) -> Tensor:
     """phi(c; b) of AEKT."""
     log_c, _ = _log_target(rows.student / temperature, rows.hot)
@@ -347,7 +422,9 @@ def _explicit_knowledge(
 
     def ratio_divergence() -> Tensor:
         beyond = (log_ratio - log_ratio_max).clamp(min=0)
-        return clamped.expm1() - clamped + math.expm1(log_ratio_max) * beyond
+        is_tensor = isinstance(log_ratio_max, Tensor)
+        slope = log_ratio_max.expm1() if is_tensor else math.expm1(log_ratio_max)
+        return clamped.expm1() - clamped + slope * beyond
 
     def ratio_coupled_tckd() -> Tensor:
         divergence = _binary_divergence(rows, temperature)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kdkernels
-from kdkernels import losses
+from kdkernels import arguments, call
 from kdkernels.reference import AEKT_VARIANTS
 
 # Every random number of a run follows from one seed; the workers of pytest-xdist inherit it.
@@ -238,8 +238,8 @@ class Case:
         """The loss and the parameters that the operators are called with."""
         inputs = make_inputs("normal", 1, 2)
         with (
-            patch.object(losses, "choose", lambda *_: "cpu"),
-            patch.object(losses, "_run", side_effect=_Called) as run,
+            patch.object(arguments, "choose", lambda *_: "cpu"),
+            patch.object(call, "_run", side_effect=_Called) as run,
             pytest.raises(_Called),
         ):
             self.rows(*inputs)
@@ -362,8 +362,13 @@ def make_inputs(
     return student, teacher, target
 
 
+def as_params(*numbers: float) -> Tensor:
+    """As the operators take them."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
 # The operators, each with the parameters of a loss that leads to it.
-OPERATORS = dict(case.operator for case in reversed(CASES))
+OPERATORS = {name: as_params(*x) for name, x in (case.operator for case in reversed(CASES))}
 
 # ---- layouts --------------------------------------------------------------------------------
 

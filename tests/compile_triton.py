@@ -82,7 +82,7 @@ def call(job: dict[str, Any]) -> None:
     dtype = launch.ops.loss_dtype(student, teacher)
     weight = torch.ones(shape, dtype=dtype) if job["weight"] else None
     inputs = (job["loss"], student, teacher, target, weight)
-    last = (job["params"], job["ignore_index"])
+    last = (torch.tensor(job["params"], dtype=torch.float64), job["ignore_index"])
     if job["op"] == "forward":
         launch.forward(*inputs, *last)
     elif job["op"] == "backward":
@@ -91,8 +91,10 @@ def call(job: dict[str, Any]) -> None:
         stats = torch.empty((shape.numel(), launch.ops.STATS_WIDTH), dtype=dtype)
         launch.backward(job["loss"], upstream, *inputs[1:], stats, *last)
     elif job["op"] == "reduced":
-        normalizer = torch.ones((), dtype=dtype) if job["normalizer"] else None
-        launch.reduced(*inputs, job["scale"], normalizer, True, *last, True)
+        # In the dtype of the loss it stands for one on the device.
+        number = None if job["scale"] == 1 else torch.tensor(1 / job["scale"], dtype=torch.float64)
+        normalizer = torch.ones((), dtype=dtype) if job["normalizer"] else number
+        launch.reduced(*inputs, normalizer, True, *last, True)
     else:
         launch.scale_(student, torch.ones((), dtype=dtype))
 

@@ -21,6 +21,7 @@ from cases import (
     SOME,
     USUAL,
     Case,
+    as_params,
     assert_same,
     assert_within,
     evaluate,
@@ -432,10 +433,10 @@ GOOD = {
     "teacher": TEACHER,
     "target": TARGET,
     "row_weight": torch.ones(2, 4),
-    "params": [4.0, 0.0, 1.0, 8.0],
+    "params": as_params(4.0, 1.0, 0.0, 0.0, 1.0, 8.0),
     "ignore_index": IGNORED,
 }
-REDUCTION = {"scale": 1.0, "normalizer": torch.tensor(2.0), "mean": True, "with_grad": True}
+REDUCTION = {"normalizer": torch.tensor(2.0), "mean": True, "with_grad": True}
 STATS = {"grad_rows": torch.ones(2, 4), "stats": torch.ones(8, ops.STATS_WIDTH).double()}
 MALFORMED = [
     (ops.FUSED.forward, "loss", "kld"),
@@ -457,7 +458,8 @@ MALFORMED = [
     (ops.FUSED.forward, "row_weight", torch.ones(7)),
     (ops.FUSED.forward, "row_weight", torch.ones(2, 4).double()),
     (ops.FUSED.forward, "row_weight", torch.ones(1).expand(2, 4)),
-    (ops.FUSED.forward, "params", [1.0] * 9),
+    (ops.FUSED.forward, "params", torch.ones(9).double()),
+    (ops.FUSED.forward, "params", torch.ones(6)),
     (ops.FUSED.backward, "grad_rows", torch.ones(2, 3)),
     (ops.FUSED.backward, "grad_rows", torch.ones(2, 4).double()),
     (ops.FUSED.backward, "stats", torch.ones(8, ops.STATS_WIDTH - 1).double()),
@@ -487,7 +489,7 @@ def check_operators(
     dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32),
 ) -> None:
     """torch.library.opcheck of the operators of a loss, on strided logits with ignored rows."""
-    facts, params = ops.LOSSES[name], list(OPERATORS[name])
+    facts, params = ops.LOSSES[name], OPERATORS[name]
     student, teacher, target = make_inputs("normal", (2, 4), 9, dtypes, ignored=0.2)
     plain = (
         student[:, :-1],
@@ -496,15 +498,15 @@ def check_operators(
         torch.rand(2, 3).to(loss_dtype(student, teacher if facts.teacher else None)),
     )
     leaves = (plain[0].clone().requires_grad_(), *plain[1:])
-    rows, stats = operators.forward(name, *plain, params, IGNORED)
+    rows, stats, _ = operators.forward(name, *plain, params, IGNORED)
     normalizer = torch.tensor(4.0, dtype=rows.dtype)
     arguments: dict[str, list[tuple]] = {
         "forward": [(name, *leaves, params, IGNORED)],
         "backward": [(name, torch.randn_like(rows), *plain, stats, params, IGNORED)],
         "reduced": [
-            (name, *leaves, 0.25, None, True, params, IGNORED, True),
-            (name, *leaves, 0.25, normalizer, False, params, IGNORED, True),
-            (name, *plain, 0.25, None, True, params, IGNORED, False),
+            (name, *leaves, None, True, params, IGNORED, True),
+            (name, *leaves, normalizer, False, params, IGNORED, True),
+            (name, *plain, None, True, params, IGNORED, False),
         ],
         "scale_": [(torch.randn(2, 3), torch.tensor(factor)) for factor in (1.0, 3.0)],
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ def _run(
     teacher: Tensor | None,
     target: Tensor | None,
     row_weight: Tensor | None,
-    params: Sequence[float],
+    params: Tensor,
     ignore_index: int,
     grad: Tensor | None = None,
     **more: Any,
@@ -83,7 +83,7 @@ def _run(
         grad=None if grad is None else _logits("grad", grad)["grad"],
         target=_array(target),
         row_weight=_array(row_weight),
-        params=list(params),
+        params=params.tolist(),
         ignore_index=ignore_index,
         device=settings.device,
         forced=settings.forced,
@@ -101,14 +101,15 @@ def _poisoned(x: Tensor) -> Tensor:
 
 def forward(
     loss: str, student: Tensor, teacher: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, with_parts = rest
     dtype, outputs = ops.loss_dtype(student, teacher), ops.LOSSES[loss].outputs
     shape = student.shape[:-1] if outputs == 1 else (outputs, *student.shape[:-1])
     rows = _poisoned(student.new_empty(shape, dtype=dtype))
     count = student.shape[:-1].numel()
     stats = _poisoned(student.new_empty((count, ops.STATS_WIDTH), dtype=dtype))
     _run("forward", loss, student, teacher, *rest, rows=rows, stats=stats)
-    return rows, stats
+    return rows, stats, ops.empty_parts(student, dtype, with_parts)
 
 
 def backward(
@@ -119,7 +120,7 @@ def backward(
     target: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor,
-    params: Sequence[float],
+    params: Tensor,
     ignore_index: int,
 ) -> Tensor:
     grad = _poisoned(torch.empty_like(student))
@@ -134,23 +135,27 @@ def reduced(
     teacher: Tensor | None,
     target: Tensor | None,
     row_weight: Tensor | None,
-    scale: float,
     normalizer: Tensor | None,
     mean: bool,
-    params: Sequence[float],
+    params: Tensor,
     ignore_index: int,
     with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = student.shape[:-1].numel()
+    with_parts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, scale, dtype = student.shape[:-1].numel(), 1.0, ops.loss_dtype(student, teacher)
+    # A number on the host, unless it is in the dtype of the loss and so stands for the device's.
+    if normalizer is not None and normalizer.dtype != dtype:
+        scale, normalizer = 1 / normalizer.item(), None
     if mean and target is None:
         scale /= max(rows, 1)
     grad = _poisoned(torch.empty_like(student)) if with_grad else None
-    total = student.new_zeros((), dtype=ops.loss_dtype(student, teacher))
+    total = student.new_zeros((), dtype=dtype)
     _run(
         "forward_grad", loss, student, teacher, target, row_weight, params, ignore_index, grad,
         scale=scale, normalizer=normalizer, mean=mean and target is not None, total=total,
     )  # fmt: skip
-    return total, student.new_empty((0,)) if grad is None else grad
+    parts = ops.empty_parts(student, dtype, with_parts)
+    return total, student.new_empty((0,)) if grad is None else grad, parts
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -1,10 +1,16 @@
 """What the losses accept, what they refuse and in which words, and how rows become one number."""
 
+import gc
 import math
 import re
 import subprocess
 import sys
+import warnings
+import weakref
+from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -20,16 +26,25 @@ from cases import (
 )
 
 import kdkernels
-from kdkernels import backend, losses, ops, reference
+from kdkernels import arguments, backend, ops, reference, registry
 
 NAN = math.nan
 ROWS, CLASSES = 6, 5
 LOGIT_DTYPES = "must be one of float16, bfloat16, float32, float64"
 TARGET_DTYPES = "must be one of int64, int32, int16, int8, uint8"
-POSITIVE, WEIGHT = "must be a finite number > 0", "must be a finite number >= 0"
+TENSOR = ", or a 0-d tensor"
+TEMPERATURE = f"must be a number from 1e-4 to 1e4{TENSOR}"
+WEIGHT = f"must be 0 or a number from 1e-30 to 1e30{TENSOR}"
+POSITIVE = "must be a number from 1e-30 to 1e30 or a 0-d tensor"
 BACKENDS = ("cpu", "reference") if CPU.available else ("reference",)
 
 INPUTS = student, teacher, target = make_inputs("normal", ROWS, CLASSES)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    SPARSE_ROWS = teacher.to_sparse_csr()
+    NESTED = torch.nested.nested_tensor([student[:2], student[:3]], layout=torch.jagged)
 
 
 def out_of_range(value: int) -> torch.Tensor:
@@ -53,7 +68,7 @@ REFUSED = [
     ("teacher", teacher[:1], ValueError, "got shape (1, 5); must be (6, 5)"),
     ("teacher", teacher.to("meta"), ValueError, "got device meta; must be cpu"),
     ("target", None, TypeError, "got NoneType; must be a tensor"),
-    ("target", 3, TypeError, "got int; must be a tensor"),
+    ("target", 3, TypeError, "got int; must be a tensor of class ids (options go by name: temp"),
     ("target", target.float(), TypeError, f"got dtype torch.float32; {TARGET_DTYPES}"),
     ("target", target > 0, TypeError, f"got dtype torch.bool; {TARGET_DTYPES}"),
     ("target", target[1:], ValueError, "got shape (5,); must be (6,)"),
@@ -68,7 +83,16 @@ REFUSED = [
     ("target", out_of_range(-1), ValueError, "got class -1; must be from 0 to 4 or ignore_index"),
     ("target", out_of_range(2**40), ValueError, "got class 1099511627776; must be from 0 to 4"),
     ("row_weight", 1.0, TypeError, "got float; must be a tensor"),
-    ("row_weight", target, TypeError, f"got dtype torch.int64; {LOGIT_DTYPES}"),
+    ("row_weight", student[:, 0].to(torch.complex64), TypeError, "got dtype torch.complex64; must"),
+    ("student", student.to_sparse(), ValueError, "got layout torch.sparse_coo; must be dense"),
+    ("teacher", teacher.to_sparse(), ValueError, "got layout torch.sparse_coo; must be dense"),
+    ("teacher", SPARSE_ROWS, ValueError, "got layout torch.sparse_csr; must be dense"),
+    ("teacher", teacher.to_mkldnn(), ValueError, "got layout torch._mkldnn; must be dense"),
+    ("student", NESTED, ValueError, "got a nested tensor; must be dense"),
+    ("teacher", NESTED, ValueError, "got a nested tensor; must be dense"),
+    ("target", target.to_sparse(), ValueError, "got layout torch.sparse_coo; must be dense"),
+    ("row_weight", target.to_sparse(), ValueError, "got layout torch.sparse_coo; must be dense"),
+    ("normalizer", torch.tensor(1.0).to_sparse(), ValueError, "got layout torch.sparse_coo; must"),
     ("row_weight", student, ValueError, "got shape (6, 5); must be (6,)"),
     ("row_weight", torch.ones(()), ValueError, "got shape (); must be (6,)"),
     ("row_weight", torch.ones(ROWS, device="meta"), ValueError, "got device meta; must be cpu"),
@@ -79,7 +103,30 @@ REFUSED = [
     ("normalizer", NAN, ValueError, f"got nan; {POSITIVE}"),
     ("normalizer", "4", TypeError, f"got str; {POSITIVE}"),
     ("reduction", "avg", ValueError, "got 'avg'; must be one of mean, sum, batchmean, none"),
-    ("reduction", None, ValueError, "got None; must be one of mean, sum, batchmean, none"),
+    ("reduction", None, TypeError, "got NoneType; must be one of mean, sum, batchmean, none"),
+    ("reduction", ["mean"], TypeError, "got list; must be one of mean"),
+    ("reduction", np.zeros(2), TypeError, "got ndarray; must be one of mean"),
+    ("backend", ["cpu"], TypeError, "got list; must be None or one of cuda"),
+    ("backend", np.zeros(2), TypeError, "got ndarray; must be None or one of cuda"),
+    ("temperature", np.ones(2), TypeError, f"got ndarray; {TEMPERATURE}"),
+    ("temperature", 2j, TypeError, f"got complex; {TEMPERATURE}"),
+    ("temperature", 5e-324, ValueError, f"got 5e-324; {TEMPERATURE}"),
+    ("temperature", 1e300, ValueError, f"got 1e+300; {TEMPERATURE}"),
+    ("temperature", 10**5000, ValueError, f"got a value of type int; {TEMPERATURE}"),
+    ("temperature", torch.ones(2), ValueError, "got shape (2,); a tensor must be 0-d"),
+    ("temperature", torch.tensor(0.0), ValueError, "got 0.0; must be a number from 1e-4 to 1e4"),
+    ("temperature", torch.tensor(2j), TypeError, "got dtype torch.complex64; must be one of"),
+    ("alpha", 1e300, ValueError, f"got 1e+300; {WEIGHT}"),
+    ("alpha", 5e-324, ValueError, f"got 5e-324; {WEIGHT}"),
+    ("alpha", np.float16(np.inf), ValueError, "got "),
+    ("kd_weight", -1, ValueError, f"got -1; {WEIGHT}"),
+    ("label_smoothing", 1.5, ValueError, "got 1.5; must be a number from 0 to 1, or a 0-d tensor"),
+    ("ignore_index", 2**63, ValueError, f"got {2**63}; must be an integer of 64 bits"),
+    ("ignore_index", 10**5000, ValueError, "got a value of type int; must be an integer of 64"),
+    ("dim", 10**30, ValueError, f"got {10**30}; must be an integer of 64 bits"),
+    ("causal", 1, TypeError, "got int; must be True or False"),
+    ("causal", True, ValueError, "got student of 2 dimensions with dim=-1; must be (batch, length"),
+    ("return_parts", None, TypeError, "got NoneType; must be True or False"),
     ("dim", 2, ValueError, "got 2; student has 2 dimensions"),
     ("dim", -3, ValueError, "got -3; student has 2 dimensions"),
     ("dim", 1.0, TypeError, "got float; must be an integer"),
@@ -101,14 +148,16 @@ def refused(error: type[Exception], argument: str, message: str):
 def short(value: object) -> str | None:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype)[6:]}{list(value.shape)}"
+    if type(value) is int:
+        return f"{value:.3g}" if abs(value) < 2**70 else "huge"
     return value.__name__ if isinstance(value, type) else None
 
 
 @pytest.mark.parametrize(("argument", "value", "error", "message"), REFUSED, ids=short)
 def test_bad_arguments_are_named(argument, value, error, message):
-    arguments = {"student": student, "teacher": teacher, "target": target, argument: value}
+    given = {"student": student, "teacher": teacher, "target": target, argument: value}
     with refused(error, argument, message):
-        kdkernels.dkd_loss(**arguments)
+        kdkernels.dkd_loss(**given)
 
 
 # Losses differ in their numbers; each of them has its rule.
@@ -117,24 +166,59 @@ NUMBERS = [
     for case in MAIN_CASES
     for name in ("temperature", "alpha", "beta", "gamma", "ce_weight")
     if name in case.all_options
-    for value in (-1.0, NAN, INF, -INF, 10**400, *([0] if name == "temperature" else []))
+    for value in (-1.0, NAN, INF, -INF, *([0] if name == "temperature" else []))
 ]
 
 
 @pytest.mark.parametrize(("case", "name", "value"), NUMBERS, ids=lambda x: str(x)[:20])
 def test_bad_numbers(case, name, value):
-    allowed = POSITIVE if name == "temperature" else WEIGHT
+    allowed = TEMPERATURE if name == "temperature" else WEIGHT
     logits = (student, teacher) if case.teacher else (student,)
     with refused(ValueError, name, f"got {value}; {allowed}"):
         case.function(*logits, target, **{name: value})
 
 
-@pytest.mark.parametrize(
-    "value", [True, "4", None, torch.tensor(4.0)], ids=lambda x: type(x).__name__
-)
+@pytest.mark.parametrize("value", [True, "4", None, np.bool_(1)], ids=lambda x: type(x).__name__)
 def test_numbers_of_a_wrong_type(value):
-    with refused(TypeError, "temperature", f"got {type(value).__name__}; {POSITIVE}"):
+    with refused(TypeError, "temperature", f"got {type(value).__name__}; {TEMPERATURE}"):
         kdkernels.kd_loss(student, teacher, temperature=value)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_numbers_of_any_kind(name, recwarn):
+    expected = kdkernels.kd_loss(student, teacher, temperature=4.0, backend=name)
+    kinds = (4, Fraction(4), np.float16(4), np.float32(4), np.float64(4), np.int8(4), np.uint16(4))
+    tensors = (torch.tensor(4.0), torch.tensor(4), torch.tensor(4.0, dtype=torch.float16))
+    for value in (*kinds, *tensors):
+        found = kdkernels.kd_loss(student, teacher, temperature=value, backend=name)
+        torch.testing.assert_close(found, expected, msg=repr(value))
+    assert not recwarn.list
+
+
+def test_unknown_options_and_options_without_their_name():
+    with pytest.raises(TypeError, match="kd_loss: got argument 'temprature'; allowed are temper"):
+        kdkernels.kd_loss(student, teacher, temprature=4.0)
+    with pytest.raises(TypeError, match=r"^target: got float; .* by name: temperature=4\.0\)"):
+        kdkernels.kd_loss(student, teacher, 4.0)
+    with pytest.raises(TypeError, match=r"^DKDLoss: takes keyword arguments only: DKDLoss\(temper"):
+        kdkernels.DKDLoss(4.0)
+
+
+@pytest.mark.parametrize("argument", ["target", "reduction", "teacher", "temperature"])
+def test_a_refused_call_keeps_no_tensors_alive(argument):
+    bad = {"target": out_of_range(5), "reduction": "avg", "teacher": teacher[:1], "temperature": 0}
+    for name in BACKENDS:
+        mine = student.clone()
+        alive = weakref.ref(mine)
+        given = {"teacher": teacher, "target": target, argument: bad[argument]}
+        gc.disable()  # what only the collector frees is kept
+        try:
+            with pytest.raises(ValueError):
+                kdkernels.dkd_loss(mine, **given, backend=name)
+            del mine
+            assert alive() is None, name
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("value", [-0.1, 80.5, NAN, INF])
@@ -204,14 +288,16 @@ def test_nothing_is_computed_before_the_checks(monkeypatch):
         raise AssertionError("an operator ran")
 
     monkeypatch.setattr(ops.Operators, "apply", compute)
-    monkeypatch.setattr(ops, "reference_rows", compute)
+    monkeypatch.setattr(
+        registry, "LOSSES", {k: replace(v, reference=compute) for k, v in registry.LOSSES.items()}
+    )
     for change in ({"target": out_of_range(5)}, {"normalizer": 0}, {"reduction": "avg"}):
         for name in BACKENDS:
             if name == "cpu" and "target" in change:
                 continue  # its operators refuse it before they compute anything
-            arguments = {"student": student, "teacher": teacher, "target": target, **change}
+            given = {"student": student, "teacher": teacher, "target": target, **change}
             with pytest.raises(ValueError):
-                kdkernels.dkd_loss(**arguments, backend=name)
+                kdkernels.dkd_loss(**given, backend=name)
 
 
 # ---- backends -------------------------------------------------------------------------------
@@ -222,7 +308,7 @@ def set_available(monkeypatch, **available: bool) -> None:
     changed = {name: backend.Availability(yes, "a reason") for name, yes in available.items()}
     monkeypatch.setattr(backend, "_available", {**backend._available, **changed})
     monkeypatch.setattr(backend, "_DEVICE", {**backend._DEVICE, "triton": "cuda"})
-    monkeypatch.setattr(backend, "_warned", False)
+    monkeypatch.setattr(backend, "_warned", set())
 
 
 def test_backends_says_what_there_is():
@@ -335,7 +421,7 @@ def test_targets_are_read_on_the_host_only_where_that_is_free_or_asked_for(monke
 def test_an_unchecked_target_out_of_range_makes_its_row_nan(monkeypatch, case):
     # What a GPU does, in the reference; the CPU kernels refuse it.
     case = case.apart  # a NaN row must not reach others
-    monkeypatch.setattr(losses, "checks_targets", lambda _: False)
+    monkeypatch.setattr(arguments, "checks_targets", lambda _: False)
     good, bad = (
         evaluate(case.rows, student, teacher, y, backend="reference")
         for y in (target, out_of_range(5))
@@ -515,4 +601,4 @@ def test_inputs_are_not_modified(case, name):
 
 def test_the_parameters_of_the_variants_are_in_order():
     for position, variant in enumerate(reference.AEKT_VARIANTS):
-        assert losses.check_option("variant", variant) == position
+        assert arguments.check_option("variant", variant) == position

@@ -274,6 +274,29 @@ def test_what_is_timed_is_the_direction(direction: str) -> None:
         assert torch.equal(gradient, inputs.teachers[0])
 
 
+@pytest.mark.parametrize("loss", [x for x in LOSSES if LOSSES[x].plain])
+def test_plain_formulas_are_the_published_ones(loss: str, generator: torch.Generator) -> None:
+    student, teacher, target = inputs_of(30, 9, generator)
+    values = [x(student, teacher, target) for x in (LOSSES[loss].plain, LOSSES[loss].eager)]
+    torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+    gradients = [torch.autograd.grad(x, student)[0] for x in values]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
+
+
+def test_a_baseline_is_the_formula_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile of each is of that one; a loss without a plain formula has neither."""
+    spec = LOSSES["kd"]
+    monkeypatch.setattr(torch, "compile", lambda formula, dynamic: (formula, "compiled"))
+    built = {name: providers.build(name, Case("kd", 1, 1)) for name in providers.BASELINES}
+    assert built == {
+        "eager": spec.eager,
+        "plain": spec.plain,
+        "compile": (spec.eager, "compiled"),
+        "plain_compile": (spec.plain, "compiled"),
+    }
+    assert providers.of(Case("tf_nkd", 1, 1), "cpu") == ["cpu", "eager", "compile"]
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize(
@@ -283,16 +306,39 @@ def test_what_is_timed_is_the_direction(direction: str) -> None:
 def test_the_copy_moves_as_much_as_the_case(
     loss: str, direction: str, passes: int, rows: int, layout: str
 ) -> None:
-    """Of dense memory, however the logits lie."""
-    case = Case(loss, rows, 8, layout=layout, direction=direction)
-    inputs = measure.Inputs.draw(case, 2, 0, "cpu")
-    copy = measure.CopyCall(case, inputs)
-    copy.run(copy.prepare(1))
-    assert copy.bytes == case.logit_bytes == passes * rows * 8 * 4
-    student, teacher = inputs.stores[1]
-    assert student.data_ptr() == inputs.students[1].data_ptr() and student.is_contiguous()
-    expected = student + teacher if passes == 3 else student
-    assert torch.equal(copy.out, expected[: rows * 8 // (2 if passes == 1 else 1)])
+    """Of dense memory, however the logits lie, by the same operator whatever their dtype."""
+    for dtype in ("float32", "bfloat16", "float64"):
+        case = Case(loss, rows, 8, dtype, layout, direction)
+        inputs = measure.Inputs.draw(case, 2, 0, "cpu")
+        copy = measure.CopyCall(case, inputs)
+        copy.run(copy.prepare(1))
+        size = cases.DTYPES[dtype].itemsize
+        assert copy.bytes == case.logit_bytes == passes * rows * 8 * size
+        assert inputs.stores[1][0].data_ptr() == inputs.students[1].data_ptr()
+        whole = inputs.stores[1][0].nbytes // 4 * 4 // size
+        student, teacher = (x[:whole].view(torch.int32) for x in inputs.stores[1])
+        expected = student + teacher if passes == 3 else student
+        assert torch.equal(copy.out, expected[: copy.out.numel()])
+
+
+def test_rows_of_a_shape_share_one_copy() -> None:
+    """Of as many bytes by as many streams, whatever the dtype; the median of those of the run."""
+    shapes = [(8, 64, "float32"), (16, 64, "bfloat16"), (4, 64, "float64")]
+    some = [Case("kd", *x) for x in shapes]  # 3 x 2048 bytes
+    others = [Case("ce", 12, 64), Case("kd", 9, 64)]  # as many bytes in 2 streams; more bytes
+    records = []
+    for case, ms in zip([*some, *others], (1.0, 9.0, 2.0, 4.0, 7.0), strict=True):
+        for name, seconds in (("copy", ms), ("cpu", 4.0)):
+            rate = case.logit_bytes / seconds
+            facts = {**run.facts_of(case), "provider": name, "ms": seconds, "gb_per_s": rate}
+            records.append(facts)
+        records.append(run.without_result(case, "eager", "no luck"))
+    run.pool_copies(records)
+    shares = [x["share_of_copy"] for x in records if x["provider"] == "cpu"]
+    assert shares == pytest.approx([0.5, 0.5, 0.5, 1.0, 7 / 4])
+    copies = [x["share_of_copy"] for x in records if x["provider"] == "copy"]
+    assert copies == pytest.approx([2.0, 2 / 9, 1.0, 1.0, 1.0])
+    assert all("share_of_copy" not in x for x in records if x["provider"] == "eager")
 
 
 @needs_cpu
@@ -301,10 +347,11 @@ def test_a_record_for_each_provider(loss: str, direction: str, dtype: str) -> No
     case = Case(loss, 40, 301, dtype, direction=direction)
     records = {
         record["provider"]: record
-        for record in runner_of(*(x for x in providers.NAMES if x != "compile")).measure(case)
+        for record in runner_of(*(set(providers.NAMES) - set(providers.COMPILED))).measure(case)
     }
     peers = {name for name, peer in providers.PEERS.items() if loss in peer.losses}
-    assert set(records) == {"copy", "cpu", "eager"} | peers
+    plain = {"plain"} if LOSSES[loss].plain else set()
+    assert set(records) == {"copy", "cpu", "eager"} | plain | peers
     for name, record in records.items():
         assert run.case_of(record) == case
         if "missing" in record:
@@ -346,8 +393,8 @@ def test_providers_ignore_the_same_rows(loss: str, direction: str) -> None:
 @needs_cpu
 @pytest.mark.full
 def test_compiled_baselines_run() -> None:
-    records = runner_of("cpu", "compile").measure(Case("dkd", 16, 40))
-    assert [x["provider"] for x in records] == ["copy", "cpu", "compile"]
+    records = runner_of("cpu", *providers.COMPILED).measure(Case("dkd", 16, 40))
+    assert [x["provider"] for x in records] == ["copy", "cpu", "compile", "plain_compile"]
     assert all("ms" in x for x in records)
 
 
@@ -644,7 +691,7 @@ def test_only_default_cases_go_to_the_committed_results() -> None:
         ["--providers", "cpu"],
         ["--sets", "1"],
         ["--ignored", "50"],
-        ["--malloc", "keep"],
+        ["--malloc", "default"],
     ):
         assert not command.parse([*words, "--device", "cpu"]).default
 
@@ -728,13 +775,14 @@ def test_numbers_are_short() -> None:
 
 
 def made_up(gpu: bool = False, **settings) -> report.Report:
-    """A report of round numbers: the copy 1 ms, a backend 2, eager 20, compile 8."""
+    """A report of round numbers: the copy 1 ms, a backend 2, eager 20, compile 8, plain 12."""
     backend = "cuda" if gpu else "cpu"
     records = []
     for loss in ("kd", "dkd", "nkd"):
         for classes in (1000, 32000):
             case = Case(loss, 512, classes)
-            for name, ms in (("copy", 1.0), (backend, 2.0), ("eager", 20.0), ("compile", 8.0)):
+            times = {"copy": 1.0, backend: 2.0, "eager": 20.0, "plain": 12.0, "compile": 8.0}
+            for name, ms in (times | {"plain_compile": 6.0}).items():
                 records.append(
                     {
                         **run.facts_of(case),
@@ -766,15 +814,27 @@ def made_up(gpu: bool = False, **settings) -> report.Report:
 
 
 def test_the_readme_table() -> None:
-    text = report.speed({"a-cpu": made_up(), "kept": made_up(malloc="keep")})
-    assert "| 512x32000 fp32 | 2.00, 10x, 4.0x, 50 % |" in text
-    assert text.count("| shape | KD | DKD | NKD |") == 1, "other settings are not README's"
+    """Of freed memory kept, and of the CPU that was measured last."""
+    kept, before = made_up(malloc="keep"), made_up(malloc="keep")
+    before["facts"]["measured"] = "2025-12-31"
+    others = {"a-cpu": made_up(), "in-cache": made_up(malloc="keep", sets=1), "before": before}
+    gpu = made_up(gpu=True, malloc=None)
+    text = report.speed({"a-gpu": gpu, "kept": kept} | others)
+    assert "| 512x32000 fp32 | 2.00, 10x, 6.0x, 3.0x, 50 % |" in text, "the faster one compiled"
+    assert text.count("| shape | KD | DKD | NKD |") == 2
+    assert "[a-gpu]" in text and "[kept]" in text
     assert report.speed({}) == "No results have been committed."
 
 
 def test_the_standing_of_a_case() -> None:
     text = report.standing({"a-cpu": made_up(), "a-gpu": made_up(gpu=True)})
-    assert "| KD 512x32000 float32 | cpu | 2.00 [2.00-2.00] | 1.00 | 50 % | 10x | 4.0x |" in text
+    shown = "2.00 [2.00-2.00] | 1.00 | 50 % | 10x | 6.0x | 4.0x | 3.0x |"
+    assert f"| KD 512x32000 float32 | cpu | {shown}" in text
+    lucky = made_up()
+    for record in lucky["records"]:
+        if record["provider"] == "copy":  # in half the time of the others of as many bytes
+            record |= {"share_of_copy": 2.0, "gb_per_s": 2 * record["gb_per_s"]}
+    assert f"| KD 512x32000 float32 | cpu | {shown}" in report.standing({"a-cpu": lucky})
     # 512 x 32000 x 2 exponentials at 10^9 a second: more than the bytes take.
     assert "| KD 512x32000 float32 | cuda | 2.00 [2.00-2.00] | 32.8 | 50 % |" in text
 
@@ -800,6 +860,8 @@ def test_goals() -> None:
     text = report.goals_text(made_up())
     assert "times faster than eager: 10.0, goal >= 30" in text
     assert "share of the copy" not in text
+    kept = [what for what, *_ in report.goals(made_up(malloc="keep"))]
+    assert not any("times faster" in what for what in kept), "those are of fresh memory"
 
 
 def test_blocks_are_filled() -> None:

@@ -466,3 +466,12 @@ def test_the_oldest_versions_are_the_same_everywhere():
     assert f"\nTORCH ?= 2.{torch}.0\n" in make
     assert f"Python >= 3.{python} and" in readme and f"torch >= 2.{torch} " in readme
     assert f"'setuptools>={setuptools}'" in readme and f'"setuptools>={setuptools}"' in project
+
+
+def test_the_version_is_the_same_everywhere():
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("an installed copy has no setup.py")
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert kdkernels.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert version in (ROOT / "CHANGELOG.md").read_text()

@@ -26,6 +26,7 @@ from cases import (
     LOSSES,
     SEED,
     Case,
+    as_params,
     assert_within,
     evaluate,
     gradient_tolerance,
@@ -323,7 +324,7 @@ def test_operators_check_what_memory_safety_needs(op, argument, value) -> None:
 
 
 def test_operators_check_the_rest() -> None:
-    split = {**GOOD, "loss": "target_split", "teacher": None, "params": [1.0]}
+    split = {**GOOD, "loss": "target_split", "teacher": None, "params": as_params(1.0)}
     with pytest.raises(RuntimeError, match="'target_split' has several outputs"):
         ops.FUSED.reduced(**split, **REDUCTION)
     bad = TARGET.clone()

@@ -17,12 +17,16 @@ MODULES = {
 }
 MODULE_OF = {function: module for module, function in MODULES.items()}
 COMMON = {
+    "kd_weight": 1.0,
     "ce_weight": 0.0,
+    "label_smoothing": 0.0,
     "ignore_index": -100,
     "row_weight": None,
     "normalizer": None,
     "reduction": "mean",
     "dim": -1,
+    "causal": False,
+    "return_parts": False,
     "backend": None,
 }
 # Of a call of the module, because they belong to a batch.
@@ -90,17 +94,21 @@ def test_repr_shows_own_arguments_and_what_is_not_a_default():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": 0}, ValueError, "temperature: got 0; must be a finite number > 0"),
-        ({"ce_weight": math.nan}, ValueError, "ce_weight: got nan; must be a finite number >= 0"),
+        ({"temperature": 0}, ValueError, "temperature: got 0; must be a number from 1e-4"),
+        ({"ce_weight": math.nan}, ValueError, "ce_weight: got nan; must be 0 or a number from"),
         ({"reduction": "avg"}, ValueError, "reduction: got 'avg'; must be one of mean, sum,"),
         ({"backend": "gpu"}, ValueError, "backend: got 'gpu'; must be None or one of cuda,"),
         ({"dim": None}, TypeError, "dim: got NoneType; must be an integer"),
         (
             {"temp": 1},
             TypeError,
-            "KDLoss: got argument 'temp'; allowed are temperature, ce_weight,",
+            "KDLoss: got argument 'temp'; allowed are temperature, kd_weight,",
         ),
-        ({"row_weight": None}, TypeError, "KDLoss: got argument 'row_weight'; allowed are"),
+        (
+            {"row_weight": None},
+            TypeError,
+            "KDLoss: got argument 'row_weight', which belongs to the call; allowed are",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
 )
@@ -122,6 +130,14 @@ def test_an_attribute_changed_later_is_used_and_checked():
 def test_a_loss_has_nothing_to_learn_or_store():
     for module in MODULES:
         assert not list(module().parameters()) and not module().state_dict()
+
+
+def test_a_temperature_that_is_learned_belongs_to_the_module():
+    student, teacher, target = make_inputs("normal", 6, 5)
+    loss = kdkernels.DKDLoss(temperature=nn.Parameter(torch.tensor(2.0)))
+    assert [name for name, _ in loss.named_parameters()] == ["temperature"]
+    loss(student, teacher, target).backward()
+    assert loss.temperature.grad.abs() > 1e-3
 
 
 # ---- task serialisation ---------------------------------------------------------------------
@@ -158,6 +174,25 @@ def test_task_serialization_is_saved_with_the_model():
     x = torch.randn(3, 5)
     assert_same(other(x), layer(x))
     assert layer.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_task_serialization_made_on_no_device(dtype):
+    """As FSDP does: parameters on "meta", then memory, then reset_parameters of every module."""
+    layer = kdkernels.TaskSerialization(5, device="meta", dtype=dtype).to_empty(device="cpu")
+    for module in layer.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.reset_parameters()
+    logits = torch.randn(3, 5).to(dtype)
+    assert layer.linear.weight.dtype == dtype
+    assert_same(layer(logits), logits)
+
+
+def test_task_serialization_warns_of_its_size():
+    with pytest.warns(
+        RuntimeWarning, match=r"TaskSerialization\(5000\) holds 25,005,000 parameters"
+    ):
+        kdkernels.TaskSerialization(5000, device="meta")
 
 
 @pytest.mark.parametrize(

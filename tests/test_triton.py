@@ -33,6 +33,7 @@ from cases import (
     SOME,
     USUAL,
     Case,
+    as_params,
     assert_same,
     evaluate,
     make_inputs,
@@ -326,7 +327,8 @@ def test_nothing_outside_the_gradient_is_written(
     buffer = torch.full((offset + student.numel() + 16,), 7.0, dtype=student.dtype)
     grad = buffer[offset : offset + student.numel()].view(student.shape)
     name, params = SOME.operator
-    call = launch.Call.of(name, student, teacher, target, None, params, IGNORED, grad)
+    inputs = (student, teacher, target, None, as_params(*params), IGNORED)
+    call = launch.Call.of(name, *inputs, grad)
     for _ in in_regime(regime):
         launch._run(call, student.new_empty(3, dtype=F32), None)
     assert (buffer[:offset] == 7).all() and (buffer[offset + student.numel() :] == 7).all()
@@ -353,7 +355,8 @@ def test_operators_check_what_memory_safety_needs(op: object, argument: str, val
 
 def test_a_loss_of_several_outputs_is_not_reduced() -> None:
     student, _, target = make_inputs("normal", 3, 5)
-    inputs = ("target_split", student, None, target, None, 1.0, None, False, [1.0], IGNORED, False)
+    params = as_params(1.0)
+    inputs = ("target_split", student, None, target, None, None, False, params, IGNORED, False)
     with pytest.raises(RuntimeError, match="'target_split' has several outputs"):
         kdkernels.ops.TRITON.reduced(*inputs)
 

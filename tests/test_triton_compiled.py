@@ -43,7 +43,7 @@ class Job:
     """A call of an operator. The sizes decide about the kernel: the planner's tests say how."""
 
     loss: str = "kd"
-    params: tuple[float, ...] = (4.0, 0.0)
+    params: tuple[float, ...] = (4.0, 1.0, 0.0, 0.0)
     op: str = "reduced"
     rows: int = 4096
     classes: int = 50257
@@ -188,9 +188,10 @@ SAME: dict[str, list[Job]] = {
         *(Job(classes=x) for x in (30000, 32000, 32017)),
         *(Job(rows=x) for x in (132, 133, 144, 4097)),
         *(Job(ignore_index=x) for x in (0, 1, 16)),
-        *(Job(params=(x, 0.0)) for x in (1.0, 2.0, 16.0)),
-        Job(params=(1.0, 0.5)),
-        Job(params=(1.0, 1.0)),
+        *(Job(params=(x, 1.0, 0.0, 0.0)) for x in (1.0, 2.0, 16.0)),
+        Job(params=(1.0, 0.5, 0.0, 0.0)),
+        Job(params=(1.0, 1.0, 0.5, 0.0)),
+        Job(params=(1.0, 1.0, 1.0, 0.0)),
         *(Job(scale=x) for x in (16.0, 0.3)),
     ],
     "resident": [
@@ -198,7 +199,7 @@ SAME: dict[str, list[Job]] = {
         *(Job(classes=1000, rows=x) for x in (1, 2, 16, 17)),
         *(Job(classes=x) for x in (520, 992, 1001)),
         Job(classes=1000, ignore_index=1),
-        Job(classes=1000, params=(1.0, 16.0), scale=2.0),
+        Job(classes=1000, params=(1.0, 1.0, 16.0, 0.0), scale=2.0),
     ],
     "split": [
         *(Job(rows=x) for x in (1, 2, 16, 17, 131)),
@@ -208,7 +209,7 @@ SAME: dict[str, list[Job]] = {
         Job(op="backward"),
         *(Job(op="backward", rows=x) for x in (1, 16, 17)),
         *(Job(op="backward", classes=x) for x in (30000, 32000, 250001)),
-        Job(op="backward", params=(1.0, 16.0)),
+        Job(op="backward", params=(1.0, 1.0, 16.0, 0.0)),
     ],
     **{
         f"{name}, {1 + two} temperatures": [job_of(name, x) for x in every]

@@ -1,8 +1,9 @@
-"""AEKT: T^2 (alpha phi + beta NCKD), phi a ratio-weighted term on the target's probability. Park
-and Lee 2024, arXiv 2409.01679, whose formula is not public: a family that fits what is known.
+"""AEKT: T^2 (alpha phi + beta NCKD), phi a term on the target's probability. Park and Lee 2024,
+arXiv 2409.01679: the preprint is public, but its full text was not available when this was built.
+The forms of phi are ours, derived from a published summary of it.
 
-The twin of csrc/losses/aekt.h. Parameters: temperature, ce_weight, alpha, beta, variant (its
-position in kdkernels.reference.AEKT_VARIANTS), log_ratio_max.
+The twin of csrc/losses/aekt.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
+alpha, beta, variant (its position in kdkernels.reference.AEKT_VARIANTS), log_ratio_max.
 """
 
 import triton
@@ -49,9 +50,11 @@ def target_term(p, q, variant, bound):
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
-    temperature, alpha, beta = params[0], params[2], params[3]
+    temperature, kd_weight, alpha, beta = params[0], params[1], params[4], params[5]
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
-    phi, h = target_term(p, q, params[4], params[5])
+    phi, h = target_term(p, q, params[6], params[7])
     loss = weighted(alpha, temperature * (temperature * phi)) + weighted(beta, nckd)
-    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, weighted(alpha, h), beta, g[0])
-    return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)
+    h = weighted(alpha, h)
+    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, h, beta, g[0] * kd_weight)
+    loss = weighted(kd_weight, loss)
+    return add_cross_entropy(params[2], sums, relative, g[0], loss, c0, c1, y, TWO)

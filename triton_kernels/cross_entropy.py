@@ -1,7 +1,7 @@
 """Cross-entropy of the student with the target, -log c at temperature 1: the row term of tf-NKD
 (arXiv 2208.10139).
 
-The twin of csrc/losses/cross_entropy.h. No parameters.
+The twin of csrc/losses/cross_entropy.h. Parameter: label_smoothing.
 """
 
 import triton

@@ -1,6 +1,7 @@
 """DKD: T^2 (alpha TCKD + beta NCKD). Zhao et al. 2022, arXiv 2203.08679, eq. 7.
 
-The twin of csrc/losses/dkd.h. Parameters: temperature, ce_weight, alpha, beta.
+The twin of csrc/losses/dkd.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
+alpha, beta.
 """
 
 import triton
@@ -18,11 +19,11 @@ __all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
-    temperature, alpha, beta = params[0], params[2], params[3]
+    temperature, kd_weight, alpha, beta = params[0], params[1], params[4], params[5]
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
     tckd = temperature * (temperature * binary_kl(q, p))
     loss = weighted(alpha, tckd) + weighted(beta, nckd)
-    c0, c1, y = pair_coef(
-        temperature, inverse_s, inverse_t, weighted(alpha, difference(p, q)), beta, g[0]
-    )
-    return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)
+    h = weighted(alpha, difference(p, q))
+    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, h, beta, g[0] * kd_weight)
+    loss = weighted(kd_weight, loss)
+    return add_cross_entropy(params[2], sums, relative, g[0], loss, c0, c1, y, TWO)

@@ -1,6 +1,6 @@
 """KD: T^2 KL(teacher || student) at temperature T. Hinton et al. 2015, arXiv 1503.02531.
 
-The twin of csrc/losses/kd.h. Parameters: temperature, ce_weight.
+The twin of csrc/losses/kd.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .stats import weighted
 __all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
 
 
-def two_temperatures(temperature: float, ce_weight: float, *_: float) -> bool:
+def two_temperatures(temperature: float, kd_weight: float, ce_weight: float, *_: float) -> bool:
     return temperature != 1.0 and ce_weight != 0.0
 
 
@@ -25,5 +25,8 @@ def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
     # The chain rule of KL over (target, not target): binary KL + (1 - b) * non-target KL.
     loss = temperature * (temperature * binary_kl(q, p)) + weighted(q[3], nckd)
-    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, difference(p, q), q[3], g[0])
-    return add_cross_entropy(params[1], sums, relative, g[0], loss, c0, c1, y, TWO)
+    kd_weight = params[1]
+    h = difference(p, q)
+    c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, h, q[3], g[0] * kd_weight)
+    loss = weighted(kd_weight, loss)
+    return add_cross_entropy(params[2], sums, relative, g[0], loss, c0, c1, y, TWO)

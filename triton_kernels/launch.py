@@ -30,6 +30,7 @@ LOSSES: dict[str, ModuleType] = {
 }
 
 assert ops.STATS_WIDTH == 8, "row.py writes and reads so many"
+_MOST_PARAMS = 8  # p0 to p7 of the kernels
 INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
 
@@ -204,7 +205,7 @@ def _check_operands(
     teacher: Tensor | None,
     target: Tensor | None,
     row_weight: Tensor | None,
-    params: Sequence[float],
+    params: Tensor,
 ) -> None:
     """What memory safety needs; the functions have checked what users can get wrong."""
     _check(loss in LOSSES, f"loss: unknown name {loss!r}")
@@ -222,7 +223,12 @@ def _check_operands(
         _check_rows("target", target, student, torch.int64)
     if row_weight is not None:
         _check_rows("row_weight", row_weight, student, ops.loss_dtype(student, teacher))
-    _check(len(params) <= 6, f"params: at most 6, got {len(params)}")
+    _check(
+        params.device.type == "cpu"
+        and params.dtype == torch.float64
+        and params.numel() <= _MOST_PARAMS,
+        f"params: must be at most {_MOST_PARAMS} float64 numbers on the CPU, got {params.numel()}",
+    )
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -256,18 +262,20 @@ class Call:
         teacher: Tensor | None,
         target: Tensor | None,
         row_weight: Tensor | None,
-        params: Sequence[float],
+        params: Tensor,
         ignore_index: int,
         grad: Tensor | None,
     ) -> Call:
         _check_operands(loss, student, teacher, target, row_weight, params)
         shape = (1,) * (3 - student.dim()) + tuple(student.shape)
         dtype = ops.loss_dtype(student, teacher)
-        params = tuple(params)
-        if params and dtype == torch.float32:
+        numbers = params.tolist()
+        if not ops.LOSSES[loss].temperature:
+            numbers.insert(0, 1.0)  # the kernels' first parameter is always one
+        if dtype == torch.float32:
             # As float32 T must not become 0, nor its square infinite: beyond 2^60 both softmaxes
             # are uniform to the last bit.
-            params = (min(max(params[0], 2.0**-126), 2.0**60), *params[1:])
+            numbers[0] = min(max(numbers[0], 2.0**-126), 2.0**60)
         s, t, g = _place(student), _place(teacher), _place(grad)
         vec = max(16 // x.itemsize for x in (student, teacher, grad) if x is not None)
         loads = s[4] == 1 and _lie_alike(s, t, shape, vec) and _is_aligned(s[0], t[0])
@@ -280,7 +288,7 @@ class Call:
             target,
             row_weight,
             ignore_index,
-            params,
+            tuple(numbers),
             ops.LOSSES[loss].outputs,
             dtype,
             max(x.itemsize for x in (student, teacher) if x is not None),
@@ -323,7 +331,7 @@ class Call:
         names = [f"{x}_{y}" for x in "stg" for y in ("base", "outer", "inner", "class")]
         student, teacher, grad = self.logits[:5], self.logits[5:], _place(self.grad)
         places = (*student[1:], *teacher[1:], *grad[1:])
-        params = (*self.params, *(1.0,) * (6 - len(self.params)))
+        params = (*self.params, *(1.0,) * (_MOST_PARAMS - len(self.params)))
         return {
             "student": student[0],
             "teacher": teacher[0],
@@ -411,16 +419,18 @@ def forward(
     teacher: Tensor | None,
     target: Tensor | None,
     row_weight: Tensor | None,
-    params: Sequence[float],
+    params: Tensor,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+    with_parts: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, None)
     leading = () if call.outputs == 1 else (call.outputs,)
     rows = student.new_empty(leading + student.shape[:-1], dtype=call.dtype)
     stats = student.new_empty((call.rows, ops.STATS_WIDTH), dtype=call.dtype)
+    parts = ops.empty_parts(student, call.dtype, with_parts)
     with _on(student.device):
         _run(call, rows, stats)
-    return rows, stats
+    return rows, stats, parts
 
 
 def backward(
@@ -431,7 +441,7 @@ def backward(
     target: Tensor | None,
     row_weight: Tensor | None,
     stats: Tensor,
-    params: Sequence[float],
+    params: Tensor,
     ignore_index: int,
 ) -> Tensor:
     grad = torch.empty_like(student)
@@ -454,18 +464,29 @@ def reduced(
     teacher: Tensor | None,
     target: Tensor | None,
     row_weight: Tensor | None,
-    scale: float,
     normalizer: Tensor | None,
     mean: bool,
-    params: Sequence[float],
+    params: Tensor,
     ignore_index: int,
     with_grad: bool,
-) -> tuple[Tensor, Tensor]:
+    with_parts: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.empty_like(student) if with_grad else None
     call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, grad)
     _check(call.outputs == 1, f"loss: {loss!r} has several outputs, none to reduce")
+    scale = 1.0
     if normalizer is not None:
-        _check_rows("normalizer", normalizer, student, call.dtype, 1)
+        _check(
+            normalizer.numel() == 1 and normalizer.is_floating_point(),
+            "normalizer: must be one floating point number",
+        )
+        # In the interpreter one in the dtype of the loss stands for one on the device.
+        stands_for_device = student.device.type == "cpu" and normalizer.dtype == call.dtype
+        if normalizer.device.type == "cpu" and not stands_for_device:
+            number = normalizer.item()
+            scale, normalizer = 1.0 / number if number else math.inf, None
+        else:
+            _check_rows("normalizer", normalizer, student, call.dtype, 1)
     counted = None
     if mean and target is not None:
         counted = (target != ignore_index).sum()
@@ -476,7 +497,8 @@ def reduced(
         _run(call, rows, None, scale=scale, normalizer=normalizer, counted=counted)
     # A sum of few numbers, in float64 because that costs nothing.
     total = rows.sum(dtype=torch.float64).to(call.dtype)
-    return total, student.new_empty((0,)) if grad is None else grad
+    parts = ops.empty_parts(student, call.dtype, with_parts)
+    return total, student.new_empty((0,)) if grad is None else grad, parts
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

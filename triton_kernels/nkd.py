@@ -2,7 +2,8 @@
 at temperature T; b and c are teacher's and student's probability of the target. Yang et al.,
 arXiv 2208.10139 and 2303.13005 (eq. 7).
 
-The twin of csrc/losses/nkd.h. Parameters: temperature, ce_weight, gamma.
+The twin of csrc/losses/nkd.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
+gamma.
 """
 
 import triton
@@ -23,14 +24,16 @@ def two_temperatures(temperature: float, *_: float) -> bool:
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
-    temperature, ce_weight, gamma = params[0], params[1], params[2]
+    temperature, kd_weight, ce_weight, gamma = params[0], params[1], params[2], params[4]
     if TWO:
         teacher_sum = sums[4]
     else:
         teacher_sum = sums[1]
     inverse_t = inverse(sums[1])
     q = split(t_y - usable(pt), 1.0, teacher_sum)
-    loss = weighted(gamma, non_target(temperature, sums[0], sums[1], sums[2] * inverse_t, 0.0))
-    c0, c1, y = pair_coef(temperature, inverse(sums[0]), inverse_t, 0.0, gamma, g[0])
+    rest = weighted(gamma, non_target(temperature, sums[0], sums[1], sums[2] * inverse_t, 0.0))
+    loss = weighted(kd_weight, rest)
+    c0, c1, y = pair_coef(temperature, inverse(sums[0]), inverse_t, 0.0, gamma, g[0] * kd_weight)
     # The target term is cross-entropy weighted by the teacher's confidence.
-    return add_cross_entropy(q[2] + ce_weight, sums, s_y - usable(ps), g[0], loss, c0, c1, y, TWO)
+    weight = kd_weight * q[2] + ce_weight
+    return add_cross_entropy(weight, sums, s_y - usable(ps), g[0], loss, c0, c1, y, TWO)

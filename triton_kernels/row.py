@@ -180,7 +180,7 @@ def _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUT
 
 
 @triton.jit
-def _params(p0, p1, p2, p3, p4, p5, DTYPE: tl.constexpr):
+def _params(p0, p1, p2, p3, p4, p5, p6, p7, DTYPE: tl.constexpr):
     return (
         tl.full((), p0, DTYPE),
         tl.full((), p1, DTYPE),
@@ -188,6 +188,8 @@ def _params(p0, p1, p2, p3, p4, p5, DTYPE: tl.constexpr):
         tl.full((), p3, DTYPE),
         tl.full((), p4, DTYPE),
         tl.full((), p5, DTYPE),
+        tl.full((), p6, DTYPE),
+        tl.full((), p7, DTYPE),
     )
 
 
@@ -277,7 +279,7 @@ def _no_sums(k, STATS: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr):
 def _finish(
     student, s_start, s_class, teacher, t_start, t_class,
     row, rows, y, stored, read, weight, sums, ps, pt,
-    upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+    upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
     FINISH: tl.constexpr, TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """From sums to losses and statistics, stored where asked, and the gradient's coefficients."""
@@ -286,7 +288,7 @@ def _finish(
     if teacher is not None:
         t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
     g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
-    params = _params(p0, p1, p2, p3, p4, p5, DTYPE)
+    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, DTYPE)
     values, coef, at_target = FINISH(sums, ps, pt, s_y, t_y, g, params, TWO)
     # NaN if a logit of the row is, whatever an infinity or a weight of 0 hides.
     nan = s_y + sums[0]
@@ -445,7 +447,8 @@ def resident(
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
     target, row_weight, upstream, losses, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
+    p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -487,7 +490,7 @@ def resident(
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists, read, weight, sums, ps, pt,
-        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
         FINISH, TWO, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:
@@ -533,7 +536,8 @@ def sweeps(
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
     target, row_weight, upstream, losses, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
+    p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -558,7 +562,7 @@ def sweeps(
         coef, at_target = _finish(
             student, s_start, s_class, teacher, t_start, t_class,
             row, rows, y, exists, read, weight, sums, ps, pt,
-            upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+            upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
             FINISH, TWO, OUTPUTS, DTYPE,
         )  # fmt: skip
         if grad is not None:
@@ -610,7 +614,8 @@ def gradient(
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
     target, row_weight, upstream, losses, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
+    p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
     part_stats, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -642,7 +647,7 @@ def gradient(
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists & (place == 0), read, weight, sums, ps, pt,
-        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5,
+        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
         FINISH, TWO, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:

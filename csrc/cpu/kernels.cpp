@@ -1,4 +1,4 @@
-// Compiled once per instruction set, with its flags and KD_ISA=<name>: all losses, both regimes, both compute types.
+// Compiled once per instruction set, with its flags and KD_ISA=<name>: all losses, regimes and compute types.
 #include "../losses/list.h"
 #include "row.h"
 

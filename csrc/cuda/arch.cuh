@@ -63,15 +63,15 @@ inline uint32_t funnel(uint32_t low, uint32_t high, int shift) {
 namespace kd {
 namespace arch {
 
-// Blocks that see each other's shared memory, barriers in memory, bulk copies. Kernels that use them are empty
-// elsewhere.
+// Whether blocks see each other's shared memory, with barriers in memory and bulk copies. Kernels that use them are
+// empty where they do not.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
 #else
 constexpr bool kHasClusters = true;
 #endif
 
-// The compiler needs more of them for itself.
+// Whether the compiler needs so many registers for itself that kernels must do with fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr bool kFewerRegisters = true;
 #else

@@ -35,7 +35,8 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   using Params = typename Loss::template Params<S>;
   double numbers[kMaxParams];
   std::copy(p.params, p.params + kMaxParams, numbers);
-  numbers[0] = representable<S>(numbers[0]);
+  // Where that is a temperature: the losses that have none are at 1.
+  if (Params(numbers).temperature != 1) numbers[0] = representable<S>(numbers[0]);
   const Params params(numbers);
   Args<S> a;
   a.student = p.student;

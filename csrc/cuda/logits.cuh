@@ -285,8 +285,8 @@ KD_DEVICE char* row_of(const Logits& x, int size, int64_t outer, int64_t inner) 
 
 constexpr int kMostEdges = 32;
 
-// Classes are adjacent. Vector i of the row begins at class i * kVector - shift; its vectors are first .. first +
-// count.
+// Classes are adjacent. Vector i of the row begins at class i * kVector - shift; its vectors are those from `first` to
+// `first + count`.
 template <class F>
 struct Row {
   static constexpr int kVector = F::kVector;
@@ -333,7 +333,7 @@ struct Row {
     }
   }
 
-  // Puts `value` at the target, for the vector that has it: a branch around this costs less than a comparison per
+  // Puts `value` at the target, for the vector that has it: a branch around this costs less than comparing every
   // class.
   template <class S>
   KD_DEVICE void at_target(S (&x)[kVector], S value) const {

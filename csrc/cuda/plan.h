@@ -175,7 +175,7 @@ inline Override parse_override(const std::string& text) {
   return out;
 }
 
-// One line per choice, first match counts. A GPU's row of the table differs only by what Device says.
+// One line per choice, the first that applies counts. GPUs differ only by what Device says.
 struct Rule {
   Regime regime;
   const char* when;
@@ -186,12 +186,13 @@ constexpr Rule kTable[] = {
     {Regime::block, "alike, classes <= 192 threads x 32 (24 where 3 exponentials are kept, 8 less in float32)"},
     {Regime::split, "backward: slices of every row"},
     {Regime::cluster,
-     "clusters, alike or classes > 4096: the smallest cluster that holds two rows, else one of 16 that "
+     "clusters, alike or classes > 4096, not float64: the smallest cluster that holds two rows, else the smallest that "
      "holds one; larger ones while multiprocessors would have no row"},
+    {Regime::split, "classes > 8192, rows < half the multiprocessors"},
     {Regime::staged, "alike, the row pair fits into a block's shared memory"},
     {Regime::split,
-     "classes > 8192, and rows < multiprocessors or their pairs exceed 0.45 of the L2 cache (staged rows: "
-     "rows < half the multiprocessors)"},
+     "classes > 8192, and rows < multiprocessors or, with a gradient, the pairs of so many rows exceed 0.45 of an L2 "
+     "cache of 18 MiB or more"},
     {Regime::sweeps, "everything else"},
 };
 

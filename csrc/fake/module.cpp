@@ -95,6 +95,7 @@ gpu::Call call_of(const Spec& x, void* stream) {
   p.target = reinterpret_cast<const int64_t*>(memory(6));
   std::fill(p.params, p.params + kMaxParams, 1.0);
   if (x.two) p.params[0] = 4;
+  p.params[3] = 0;  // of a pair loss: label_smoothing
   if (x.pass == Pass::forward_grad) c.total = memory(7), c.mean = x.mean;
   return c;
 }

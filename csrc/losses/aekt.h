@@ -1,7 +1,8 @@
-// AEKT: T^2 (alpha phi + beta NCKD), phi a ratio-weighted term on the target's probability. Park & Lee 2024,
-// arXiv 2409.01679. The paper's formula is not public: this is the family of losses that fits what is published
-// (confidence learned adaptively, weighted by the teacher/student ratio r = b / c). Its members differ in phi and
-// in one scalar per row, H = (1 - c) d phi / d log c, and share everything else with DKD.
+// AEKT: T^2 (alpha phi + beta NCKD), phi a term on the target's probability. Park & Lee 2024, arXiv 2409.01679: the
+// preprint is public, but its full text was not available when this was built. The forms of phi are ours, derived from
+// a published summary of it: confidence is learned adaptively, by the ratio r = b / c of teacher's and student's.
+//
+// The forms differ in phi and in one scalar per row, H = (1 - c) d phi / d log c, and share everything else with DKD.
 #pragma once
 
 #include "pair.h"
@@ -10,7 +11,7 @@ KD_NAMESPACE_BEGIN
 
 template <bool kTwo>
 struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
-  enum Variant {  // in the order of kdkernels.losses.AEKT_VARIANTS
+  enum Variant {  // in the order of kdkernels.reference.AEKT_VARIANTS
     kRatioWeightedTckd,
     kRatioWeightedCe,
     kConfidenceWeightedCe,
@@ -25,10 +26,10 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
     S log_ratio_max;
     explicit KD_FN Params(const double* p)
         : PairParams<S>(p),
-          alpha(static_cast<S>(p[2])),
-          beta(static_cast<S>(p[3])),
-          variant(static_cast<int>(p[4])),
-          log_ratio_max(static_cast<S>(p[5])) {}
+          alpha(static_cast<S>(this->own(p)[0])),
+          beta(static_cast<S>(this->own(p)[1])),
+          variant(static_cast<int>(this->own(p)[2])),
+          log_ratio_max(static_cast<S>(this->own(p)[3])) {}
   };
 
   // phi and H of the target term. q is the teacher's split (b), p the student's (c).

@@ -11,7 +11,7 @@ struct Dkd : SplitLoss<Dkd<kTwo>, kTwo> {
   struct Params : PairParams<S> {
     S alpha, beta;
     explicit KD_FN Params(const double* p)
-        : PairParams<S>(p), alpha(static_cast<S>(p[2])), beta(static_cast<S>(p[3])) {}
+        : PairParams<S>(p), alpha(static_cast<S>(this->own(p)[0])), beta(static_cast<S>(this->own(p)[1])) {}
   };
 
   template <class V>

@@ -15,22 +15,24 @@ struct Nkd : PairSums<kTwo, true> {
   template <class S>
   struct Params : PairParams<S> {
     S gamma;
-    explicit KD_FN Params(const double* p) : PairParams<S>(p), gamma(static_cast<S>(p[2])) {}
+    explicit KD_FN Params(const double* p) : PairParams<S>(p), gamma(static_cast<S>(this->own(p)[0])) {}
   };
 
   template <class V>
   static KD_FN void finish(const Params<ScalarOf<V>>& params, const typename Sums::template Stats<V>& a,
                            const Pivots<V>& pivots, V s_y, V t_y, const V* upstream, V* loss,
                            typename Sums::template Coef<V>& coef) {
-    const V gamma = Ops<V>::splat(params.gamma), sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
+    const V gamma = Ops<V>::splat(params.gamma), kd_weight = Ops<V>::splat(params.kd_weight);
+    const V sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
     const V inverse_s = inverse(sum_s), inverse_t = inverse(sum_t);
     const Split<V> q = Split<V>::of(t_y - usable(pivots.t), 1, a.v[kTwo ? Sums::sum_t1 : Sums::sum_t]);
-    loss[0] =
+    const V rest =
         weighted(gamma, non_target<V>(params.temperature, sum_s, sum_t, a.v[Sums::mean_x] * inverse_t, lit<V>(0)));
-    pair_gradient<V>(params.temperature, inverse_s, inverse_t, lit<V>(0), gamma, upstream[0], coef);
+    loss[0] = weighted(kd_weight, rest);
+    pair_gradient<V>(params.temperature, inverse_s, inverse_t, lit<V>(0), gamma, upstream[0] * kd_weight, coef);
     // The target term is cross-entropy weighted by the teacher's confidence; extra cross-entropy joins it for free.
-    add_cross_entropy<Sums>(q.p + Ops<V>::splat(params.ce_weight), a, s_y - usable(pivots.s), upstream[0], loss[0],
-                            coef);
+    add_cross_entropy<Sums>(kd_weight * q.p + Ops<V>::splat(params.ce_weight), a, s_y - usable(pivots.s), upstream[0],
+                            loss[0], coef);
   }
 };
 

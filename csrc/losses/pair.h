@@ -3,7 +3,7 @@
 //   target:  T H            others:  T [ (beta - H) ph_i - beta qh_i ]
 //
 // with ph, qh the softmax over the non-target classes of student and teacher and two scalars per row: H and beta.
-// A loss brings its value, H and beta, and nothing else.
+// A loss brings its value, H and beta; cross-entropy at temperature 1 comes on top (add_cross_entropy).
 #pragma once
 
 #include "../stats.h"
@@ -34,10 +34,13 @@ KD_FN void add_cross_entropy(V weight, const Stats& a, V relative, V upstream, V
   coef.y -= upstream * weight * p.rest;
 }
 
+// What the parameters of every pair loss begin with, in the order of its reference; its own come after them.
 template <class S>
-struct PairParams : Scales<S> {  // every pair loss: params[0] temperature, params[1] ce_weight
-  S ce_weight;
-  explicit KD_FN PairParams(const double* p) : Scales<S>(p), ce_weight(static_cast<S>(p[1])) {}
+struct PairParams : Scales<S> {
+  S kd_weight, ce_weight;
+  explicit KD_FN PairParams(const double* p)
+      : Scales<S>(p), kd_weight(static_cast<S>(p[1])), ce_weight(static_cast<S>(p[2])) {}
+  static KD_FN const double* own(const double* p) { return p + 4; }
 };
 
 // A loss made of the target's probabilities (b teacher, c student) and of NCKD, the KL of the non-target softmaxes:
@@ -46,7 +49,7 @@ template <class Loss, bool kTwo>
 struct SplitLoss : PairSums<kTwo, false> {
   using Sums = PairSums<kTwo, false>;
   static constexpr int outputs = 1;
-  static bool two_temperatures(const double* params) { return params[0] != 1.0 && params[1] != 0.0; }
+  static bool two_temperatures(const double* params) { return params[0] != 1.0 && params[2] != 0.0; }
 
   template <class Params, class V>
   static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
@@ -56,9 +59,11 @@ struct SplitLoss : PairSums<kTwo, false> {
     const Split<V> p = Split<V>::of(relative, params.temperature, sum_s);
     const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, sum_t);
     const V nckd = non_target<V>(params.temperature, sum_s, sum_t, a.v[Sums::mean_x] * inverse_t, Ops<V>::log(sum_t));
-    V h, beta;
-    Loss::combine(params, q, p, nckd, loss[0], h, beta);  // nckd comes times T^2
-    pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0], coef);
+    const V kd_weight = Ops<V>::splat(params.kd_weight);
+    V distillation, h, beta;
+    Loss::combine(params, q, p, nckd, distillation, h, beta);  // nckd comes times T^2
+    loss[0] = weighted(kd_weight, distillation);
+    pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0] * kd_weight, coef);
     if (params.ce_weight != 0)
       add_cross_entropy<Sums>(Ops<V>::splat(params.ce_weight), a, relative, upstream[0], loss[0], coef);
   }

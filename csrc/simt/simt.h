@@ -2,7 +2,10 @@
 //
 // A CUDA thread is a fiber, and all fibers run on the calling thread. A seed picks the schedule, but what is a fault
 // does not depend on it: races are found by vector clocks, so an order that happened is not taken for one that was
-// ensured. kernels see arch.h; this is what the code around them uses. One launch at a time, from one host thread.
+// ensured. What orders two accesses is this memory model's: barriers, phases of mbarriers, messages, the counter of the
+// last block. A store is seen by all at once; what the hardware's weak memory order makes of kernels is not found here.
+//
+// Kernels see arch.h; this is what the code around them uses. One launch at a time, from one host thread.
 #pragma once
 
 #include <stddef.h>

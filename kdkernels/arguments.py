@@ -1,0 +1,442 @@
+"""The arguments of the losses: what they are called, what is allowed, and how they are read."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from kdkernels import reference
+from kdkernels.backend import check_name, checks_targets, choose
+from kdkernels.registry import LOSSES, is_eager, loss_dtype
+
+REDUCTIONS = ("mean", "sum", "batchmean", "none")
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+# ---- the keyword arguments that all losses share --------------------------------------------
+
+
+class Common(TypedDict, total=False):
+    """Keyword arguments of every loss."""
+
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
+    label_smoothing: float | Tensor
+    ignore_index: int
+    row_weight: Tensor | None
+    normalizer: float | Tensor | None
+    reduction: str
+    dim: int
+    causal: bool
+    return_parts: bool
+    backend: str | None
+
+
+COMMON: dict[str, Any] = {
+    "kd_weight": 1.0,
+    "ce_weight": 0.0,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "row_weight": None,
+    "normalizer": None,
+    "reduction": "mean",
+    "dim": -1,
+    "causal": False,
+    "return_parts": False,
+    "backend": None,
+}
+
+_COMMON_DOC = """
+Common keyword arguments:
+    kd_weight, ce_weight: the loss is kd_weight * distillation + ce_weight * cross-entropy of
+        student and target at temperature 1, from the same sweep. 0, or from 1e-30 to 1e30.
+    label_smoothing: from 0 to 1, of the cross-entropy alone, as torch's; spread over the classes
+        that the student has not at -inf.
+    ignore_index: rows with this target give loss 0 and gradient 0, are not read (they may hold
+        NaN) and do not count in the mean.
+    row_weight: the shape of the target. A bool one is a mask: False is an ignored row. Any other
+        multiplies each row's loss; rows of weight 0 are not read but count in the mean. When it
+        requires a gradient they are read, because their loss is that gradient.
+    normalizer: a number from 1e-30 to 1e30 or a 0-d tensor that replaces the divisor of the
+        reduction, such as the number of tokens of a whole gradient accumulation. A tensor's value
+        is not checked; where nothing was counted, 0 / 0 is 0. Not with reduction "none".
+    reduction: "mean" divides the sum by the number of rows that are not ignored (0 rows give 0),
+        "batchmean" by the size of the first dimension left without the classes (1 if there is
+        none), "sum" by nothing; "none" returns each row's loss in the shape of the target.
+    dim: the dimension of the classes.
+    causal: logits `(batch, length, classes)` at position i are judged by the target, and weighed by
+        the row_weight, at i + 1; the last position of a sequence is an ignored row. Nothing is
+        sliced or copied at the size of the logits.
+    return_parts: `Parts(loss, distillation, cross_entropy)` instead of the loss. The last two are
+        detached, reduced alike and without kd_weight and ce_weight; without a target the last is 0.
+    backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest available.
+
+Numbers that are multiplied or divided by (temperature and all weights) may be 0-d tensors as well,
+on the CPU, where reading them waits for nothing, and may require a gradient. Neither numbers nor
+such tensors make torch.compile start again when they change.
+
+Returns:
+    float64 if either of the logits is float64, else float32: 0-d, or the shape of the target.
+
+Raises:
+    TypeError: an argument is of the wrong type or dtype.
+    ValueError: a shape, layout, device or value is not allowed. A target out of range is one on a
+        CPU; on other devices, and under torch.func, it makes its row NaN unless the environment
+        sets KDKERNELS_CHECK=1, and compiled graphs leave it to the kernel.
+    RuntimeError: the backend asked for is not available.
+"""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def takes_common(function: _Function) -> _Function:
+    """Gives a function that ends in **common the signature and docstring of what it takes."""
+    signature = inspect.signature(function)
+    own = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    common = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=value,
+            annotation=Common.__annotations__[name],
+        )
+        for name, value in COMMON.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *common])  # type: ignore[attr-defined]
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n" + _COMMON_DOC
+    return function
+
+
+def common_options(function: str, own: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The common keyword arguments of a call, checked and complete."""
+    for name in given:
+        if name not in COMMON:
+            allowed = ", ".join((*own, *COMMON))
+            raise TypeError(f"{function}: got argument {name!r}; allowed are {allowed}")
+    options = {**COMMON, **given}
+    for name, value in given.items():
+        if name in RULES:
+            options[name] = RULES[name](name, value)
+    return options
+
+
+# ---- rules of the arguments, each written once ------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A value for a message, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # of foreign types, and of integers that are too long to print
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(
+        value, bool
+    )
+
+
+def number(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
+    """A float from low to high."""
+    x = value
+    if type(value) is not float:
+        if not _is_number(value):
+            raise TypeError(f"{name}: got {type(value).__name__}; must be {allowed}")
+        if not isinstance(value, torch.SymFloat):
+            try:
+                x = float(value)
+            except OverflowError:
+                raise ValueError(f"{name}: got {shown(value)}; must be {allowed}") from None
+    if not low <= x <= high:
+        raise ValueError(f"{name}: got {shown(value)}; must be {allowed}")
+    return x
+
+
+def _scheduled(name: str, value: Any, low: float, high: float, allowed: str) -> float | Tensor:
+    """A float, or a 0-d tensor, whose value is looked at where that costs nothing."""
+    if not isinstance(value, Tensor):
+        return number(name, value, low, high, f"{allowed}, or a 0-d tensor")
+    if value.dim() != 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}; a tensor must be 0-d")
+    value = tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
+    if is_eager(value) and value.device.type == "cpu":
+        number(name, value.item(), low, high, allowed)
+    return value
+
+
+def _temperature(name: str, value: Any) -> float | Tensor:
+    return _scheduled(name, value, 1e-4, 1e4, "a number from 1e-4 to 1e4")
+
+
+def _weight(name: str, value: Any) -> float | Tensor:
+    # Beyond, float32 holds neither it nor its products.
+    allowed = "0 or a number from 1e-30 to 1e30"
+    if _is_number(value) and value == 0:
+        return 0.0
+    if isinstance(value, Tensor):
+        return _scheduled(name, value, 0.0, 1e30, allowed)
+    return _scheduled(name, value, 1e-30, 1e30, allowed)
+
+
+def positive(name: str, value: Any) -> float:
+    return number(name, value, 1e-30, 1e30, "a number from 1e-30 to 1e30 or a 0-d tensor")
+
+
+def _share(name: str, value: Any) -> float | Tensor:
+    return _scheduled(name, value, 0.0, 1.0, "a number from 0 to 1")
+
+
+def _clamp(name: str, value: Any) -> float:
+    return float(number(name, value, 0.0, 80.0, "a number from 0 to 80"))
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name}: got {type(value).__name__}; must be an integer")
+    value = int(value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: got {shown(value)}; must be an integer of 64 bits")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; must be True or False")
+    return value
+
+
+def _position(name: str, value: Any, allowed: tuple[str, ...]) -> int:
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: got {kind}; must be one of {', '.join(allowed)}")
+    if value not in allowed:
+        raise ValueError(f"{name}: got {shown(value)}; must be one of {', '.join(allowed)}")
+    return allowed.index(value)
+
+
+def _variant(name: str, value: Any) -> float:
+    return float(_position(name, value, reference.AEKT_VARIANTS))
+
+
+def _reduction(name: str, value: Any) -> str:
+    return REDUCTIONS[_position(name, value, REDUCTIONS)]
+
+
+def _backend(name: str, value: Any) -> Any:
+    check_name(name, value)
+    return value
+
+
+RULES: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": _temperature,
+    "alpha": _weight,
+    "beta": _weight,
+    "gamma": _weight,
+    "variant": _variant,
+    "log_ratio_max": _clamp,
+    "kd_weight": _weight,
+    "ce_weight": _weight,
+    "label_smoothing": _share,
+    "ignore_index": _integer,
+    "reduction": _reduction,
+    "dim": _integer,
+    "causal": _flag,
+    "return_parts": _flag,
+    "backend": _backend,
+}
+
+
+def check_option(name: str, value: Any) -> Any:
+    """Checks a keyword argument; returns it as the operators take it."""
+    return RULES[name](name, value)
+
+
+def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], hint: str = "") -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; must be a tensor{hint}")
+    if value.is_nested or value.layout is not torch.strided:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(f"{name}: got {layout}; must be dense (torch.strided)")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {value.dtype}; must be one of {allowed}{hint}")
+    return value
+
+
+def check_like(name: str, value: Tensor, shape: torch.Size, logits: Tensor) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}; must be {tuple(shape)}")
+    if value.device != logits.device:
+        raise ValueError(f"{name}: got device {value.device}; must be {logits.device}")
+
+
+def scalar(name: str, value: Tensor) -> Tensor:
+    value = tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
+    if value.dim() != 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}; a tensor must be 0-d")
+    return value
+
+
+# ---- tensors ----------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """Checked arguments, the classes last; target is int64 and row_weight in the loss dtype."""
+
+    student: Tensor
+    teacher: Tensor | None
+    target: Tensor | None
+    row_weight: Tensor | None
+    ignore_index: int
+    dtype: torch.dtype  # of the loss
+    backend: str
+
+
+def read_tensors(
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    options: Mapping[str, Any],
+    student_name: str = "student",
+) -> Inputs:
+    """The tensors of a call, checked; options: the common ones, complete."""
+    entry = LOSSES[name]
+    student = tensor(student_name, student, LOGIT_DTYPES)
+    dims, dim = student.dim(), options["dim"]
+    if not -dims <= dim < dims:
+        raise ValueError(f"dim: got {dim}; {student_name} has {dims} dimensions")
+    if entry.teacher:
+        teacher = tensor("teacher", teacher, LOGIT_DTYPES)
+        check_like("teacher", teacher, student.shape, student)
+    if options["causal"] and (dims != 3 or dim not in (-1, 2)):
+        raise ValueError(
+            f"causal: got {student_name} of {dims} dimensions with dim={dim};"
+            " must be (batch, length, classes) with dim=-1"
+        )
+    soft = isinstance(target, Tensor) and target.is_floating_point() and entry.soft_target
+    if soft:
+        assert target is not None
+        tensor("target", target, LOGIT_DTYPES)
+        check_like("target", target, student.shape, student)
+        _check_soft(options)
+        target = target.argmax(dim)
+    if dim not in (-1, dims - 1):
+        student = student.movedim(dim, -1)
+        teacher = teacher.movedim(dim, -1) if teacher is not None else None
+    shape, classes = student.shape[:-1], student.shape[-1]
+    if classes == 0:
+        raise ValueError(f"{student_name}: got 0 classes; must be at least 1")
+    dtype = loss_dtype(student, teacher)
+    if target is not None or entry.target:
+        target = tensor("target", target, INTEGER_DTYPES, _hint(entry.soft_target, target))
+        check_like("target", target, shape, student)
+        target = _kept(target.long())
+    row_weight = options["row_weight"]
+    mask = None
+    if row_weight is not None:
+        allowed = (torch.bool, *LOGIT_DTYPES, *INTEGER_DTYPES)
+        row_weight = tensor("row_weight", row_weight, allowed)
+        check_like("row_weight", row_weight, shape, student)
+        if row_weight.dtype == torch.bool:
+            mask, row_weight = row_weight, None
+        else:
+            row_weight = _kept(row_weight.to(dtype))
+    ignore_index = options["ignore_index"]
+    if options["causal"]:
+        target, row_weight, mask = _one_behind(student, target, row_weight, mask, ignore_index)
+    if mask is not None:
+        if target is None:
+            # Which class is set apart does not matter to a loss that needs no target.
+            target, ignore_index = torch.where(mask, 0, -1), -1
+        else:
+            target = torch.where(mask, target, ignore_index)
+    backend = choose(options["backend"], student.device)
+    inputs = Inputs(student, teacher, target, row_weight, ignore_index, dtype, backend)
+    # The CPU kernels check the range themselves; see run() in call.py.
+    if (
+        backend != "cpu"
+        and target is not None
+        and is_eager(target)
+        and checks_targets(target.device)
+    ):
+        wrong = wrong_target(inputs)
+        if wrong:
+            raise ValueError(wrong)
+    return inputs
+
+
+def _hint(soft_target: bool, target: Any) -> str:
+    if _is_number(target):
+        return " of class ids (options go by name: temperature=4.0)"
+    return ", or a floating point one of the shape of the logits" if soft_target else ""
+
+
+def _check_soft(options: Mapping[str, Any]) -> None:
+    weight = options["ce_weight"]
+    if isinstance(weight, Tensor) or weight != 0 or options["return_parts"]:
+        raise ValueError(
+            "target: got probabilities of classes, of which the loss takes the largest; with them"
+            " ce_weight must be 0 and return_parts False: add F.cross_entropy(student, target)"
+        )
+
+
+def _kept(value: Tensor) -> Tensor:
+    """One that autograd can keep: tensors of inference mode are copied, which are small here."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return value
+    return value.clone() if value.is_inference() else value
+
+
+def _one_behind(
+    student: Tensor,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What belongs to position i + 1, at position i; the last position of a sequence is ignored."""
+
+    def moved(x: Tensor, last: float) -> Tensor:
+        return torch.cat((x[:, 1:], x.new_full((x.shape[0], min(x.shape[1], 1)), last)), 1)
+
+    if target is None and mask is None:
+        mask = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
+    target = None if target is None else moved(target, ignore_index)
+    row_weight = None if row_weight is None else moved(row_weight, 0.0)
+    mask = None if mask is None else moved(mask, False)
+    return target, row_weight, mask
+
+
+def wrong_target(inputs: Inputs) -> str | None:
+    """What is wrong with the range of the target, if anything. As words: an exception that a frame
+    holds by a name holds that frame, and its tensors, until the garbage is collected.
+    """
+    target, classes, ignore_index = inputs.target, inputs.student.shape[-1], inputs.ignore_index
+    if target is None:
+        return None
+    bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
+    if not bad.numel():
+        return None
+    return (
+        f"target: got class {bad[0].item()}; must be from 0 to {classes - 1}"
+        f" or ignore_index {ignore_index}"
+    )
+
+
+def wants_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def is_on(weight: float | Tensor) -> bool:
+    """Whether a term with this weight is there: a tensor's value is not looked at."""
+    return isinstance(weight, Tensor) or weight != 0.0

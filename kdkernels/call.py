@@ -1,0 +1,489 @@
+"""From checked arguments to a loss: a backend runs, rows are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels import backend, ops, reference, registry, sharded
+from kdkernels.arguments import (
+    Inputs,
+    common_options,
+    is_on,
+    number,
+    positive,
+    read_tensors,
+    scalar,
+    wants_gradient,
+    wrong_target,
+)
+from kdkernels.autograd import counted_rows, divided
+from kdkernels.rows import as_rows
+
+Numbers = tuple[float | Tensor, ...]
+
+
+class Parts(NamedTuple):
+    """What a loss returns with `return_parts`, each reduced alike.
+
+    loss is kd_weight * distillation + ce_weight * cross_entropy; these two are detached.
+    """
+
+    loss: Tensor
+    distillation: Tensor
+    cross_entropy: Tensor
+
+
+def loss(
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    temperature: float | Tensor,
+    own: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Any:
+    """The loss `name`. own: its own parameters in order, checked; given: common ones, unchecked."""
+    options = common_options(f"{name}_loss", ("temperature", *own), given)
+    ce_weight = options["ce_weight"]
+    if target is None and is_on(ce_weight):
+        raise ValueError(f"target: got None; ce_weight={ce_weight} needs a tensor of class ids")
+    weights = (options["kd_weight"], ce_weight, options["label_smoothing"])
+    params = (temperature, *weights, *own.values())
+    if sharded.is_sharded(student):
+        run = partial(_rows, name, params=params)
+        return _over_ranks(name, run, student, teacher, target, options, params)
+    inputs = read_tensors(name, student, teacher, target, options)
+    inputs = _where_kernels_serve(inputs, params)
+    divisor = _divisor(options, student)
+    with_parts = options["return_parts"]
+    if divisor is None or not _fits_one_sweep(inputs, divisor, params):
+        value, parts = _rows(name, inputs, params, with_parts)
+        value = _reduce(value, inputs, divisor)
+    else:
+        value, parts = _reduced(name, inputs, params, divisor, with_parts)
+    return _returned(value, parts, inputs, divisor) if with_parts else value
+
+
+def rows(
+    name: str, logits: Tensor, target: Tensor, own: Numbers, options: Mapping[str, Any]
+) -> Tensor:
+    """The rows of a loss of one tensor without weights."""
+
+    def local(logits: Tensor, _: Any, target: Tensor, __: Any) -> Tensor:
+        inputs = read_tensors(name, logits, None, target, options, "logits")
+        return _rows(name, _where_kernels_serve(inputs, own), own)[0]
+
+    if sharded.is_sharded(logits):
+        value: Tensor = sharded.over_rows(
+            local, logits, None, target, None, options["dim"], "logits"
+        )
+        return value
+    return local(logits, None, target, None)
+
+
+def _returned(
+    value: Tensor, parts: Tensor | None, inputs: Inputs, divisor: _Divisor | None
+) -> Parts:
+    assert parts is not None
+    parts = parts.detach()
+    if divisor is not None:
+        parts = torch.stack([_reduce(x, inputs, divisor) for x in parts])
+    return Parts(value, *parts.unbind())
+
+
+def _over_ranks(
+    name: str,
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    student: Any,
+    teacher: Any,
+    target: Any,
+    options: Mapping[str, Any],
+    params: Numbers,
+) -> Any:
+    """A loss of DTensors. run(inputs=, with_parts=): its rows."""
+    with_parts, row_weight = options["return_parts"], options["row_weight"]
+
+    def local(student: Tensor, teacher: Any, target: Any, row_weight: Any) -> Tensor:
+        own = {**options, "row_weight": row_weight}
+        inputs = read_tensors(name, student, teacher, target, own)
+        inputs = _where_kernels_serve(inputs, params)
+        value, parts = run(inputs=inputs, with_parts=with_parts)
+        counts = torch.ones_like(value)
+        if inputs.target is not None:
+            counts = (inputs.target != inputs.ignore_index).to(value.dtype)
+        return torch.stack([value, *(() if parts is None else parts.detach()), counts])
+
+    if options["causal"]:
+        sharded.refuse_split_sequences(student)
+    stacked = sharded.over_rows(local, student, teacher, target, row_weight, options["dim"])
+    divisor = _divisor(options, student)
+    if divisor is None:
+        out = [stacked[i] for i in range(stacked.shape[0] - 1)]
+    else:
+        totals = sharded.totals(stacked)
+        whole = divided(totals[:-1], divisor.normalizer, totals[-1] if divisor.mean else None)
+        out = [sharded.replicated(x, student) for x in whole.unbind()]
+    return Parts(*out) if with_parts else out[0]
+
+
+# ---- parameters as the operators take them -----------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _constant(numbers: tuple[float, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def _as_tensor(number: float | Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(torch.float64)
+    # By arithmetic: so a number that changes from call to call stays a variable of a graph.
+    return torch.zeros((), dtype=torch.float64, device="cpu") + number
+
+
+def _packed(numbers: Numbers, like: Tensor) -> Tensor:
+    """Numbers as the operators take them; `like` is a tensor of the call."""
+    plain = registry.is_eager(like) and not registry.is_transformed()
+    if plain and all(type(x) is float for x in numbers):
+        return _constant(numbers)
+    if not numbers:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    return torch.stack([_as_tensor(x) for x in numbers])
+
+
+def _where_kernels_serve(inputs: Inputs, params: Numbers) -> Inputs:
+    """Moves a call that the kernels cannot take to the reference, with words."""
+    if inputs.backend == "reference":
+        return inputs
+    if registry.is_forward_over_forward():
+        why = "forward mode over forward mode"
+    elif any(isinstance(x, Tensor) and x.device.type != "cpu" for x in params):
+        why = "temperatures and weights that are tensors on a device (on the CPU they are taken)"
+    else:
+        return inputs
+    backend.warn_once(
+        why,
+        f"kdkernels computes {why} in the reference, which is slower and takes more memory;"
+        f" backend {inputs.backend!r} is not used",
+    )
+    return inputs._replace(backend="reference")
+
+
+# ---- reductions ----------------------------------------------------------------------------
+
+
+class _Divisor(NamedTuple):
+    """What a sum of rows is divided by, as the operator `reduced` takes it."""
+
+    normalizer: Tensor | None
+    mean: bool
+
+
+def _divisor(options: Mapping[str, Any], student: Tensor) -> _Divisor | None:
+    """None for reduction "none". student: the logits as given."""
+    reduction, normalizer = options["reduction"], options["normalizer"]
+    if reduction == "none":
+        if normalizer is not None:
+            raise ValueError("normalizer: got one with reduction 'none', which divides by nothing")
+        return None
+    if isinstance(normalizer, Tensor):
+        return _Divisor(_as_divisor(scalar("normalizer", normalizer), student), False)
+    if normalizer is not None:
+        return _Divisor(_packed((positive("normalizer", normalizer),), student)[0], False)
+    if reduction == "batchmean":
+        dim = options["dim"] % student.dim()
+        rest = [n for i, n in enumerate(student.shape) if i != dim]
+        size = float(max(rest[0], 1)) if rest else 1.0
+        return _Divisor(_packed((size,), student)[0] if size != 1 else None, False)
+    return _Divisor(None, reduction == "mean")
+
+
+def _as_divisor(normalizer: Tensor, student: Tensor) -> Tensor:
+    if sharded.is_sharded(normalizer):
+        normalizer = normalizer.full_tensor()  # type: ignore[attr-defined]
+    if normalizer.is_inference() and not torch.compiler.is_compiling():
+        normalizer = normalizer.clone()
+    # On the CPU it is read by the kernels, and nothing has to be sent.
+    here = normalizer.device.type == "cpu"
+    return normalizer.to("cpu" if here else student.device, torch.float64)
+
+
+def _reduce(value: Tensor, inputs: Inputs, divisor: _Divisor | None) -> Tensor:
+    if divisor is None:
+        return value
+    shape = inputs.student.shape[:-1]
+    counted = counted_rows(divisor.mean, shape, inputs.target, inputs.ignore_index)
+    return divided(value.sum(), divisor.normalizer, counted)
+
+
+# ---- running -------------------------------------------------------------------------------
+
+
+def _fits_one_sweep(inputs: Inputs, divisor: _Divisor, params: Numbers) -> bool:
+    """Whether loss and gradient can come from one sweep, before the upstream gradient is known."""
+    if inputs.backend == "reference" or registry.is_transformed():
+        return False
+    others = (inputs.teacher, inputs.row_weight, divisor.normalizer, *params)
+    if any(wants_gradient(x) for x in others):
+        return False
+    # A float16 gradient must be rounded after the upstream gradient has multiplied it: rounded
+    # before, it underflows, and the scale of a GradScaler comes too late.
+    return not (inputs.student.dtype == torch.float16 and wants_gradient(inputs.student))
+
+
+def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any) -> Any:
+    operators = ops.TRITON if inputs.backend == "triton" else ops.FUSED
+    packed = _packed(params, inputs.student)
+    with_grad = any(wants_gradient(x) for x in (*inputs[:4], packed))
+    op = getattr(operators, op_name)
+    if op_name == "reduced":
+        (normalizer, mean), with_parts = options
+        if normalizer is not None and normalizer.device.type != "cpu":
+            normalizer = normalizer.to(inputs.dtype)
+        divisor = (normalizer, mean)
+        more: tuple[Any, ...] = (*divisor, packed, inputs.ignore_index, with_grad, with_parts)
+    else:
+        more = (packed, inputs.ignore_index, *options)
+    try:
+        return operators.apply(op, with_grad, name, *as_rows(*inputs[:4]), *more)
+    except RuntimeError:
+        # The CPU kernels check the targets before they start, so it is not done here as well.
+        looked_at = inputs.backend == "cpu" and registry.is_eager(inputs.student)
+        wrong = wrong_target(inputs) if looked_at else None
+        if wrong is None:
+            raise
+    raise ValueError(wrong)
+
+
+def _reduced(
+    name: str, inputs: Inputs, params: Numbers, divisor: _Divisor, with_parts: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    value, _, parts = _run("reduced", name, inputs, params, divisor, with_parts)
+    return value, parts if with_parts else None
+
+
+def _rows(
+    name: str, inputs: Inputs, params: Numbers, with_parts: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each row, in the shape of the target; several outputs are stacked in front. And
+    its parts, (2, *rows).
+    """
+    row_weight = inputs.row_weight
+    if wants_gradient(row_weight):
+        assert row_weight is not None
+        value, parts = _rows(name, inputs._replace(row_weight=None), params, with_parts)
+        if parts is not None:
+            parts = _weigh(parts.detach(), row_weight.detach())
+        return _weigh(value, row_weight), parts
+    if inputs.backend == "reference":
+        return _reference_rows(name, inputs, params, with_parts)
+    teacher = inputs.teacher
+    if teacher is not None and wants_gradient(teacher):
+        backend.warn_once(
+            "teacher",
+            "kdkernels: the teacher requires a gradient, which the reference computes: slower, and"
+            " with several times the memory. If it is not meant to be trained, run it under"
+            " torch.no_grad() or call requires_grad_(False) on it",
+        )
+    compiling = torch.compiler.is_compiling()
+    if not compiling and teacher is not None and wants_gradient(inputs.student):
+        # Kept for the backward pass, for which autograd takes no tensor of inference mode.
+        inputs = inputs._replace(teacher=teacher.clone() if teacher.is_inference() else teacher)
+    value, _, parts = _run("forward", name, inputs, params, with_parts)
+    shape = inputs.student.shape[:-1]
+    if len(shape) > 2:
+        value = value.view(value.shape[:-2] + shape)
+        parts = parts.view(2, *shape) if with_parts else parts
+    return value, parts if with_parts else None
+
+
+def _reference_rows(
+    name: str, inputs: Inputs, params: Numbers, with_parts: bool
+) -> tuple[Tensor, Tensor | None]:
+    entry = registry.LOSSES[name]
+    logits = inputs[:2] if entry.teacher else inputs[:1]
+    more: dict[str, Any] = {"parts": True} if with_parts else {}
+    value = entry.reference(
+        *logits,
+        inputs.target,
+        *params,
+        ignore_index=inputs.ignore_index,
+        row_weight=inputs.row_weight,
+        **more,
+    )
+    return (value[0], value[1:]) if with_parts else (value, None)
+
+
+def _weigh(rows: Tensor, row_weight: Tensor) -> Tensor:
+    """rows * row_weight for weights that are learned: their gradient is the row's loss."""
+    unusable = (row_weight == 0) & ~rows.isfinite()
+    # And what an ignored row, whose loss is 0, is weighed by does not matter.
+    weight = torch.where((rows == 0) & ~row_weight.isfinite(), 0.0, row_weight)
+    return torch.where(unusable, 0.0, rows) * weight
+
+
+# ---- tf-NKD ----------------------------------------------------------------------------------
+
+
+def tf_nkd(
+    student: Tensor,
+    target: Tensor,
+    mean_confidence: float | Tensor | None,
+    given: Mapping[str, Any],
+) -> Any:
+    """Cross-entropy with a factor per row, made of the rows' own confidences."""
+    options = common_options("tf_nkd_loss", ("mean_confidence",), given)
+    weights = (options["kd_weight"], options["ce_weight"], options["label_smoothing"])
+    if sharded.is_sharded(student):
+        return _tf_nkd_over_ranks(student, target, mean_confidence, options, weights)
+    inputs = read_tensors("cross_entropy", student, None, target, options)
+    inputs = _where_kernels_serve(inputs, weights)
+    divisor = _divisor(options, student)
+    confidence = _confidence(mean_confidence, inputs.dtype)
+    with_parts = options["return_parts"]
+    if (
+        inputs.backend == "reference"
+        or divisor is None
+        or not _fits_one_sweep(inputs, divisor, weights)
+    ):
+        value, parts = _tf_nkd_rows(inputs, weights, confidence, with_parts)
+        value = _reduce(value, inputs, divisor)
+        return _returned(value, parts, inputs, divisor) if with_parts else value
+    # One sweep for the factors, one with them as weights for the loss and its gradient.
+    kd_weight, ce_weight, smoothing = weights
+    smooth = is_on(smoothing) and is_on(ce_weight)
+    with torch.no_grad():
+        cross_entropy = _read_cross_entropy(inputs)
+        share = _tf_nkd_share(cross_entropy, inputs, confidence)
+        factor = kd_weight * share + (0.0 if smooth else ce_weight)
+    value, _ = _reduced("cross_entropy", _weighted(inputs, factor), (0.0,), divisor)
+    if smooth:
+        weight = torch.ones_like(factor) * ce_weight
+        value = (
+            value + _reduced("cross_entropy", _weighted(inputs, weight), (smoothing,), divisor)[0]
+        )
+    if not with_parts:
+        return value
+    with torch.no_grad():
+        parts = _tf_nkd_parts(cross_entropy, share, inputs, smoothing)
+    return _returned(value, parts, inputs, divisor)
+
+
+def _tf_nkd_over_ranks(
+    student: Any, target: Any, mean_confidence: Any, options: Mapping[str, Any], weights: Numbers
+) -> Any:
+    name, dim = "cross_entropy", options["dim"]
+
+    def counted(student: Tensor, _: Any, target: Any, row_weight: Any) -> Tensor:
+        own = {**options, "row_weight": row_weight}
+        inputs = _where_kernels_serve(read_tensors(name, student, None, target, own), weights)
+        confidence = _read_cross_entropy(inputs).neg().exp()
+        read = _is_read(confidence, inputs)
+        return torch.stack((torch.where(read, confidence, 0.0), read.to(confidence.dtype)))
+
+    if mean_confidence is None:
+        with torch.no_grad():
+            sums = sharded.over_rows(counted, student, None, target, options["row_weight"], dim)
+            total, count = sharded.totals(sums).unbind()
+            mean_confidence = total / count.clamp(min=1)
+    confidence = _confidence(mean_confidence, registry.loss_dtype(student, None))
+    run = partial(_tf_nkd_rows, weights=weights, confidence=confidence)
+    return _over_ranks(name, run, student, None, target, options, weights)
+
+
+def _weighted(inputs: Inputs, factor: Tensor) -> Inputs:
+    """With another factor of each row beside its weight."""
+    own = inputs.row_weight
+    factor = factor.to(inputs.dtype)
+    if own is not None:
+        factor = torch.where(own == 0, 0.0, factor * own)
+    return inputs._replace(row_weight=factor)
+
+
+def _tf_nkd_parts(
+    cross_entropy: Tensor, share: Tensor, inputs: Inputs, smoothing: float | Tensor
+) -> Tensor:
+    smoothed = cross_entropy
+    if is_on(smoothing):
+        smoothed = _read_cross_entropy(inputs, smoothing)
+    parts = torch.stack((share * cross_entropy, smoothed))
+    return parts if inputs.row_weight is None else _weigh(parts, inputs.row_weight)
+
+
+def _tf_nkd_rows(
+    inputs: Inputs, weights: Numbers, confidence: float | Tensor | None, with_parts: bool
+) -> tuple[Tensor, Tensor | None]:
+    row_weight = inputs.row_weight
+    if inputs.backend == "reference" and not wants_gradient(row_weight):
+        more: dict[str, Any] = {"parts": True} if with_parts else {}
+        value = reference.tf_nkd(
+            inputs.student,
+            inputs.target,
+            *weights,
+            confidence,
+            ignore_index=inputs.ignore_index,
+            row_weight=row_weight,
+            **more,
+        )
+        return (value[0], value[1:]) if with_parts else (value, None)
+    if wants_gradient(row_weight):
+        assert row_weight is not None
+        bare = inputs._replace(row_weight=None)
+        value, parts = _tf_nkd_rows(bare, weights, confidence, with_parts)
+        if parts is not None:
+            parts = _weigh(parts.detach(), row_weight.detach())
+        return _weigh(value, row_weight), parts
+    kd_weight, ce_weight, smoothing = weights
+    cross_entropy = _read_cross_entropy(inputs)
+    share = _tf_nkd_share(cross_entropy.detach(), inputs, confidence)
+    if is_on(smoothing) and is_on(ce_weight):
+        smoothed = _read_cross_entropy(inputs, smoothing)
+        value = kd_weight * share * cross_entropy + ce_weight * smoothed
+    else:
+        value = cross_entropy * (kd_weight * share + ce_weight)
+    if row_weight is not None:
+        value = _weigh(value, row_weight)
+    parts = None
+    if with_parts:
+        parts = _tf_nkd_parts(cross_entropy.detach(), share, inputs, smoothing)
+    return value, parts
+
+
+def _read_cross_entropy(inputs: Inputs, smoothing: float | Tensor = 0.0) -> Tensor:
+    """Cross-entropy of each row without its weight; 0 where that is 0."""
+    if inputs.row_weight is not None:
+        inputs = inputs._replace(row_weight=(inputs.row_weight != 0).to(inputs.dtype))
+    return _rows("cross_entropy", inputs, (smoothing,))[0]
+
+
+def _tf_nkd_share(
+    cross_entropy: Tensor, inputs: Inputs, mean_confidence: float | Tensor | None
+) -> Tensor:
+    """c + 1 - mean(c)."""
+    confidence = cross_entropy.neg().exp()
+    if mean_confidence is None:
+        counted = _is_read(confidence, inputs)
+        total = torch.where(counted, confidence, 0.0).sum()
+        mean_confidence = total / counted.sum().clamp(min=1)
+    return confidence + 1.0 - mean_confidence
+
+
+def _is_read(confidence: Tensor, inputs: Inputs) -> Tensor:
+    counted = (confidence >= 0) & (inputs.target != inputs.ignore_index)  # NaN is not >= 0
+    return counted if inputs.row_weight is None else counted & (inputs.row_weight != 0)
+
+
+def _confidence(value: Any, dtype: torch.dtype) -> float | Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        value = scalar("mean_confidence", value).detach()
+        # A number on the host goes along with any kernel.
+        return value.to(dtype)
+    return number("mean_confidence", value, 0.0, 1.0, "a number from 0 to 1 or a 0-d tensor")

@@ -1,0 +1,106 @@
+"""The list of losses, and what operators, autograd and callers need to know of one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from kdkernels import reference
+
+# Floating point statistics per row, the same for every loss; the kernels check it.
+STATS_WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is known of a loss. Its parameters are the reference's, in order."""
+
+    reference: Callable[..., Tensor]
+    teacher: bool = True
+    target: bool = True  # whether one is required
+    outputs: int = 1
+    soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
+
+    @cached_property
+    def temperature(self) -> bool:
+        """Whether its first parameter is one."""
+        return "temperature" in inspect.signature(self.reference).parameters
+
+
+# The list of losses: one line each.
+LOSSES = {
+    "kd": Loss(reference.kd, target=False),
+    "dkd": Loss(reference.dkd),
+    "nkd": Loss(reference.nkd, soft_target=True),
+    "aekt": Loss(reference.aekt),
+    "cross_entropy": Loss(reference.cross_entropy, teacher=False),
+    "target_split": Loss(reference.target_split, teacher=False, outputs=3),
+}
+
+
+def loss_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
+    """float64 if either input is, else float32: losses are never rounded to 16 bits."""
+    double = student.dtype == torch.float64 or (
+        teacher is not None and teacher.dtype == torch.float64
+    )
+    return torch.float64 if double else torch.float32
+
+
+# Whether a transform of torch.func is at work. Private to torch.
+is_functorch = torch._C._are_functorch_transforms_active
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is at work."""
+    return is_functorch() or forward_ad._current_level >= 0
+
+
+def is_forward_over_forward() -> bool:
+    """Whether forward mode is differentiated in forward mode again, which torch does not do to any
+    autograd.Function: the result would be 0.
+    """
+    if not is_functorch():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    jvp = torch._C._functorch.TransformType.Jvp
+    return sum(level.key() == jvp for level in stack) > 1
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """Whether this is a real tensor, with data to look at: subclasses may be fake or functional,
+    and under vmap one tensor is many.
+    """
+    return type(tensor) is Tensor and not torch.compiler.is_compiling() and not is_functorch()
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the operations on this tensor are being recorded for later: it has no data."""
+    return torch.compiler.is_compiling() or isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def reference_rows(
+    loss: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """The reference under the operators' signature."""
+    entry = LOSSES[loss]
+    logits = (student, teacher) if entry.teacher else (student,)
+    # As numbers where they are numbers: a term of weight 0 is then left out.
+    plain = is_eager(params) and not params.requires_grad
+    numbers = params.tolist() if plain else params.unbind()
+    return entry.reference(
+        *logits, target, *numbers, ignore_index=ignore_index, row_weight=row_weight
+    )
