@@ -255,6 +255,37 @@ def check_that_extreme_temperatures_give_numbers(
         assert not value.isnan().any() and gradient.isfinite().all()
 
 
+LARGE_TEMPERATURES = (33.0, 100.0, 1e4)
+
+
+def check_large_temperatures(
+    case: Case, temperature: float, classes: int, dtype: torch.dtype, backend: str,
+    variants: Variants, generator: torch.Generator,
+) -> None:  # fmt: skip
+    """What is left of logarithms times T^2 is held to its own size; of the logits, their spread.
+
+    A gradient from statistics that were stored in float32 is off by 1e-7 T times that size.
+    """
+    if not case.teacher or "temperature" not in case.options:
+        return
+    case = case.having(temperature=temperature)
+    student, teacher, target = make_inputs("normal", 5, classes, dtype, generator, ignored=0.2)
+    common: dict = {"row_weight": 1 + torch.rand(5, generator=generator)}
+    upstream = torch.randn(5, generator=generator)
+    for call, up, stored in ((case.rows, upstream, 1e-7 * temperature), (case, upstream[0], 0)):
+        exact = (student.double(), teacher.double(), target)
+        truth, truth_gradient = evaluate(call, *exact, up, backend="reference", **common)
+        eps = torch.finfo(dtype).eps + 4 * torch.finfo(F32).eps + 2 * stored
+        size = truth_gradient.abs().amax(-1, keepdim=True) + torch.finfo(dtype).smallest_normal
+        allowed = eps * size + 2 * interpreted(backend, truth_gradient, student)
+        allowed = allowed.expand_as(truth_gradient)
+        for variant in variants():
+            ours, gradient = evaluate(call, student, teacher, target, up, backend=backend, **common)
+            assert ours.dtype == F32 and gradient.dtype == dtype
+            assert_within(ours, truth, truth, 1e-5 * truth.abs(), f"value, {variant}")
+            assert_within(gradient, truth_gradient, truth_gradient, allowed, f"gradient, {variant}")
+
+
 def check_a_weight_of_0(loss, classes: int, backend: str) -> None:
     student, teacher, target = make_inputs("normal", 4, classes)
     student[1] = teacher[1] = -INF

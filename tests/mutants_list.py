@@ -708,15 +708,15 @@ MUTANTS = [
     Mutant(
         "cpu-weight-missing-in-backward",
         "csrc/cpu/row.h",
-        "? weight * static_cast<const S*>(p.grad_rows)[k * p.rows_total() + row]",
-        "? static_cast<const S*>(p.grad_rows)[k * p.rows_total() + row]",
+        "? weight * number(p, p.grad_rows, k * p.rows_total() + row)",
+        "? number(p, p.grad_rows, k * p.rows_total() + row)",
         "row_weight is ignored in the gradient",
     ),
     Mutant(
         "cpu-weight-0-is-read",
         "csrc/cpu/row.h",
-        "(p.row_weight && static_cast<const S*>(p.row_weight)[row] == 0)",
-        "(p.row_weight && static_cast<const S*>(p.row_weight)[row] < 0)",
+        "(p.row_weight && number(p, p.row_weight, row) == 0)",
+        "(p.row_weight && number(p, p.row_weight, row) < 0)",
         "rows of weight 0 are read, and 0 * NaN comes out",
     ),
     Mutant(
@@ -926,7 +926,7 @@ MUTANTS = [
     Mutant(
         "cuda-scratch-of-floats",
         "csrc/cuda/run.h",
-        "plan.wave * plan.parts * kStatsWidth * (c.problem.in_double() ? 8 : 4)",
+        "plan.wave * plan.parts * kStatsWidth * (c.problem.computes_in_double() ? 8 : 4)",
         "plan.wave * plan.parts * kStatsWidth * 4",
         "statistics in double get half the scratch they need",
     ),

@@ -6,12 +6,15 @@ Each test states what must come out; most run on the reference as well as on the
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from cases import (
+    BF16,
     CASES,
     DIVERGENCES,
+    F16,
     F32,
     F64,
     IGNORED,
@@ -26,10 +29,12 @@ from cases import (
     value_tolerance,
 )
 from contracts import (
+    LARGE_TEMPERATURES,
     PATTERNS,
     agree_with_reference,
     check_a_weight_of_0,
     check_infinite_logits,
+    check_large_temperatures,
     check_saturated_target_of_dkd,
     check_saturated_target_of_nkd,
     check_that_extreme_temperatures_give_numbers,
@@ -200,6 +205,16 @@ def test_temperatures(case: Case, temperature: float, isa: str, generator: torch
     case = case.having(temperature=temperature)
     for classes in CLASSES:
         agree_with_reference(case, *make_inputs("normal", 9, classes, F32, generator), "cpu")
+
+
+@pytest.mark.parametrize("temperature", LARGE_TEMPERATURES)
+@pytest.mark.parametrize("case", [x for x in WITH_TEMPERATURE if x.teacher], ids=str)
+def test_large_temperatures(
+    case: Case, temperature: float, backend: str, generator: torch.Generator
+) -> None:
+    for classes, dtype in zip(CLASSES, (F32, BF16, F32, F16), strict=True):
+        variants = partial(iter, [backend])
+        check_large_temperatures(case, temperature, classes, dtype, backend, variants, generator)
 
 
 @needs_cpu

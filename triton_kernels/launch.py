@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
+from kdkernels.reference import LARGE_TEMPERATURE
 
 from . import aekt, cross_entropy, dkd, kd, nkd, row, target_split
 
@@ -248,7 +249,7 @@ class Call:
     ignore_index: int
     params: tuple[float, ...]
     outputs: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the loss
     itemsize: int  # the larger of the logits' two
     vec: int
     aligned: int
@@ -311,7 +312,10 @@ class Call:
 
     @property
     def wide(self) -> bool:
-        return self.dtype == torch.float64
+        """Whether it is computed in float64; numbers of rows stay in the dtype of the loss."""
+        teacher = self.logits[5]
+        large = teacher is not None and self.params[0] > LARGE_TEMPERATURE
+        return self.dtype == torch.float64 or large
 
     @property
     def window(self) -> int:
@@ -402,7 +406,8 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
     elif chosen.regime == "sweeps":
         launch(row.sweeps, (chosen.programs,), chosen.warps, arguments)
     else:
-        scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH))
+        dtype = torch.float64 if call.wide else call.dtype
+        scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH), dtype=dtype)
         grid = (chosen.programs, chosen.parts)  # in this order: only the first may exceed 65535
         launch(row.partial, grid, chosen.warps, {**arguments, "stats": scratch})
         arguments["part_stats"] = scratch

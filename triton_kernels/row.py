@@ -140,7 +140,7 @@ def _open(row, rows, classes, target, row_weight, ignore_index, DTYPE: tl.conste
     exists = row < rows
     weight = tl.where(exists, 1.0, 0.0).to(DTYPE)
     if row_weight is not None:
-        weight = tl.load(row_weight + row, mask=exists, other=0.0)
+        weight = tl.load(row_weight + row, mask=exists, other=0.0).to(DTYPE)
     read = exists & (weight != 0.0)
     y = tl.full(row.shape, -1, tl.int32)
     if target is not None:
@@ -248,24 +248,25 @@ def _store_stats(stats, row, exists, ps, pt, sums):
 
 @triton.jit
 def _load_stats(stats, row, exists, like):
-    """`like`: sums of this loss, for their number."""
+    """`like`: sums of this loss, for their number and type."""
     at = stats + row * 8
-    ps = tl.load(at, mask=exists, other=-INF)
-    pt = tl.load(at + 1, mask=exists, other=-INF)
-    a = tl.load(at + 2, mask=exists, other=0.0)
+    ps = tl.load(at, mask=exists, other=-INF).to(like[0].dtype)
+    pt = tl.load(at + 1, mask=exists, other=-INF).to(like[0].dtype)
+    a = tl.load(at + 2, mask=exists, other=0.0).to(like[0].dtype)
     if len(like) == 1:
         return ps, pt, (a,)
     else:
-        b = tl.load(at + 3, mask=exists, other=0.0)
-        c = tl.load(at + 4, mask=exists, other=0.0)
+        b = tl.load(at + 3, mask=exists, other=0.0).to(like[0].dtype)
+        c = tl.load(at + 4, mask=exists, other=0.0).to(like[0].dtype)
         if len(like) == 3:
             return ps, pt, (a, b, c)
         else:
-            d = tl.load(at + 5, mask=exists, other=0.0)
+            d = tl.load(at + 5, mask=exists, other=0.0).to(like[0].dtype)
             if len(like) == 4:
                 return ps, pt, (a, b, c, d)
             else:
-                return ps, pt, (a, b, c, d, tl.load(at + 6, mask=exists, other=0.0))
+                e = tl.load(at + 6, mask=exists, other=0.0).to(like[0].dtype)
+                return ps, pt, (a, b, c, d, e)
 
 
 @triton.jit
@@ -346,13 +347,21 @@ def _load_tile(
 
 
 @triton.jit
+def _stored(value, to):
+    """As the type that `to` points at; from float64 to 16 bits there is a way by float32 only."""
+    if to.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(to.dtype.element_ty)
+
+
+@triton.jit
 def _store_tile(
     grad, start, step, index, shift, writable, y, at_target, value,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, held=None,
 ):  # fmt: skip
     """The gradient of a tile; where the stores are aligned, of the granules inside the row."""
     column = index - shift
-    value = tl.where(column == y, at_target, value).to(grad.dtype.element_ty)
+    value = _stored(tl.where(column == y, at_target, value), grad)
     if ALIGNED == 2:
         first = (shift + (VEC - 1)) // VEC * VEC
         end = tl.where(writable > 0, (shift + writable) // VEC, 0) * VEC
@@ -389,7 +398,7 @@ def _store_edges(
     if teacher is not None:
         t = tl.load(teacher + t_start + column, mask=loaded, other=-INF).to(DTYPE)
     exps = STATS(s - usable(ps), t - usable(pt), k, TWO)[1]
-    value = tl.where(column == y, at_target, GRAD(exps, coef, TWO)).to(grad.dtype.element_ty)
+    value = _stored(tl.where(column == y, at_target, GRAD(exps, coef, TWO)), grad)
     tl.store(grad + g_start + column, value, mask=mine)
 
 

@@ -341,24 +341,33 @@ struct Rows {
   static constexpr int L = kLanes<S>;
   static_assert(Sums::count + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
 
+  // One of the numbers of rows. Where these are in double so is S; the reverse is not true.
+  static double number(const Problem& p, const void* of, int64_t i) {
+    return p.in_double() ? static_cast<const double*>(of)[i] : static_cast<const float*>(of)[i];
+  }
+
   static bool skipped(const Problem& p, int64_t row) {
-    return (p.target && p.target[row] == p.ignore_index) ||
-           (p.row_weight && static_cast<const S*>(p.row_weight)[row] == 0);
+    return (p.target && p.target[row] == p.ignore_index) || (p.row_weight && number(p, p.row_weight, row) == 0);
   }
 
   // The gradient that finish multiplies its coefficients with.
   static void upstream(const Problem& p, int64_t row, double* g) {
-    const double weight = p.row_weight ? static_cast<const S*>(p.row_weight)[row] : 1.;
+    const double weight = p.row_weight ? number(p, p.row_weight, row) : 1.;
     for (int k = 0; k < Loss::outputs; ++k)
-      g[k] = p.pass == Pass::backward ? weight * static_cast<const S*>(p.grad_rows)[k * p.rows_total() + row]
+      g[k] = p.pass == Pass::backward ? weight * number(p, p.grad_rows, k * p.rows_total() + row)
                                       : weight * p.scale;
   }
 
   static void write_rows(const Problem& p, int64_t row, const double* loss, const double* g) {
     if (p.scaled_rows) p.scaled_rows[row] = loss ? loss[0] * g[0] : 0.;
-    if (p.rows)
-      for (int k = 0; k < Loss::outputs; ++k)
-        static_cast<S*>(p.rows)[k * p.rows_total() + row] = static_cast<S>(loss ? loss[k] * g[k] : 0.);
+    for (int k = 0; p.rows && k < Loss::outputs; ++k) {
+      const int64_t at = k * p.rows_total() + row;
+      const double x = loss ? loss[k] * g[k] : 0.;
+      if (p.in_double())
+        static_cast<double*>(p.rows)[at] = x;
+      else
+        static_cast<float*>(p.rows)[at] = static_cast<float>(x);
+    }
   }
 
   static bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {

@@ -31,7 +31,7 @@ struct Spec {
   Pass pass = Pass::forward;
   DType student = DType::f32, teacher = DType::f32;
   int64_t rows = 1, classes = 1;
-  bool two = false;  // temperatures
+  int temperature = 1;  // another one: sums at two, and a large one: in double
   // How the tensors lie: all alike; all alike, a class away from a granule; each row of the teacher otherwise; classes
   // apart.
   enum class Lie { aligned, shifted, skewed, strided } lie = Lie::aligned;
@@ -55,7 +55,7 @@ int loss_of(const std::string& name) {
 
 std::string shown(const Spec& x) {
   const auto name = [](const char* const* names, auto i) { return std::string(names[static_cast<int>(i)]); };
-  return std::string(gpu::kLosses[x.loss].name) + (x.two ? " at two temperatures, " : ", ") + name(kPasses, x.pass) +
+  return std::string(gpu::kLosses[x.loss].name) + " at T = " + std::to_string(x.temperature) + ", " + name(kPasses, x.pass) +
          ", " + std::to_string(x.rows) + " x " + std::to_string(x.classes) + ", " + name(kTypes, x.student) + " and " +
          name(kTypes, x.teacher) + ", " + name(kLies, x.lie);
 }
@@ -94,7 +94,7 @@ gpu::Call call_of(const Spec& x, void* stream) {
   if (x.pass == Pass::backward) p.grad_rows = memory(5);
   p.target = reinterpret_cast<const int64_t*>(memory(6));
   std::fill(p.params, p.params + kMaxParams, 1.0);
-  if (x.two) p.params[0] = 4;
+  if (gpu::kLosses[x.loss].two_temperatures) p.params[0] = x.temperature;
   p.params[3] = 0;  // of a pair loss: label_smoothing
   if (x.pass == Pass::forward_grad) c.total = memory(7), c.mean = x.mean;
   return c;
@@ -168,7 +168,7 @@ Key key_of(const Spec& x, const gpu::Call& c, const gpu::Plan& plan) {
     return bits;
   };
   return {x.loss,
-          x.two,
+          x.temperature,
           static_cast<int>(x.pass),
           static_cast<int>(x.student),
           static_cast<int>(x.teacher),
@@ -256,14 +256,14 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
         for (int loss = 0; loss < gpu::kLossCount; ++loss)
           for_types(loss, dtypes, [&](DType student, DType teacher) {
             for (int pass = 0; pass < 3; ++pass)
-              for (bool two : {false, true})
+              for (int temperature : {1, 4, 100})
                 for (int lie = 0; lie < 4; ++lie)
                   for (bool mean : {false, true}) {
                     if (mean && Pass(pass) != Pass::forward_grad) continue;
-                    if (two && !gpu::kLosses[loss].two_temperatures) continue;
+                    if (temperature != 1 && !gpu::kLosses[loss].two_temperatures) continue;
                     // Reductions have one output to reduce.
                     if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                    sweep_one({loss, Pass(pass), student, teacher, r, n, two, Spec::Lie(lie), mean}, device, wanted,
+                    sweep_one({loss, Pass(pass), student, teacher, r, n, temperature, Spec::Lie(lie), mean}, device, wanted,
                               seen, out);
                   }
           });
@@ -372,7 +372,7 @@ PYBIND11_MODULE(_fake, m) {
                            DType(index_of("teacher", teacher, kTypes)),
                            rows,
                            classes,
-                           two,
+                           two ? 4 : 1,
                            Spec::Lie(index_of("lie", lie, kLies)),
                            mean};
         gpu::Call c = call_of(spec, reinterpret_cast<void*>(stream));
