@@ -82,7 +82,6 @@ FIRST: dict[str, str] = {
     "triton-chunks-without-the-shift": "triton rows_that_reach_into_one_more_block",
     "triton-upstream-of-another-output": "triton shapes",
     "triton-dead-rows-have-a-gradient": "triton rows_that_do_not_count_are_not_read",
-    "triton-temperature-not-representable": "triton extreme_temperatures_give_numbers",
     "triton-strided-teacher-is-alike": "triton layouts_of_one_type",
     "triton-window-without-the-shift": "triton rows_that_reach_into_one_more_block",
     "triton-counts-what-is-not-negative": "triton any_class_may_be_ignored",
@@ -445,13 +444,6 @@ MUTANTS = [
         "rows that are not read get 0 * NaN",
     ),
     Mutant(
-        "triton-temperature-not-representable",
-        "triton_kernels/launch.py",
-        "numbers[0] = min(max(numbers[0], 2.0**-126), 2.0**60)",
-        "pass",
-        "in float32 a temperature becomes 0, or its square infinite",
-    ),
-    Mutant(
         "triton-strided-teacher-is-alike",
         "triton_kernels/launch.py",
         "return b[4] == 1 and not any(move % vec for move in moves)",
@@ -620,13 +612,6 @@ MUTANTS = [
         "return usable(from) - select(from == -infinity<V>(), lit<V>(0), usable(to));",
         "return usable(from) - usable(to);",
         "-inf as an old pivot: 0 * 2^inf where all logits are far below 0",
-    ),
-    Mutant(
-        "cpu-infinite-scale",
-        "csrc/stats.h",
-        "return static_cast<S>(x < 3e38 ? x : 3e38);",
-        "return static_cast<S>(x);",
-        "1/T of a tiny temperature is infinite in float: 0 * inf",
     ),
     Mutant(
         "cpu-masked-in-both",
@@ -929,13 +914,6 @@ MUTANTS = [
         "plan.wave * plan.parts * kStatsWidth * (c.problem.computes_in_double() ? 8 : 4)",
         "plan.wave * plan.parts * kStatsWidth * 4",
         "statistics in double get half the scratch they need",
-    ),
-    Mutant(
-        "cuda-temperature-not-representable",
-        "csrc/cuda/kernels.cu",
-        "return sizeof(S) == 8 ? temperature : std::min(std::max(temperature, 0x1p-126), 0x1p60);",
-        "return temperature;",
-        "in float a temperature becomes 0, or its square infinite",
     ),
     Mutant(
         "cuda-margin-of-one-temperature",

@@ -22,22 +22,11 @@ struct Formats {
   using f64 = AnyFormat<double>;
 };
 
-// float cannot hold every temperature of double: T must not become 0, nor its square infinite. Beyond 2^60 both
-// softmaxes are uniform to the last bit.
-template <class S>
-double representable(double temperature) {
-  return sizeof(S) == 8 ? temperature : std::min(std::max(temperature, 0x1p-126), 0x1p60);
-}
-
 template <class Loss, class S>
 Args<S> arguments(const Call& c, const Plan& plan) {
   const Problem& p = c.problem;
   using Params = typename Loss::template Params<S>;
-  double numbers[kMaxParams];
-  std::copy(p.params, p.params + kMaxParams, numbers);
-  // Where that is a temperature: the losses that have none are at 1.
-  if (Params(numbers).temperature != 1) numbers[0] = representable<S>(numbers[0]);
-  const Params params(numbers);
+  const Params params(p.params);
   Args<S> a;
   a.student = p.student;
   a.teacher = p.teacher;
