@@ -161,8 +161,13 @@ inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, c
 }
 
 // Distillation and cross-entropy of each row by themselves, (2, *rows); nothing unless asked for.
-inline Tensor fresh_parts(const Tensor& student, const Problem& p, const Place& place, bool with_parts) {
-  return with_parts ? fresh_rows(student, 2, p, place) : fresh({0}, compute_type(p), place);
+inline Tensor fresh_parts(const LossFacts& facts, const Tensor& student, Problem& p, const Place& place,
+                          bool with_parts) {
+  if (!with_parts) return fresh({0}, compute_type(p), place);
+  STD_TORCH_CHECK(facts.teacher, "with_parts: '", facts.name, "' has no teacher, and so no parts");
+  Tensor parts = fresh_rows(student, 2, p, place);
+  p.parts = parts.data_ptr();
+  return parts;
 }
 
 inline void multiply_(const Tensor& x, const Tensor& factor) {

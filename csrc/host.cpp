@@ -49,6 +49,7 @@ py::dict losses() {
     facts["outputs"] = loss.outputs;
     facts["teacher"] = loss.teacher;
     facts["two_temperatures"] = loss.two_temperatures;
+    facts["smooths"] = loss.smooths;
     out[loss.name] = facts;
   }
   return out;
@@ -124,7 +125,7 @@ std::string gpu_table(const std::string& device) {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Facts about the build and the planners, and the CPU's lane functions, for tests.";
   m.def("isas", &isas, "Instruction sets built in and supported by this processor, best last.");
-  m.def("losses", &losses, "The C++ list of losses: name -> {outputs, teacher, two_temperatures}.");
+  m.def("losses", &losses, "The C++ list of losses: name -> what LossFacts says.");
   m.def("plan", &plan, py::arg("isa"), py::arg("rows"), py::arg("classes"), py::arg("class_strided") = false,
         "The regime the planner picks.");
   m.def(

@@ -34,7 +34,7 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 template <class V>
-struct Ops;  // Scalar, splat, exp2, exp, log, log1p
+struct Ops;  // Scalar, splat, exp2, exp, log, log1p, negative (also of -0.0)
 
 template <>
 struct Ops<float> {
@@ -44,6 +44,7 @@ struct Ops<float> {
   static KD_FN float exp(float x) { return expf(x); }
   static KD_FN float log(float x) { return logf(x); }
   static KD_FN float log1p(float x) { return log1pf(x); }
+  static KD_FN bool negative(float x) { return signbit(x); }
 };
 
 template <>
@@ -54,6 +55,7 @@ struct Ops<double> {
   static KD_FN double exp(double x) { return ::exp(x); }
   static KD_FN double log(double x) { return ::log(x); }
   static KD_FN double log1p(double x) { return ::log1p(x); }
+  static KD_FN bool negative(double x) { return signbit(x); }
 };
 
 template <class V>

@@ -74,19 +74,20 @@ Tensor empty_gradient(const Tensor& student, Call& call) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor params,
-                                   int64_t ignore_index, bool with_parts) {
+                                           std::optional<Tensor> target, std::optional<Tensor> row_weight,
+                                           Tensor params, int64_t ignore_index, bool with_parts) {
   const kd::Kernels& build = current_kernels();
   Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = call.problem;
   const int outputs = build.losses[p.loss].outputs;
   Tensor rows = fresh_rows(student, outputs, p, call.place);
   Tensor stats = fresh({p.rows_total(), kd::kStatsWidth}, ScalarType::Double, call.place);
+  Tensor parts = fresh_parts(build.losses[p.loss], student, p, call.place, with_parts);
   p.pass = kd::Pass::forward;
   p.rows = rows.data_ptr();
   p.stats = stats.data_ptr();
   run(build, p);
-  return {rows, stats, fresh_parts(student, p, call.place, with_parts)};
+  return {rows, stats, parts};
 }
 
 Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optional<Tensor> teacher,
@@ -107,9 +108,9 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
 }
 
 std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight,
-                                   std::optional<Tensor> normalizer, bool mean, Tensor params, int64_t ignore_index,
-                                   bool with_grad, bool with_parts) {
+                                           std::optional<Tensor> target, std::optional<Tensor> row_weight,
+                                           std::optional<Tensor> normalizer, bool mean, Tensor params,
+                                           int64_t ignore_index, bool with_grad, bool with_parts) {
   const kd::Kernels& build = current_kernels();
   Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = call.problem;
@@ -117,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
   if (normalizer) p.scale /= number(*normalizer, "normalizer");
   if (mean) p.scale /= static_cast<double>(std::max<int64_t>(call.counted, 1));
   Tensor grad = with_grad ? empty_gradient(student, call) : fresh({0}, student.scalar_type(), call.place);
+  Tensor parts = fresh_parts(build.losses[p.loss], student, p, call.place, with_parts);
   p.pass = kd::Pass::forward_grad;
   std::vector<double> scaled_rows(p.rows_total());
   p.scaled_rows = scaled_rows.data();
@@ -129,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
     *static_cast<double*>(total.data_ptr()) = sum;
   else
     *static_cast<float*>(total.data_ptr()) = static_cast<float>(sum);
-  return {total, grad, fresh_parts(student, p, call.place, with_parts)};
+  return {total, grad, parts};
 }
 
 // A factor of 1, the ordinary case of loss.backward(), touches nothing.

@@ -67,17 +67,18 @@ Tensor empty_gradient(const Tensor& student, Described& d) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor params,
-                                   int64_t ignore_index, bool with_parts) {
+                                           std::optional<Tensor> target, std::optional<Tensor> row_weight,
+                                           Tensor params, int64_t ignore_index, bool with_parts) {
   Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = d.call.problem;
   Tensor rows = fresh_rows(student, d.facts.outputs, p, d.place);
   Tensor stats = fresh({p.rows_total(), kd::kStatsWidth}, compute_type(p), d.place);
+  Tensor parts = fresh_parts(d.facts, student, p, d.place, with_parts);
   p.pass = kd::Pass::forward;
   p.rows = rows.data_ptr();
   p.stats = stats.data_ptr();
   run(d);
-  return {rows, stats, fresh_parts(student, p, d.place, with_parts)};
+  return {rows, stats, parts};
 }
 
 Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optional<Tensor> teacher,
@@ -97,9 +98,9 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
 }
 
 std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
-                                   std::optional<Tensor> target, std::optional<Tensor> row_weight,
-                                   std::optional<Tensor> normalizer, bool mean, Tensor params, int64_t ignore_index,
-                                   bool with_grad, bool with_parts) {
+                                           std::optional<Tensor> target, std::optional<Tensor> row_weight,
+                                           std::optional<Tensor> normalizer, bool mean, Tensor params,
+                                           int64_t ignore_index, bool with_grad, bool with_parts) {
   Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
   kd::Problem& p = d.call.problem;
   STD_TORCH_CHECK(d.facts.outputs == 1, "loss: '", loss, "' has several outputs, none to reduce");
@@ -116,10 +117,11 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
   Tensor grad = with_grad ? empty_gradient(student, d) : fresh({0}, student.scalar_type(), d.place);
   Tensor total = fresh({}, compute_type(p), d.place);
   if (p.rows_total() == 0) torch::stable::zero_(total);
+  Tensor parts = fresh_parts(d.facts, student, p, d.place, with_parts);
   p.pass = kd::Pass::forward_grad;
   d.call.total = total.data_ptr();
   run(d);
-  return {total, grad, fresh_parts(student, p, d.place, with_parts)};
+  return {total, grad, parts};
 }
 
 bool is_dense(const Tensor& x) {

@@ -23,7 +23,11 @@ enum class Pass : int32_t {
 
 constexpr int kMaxParams = 8;
 constexpr double kLargeTemperature = 32;  // kdkernels.reference.LARGE_TEMPERATURE
-constexpr int kStatsWidth = 8;  // two pivots and up to six sums
+constexpr int kStatsWidth = 9;            // two pivots and up to seven sums
+
+// What is summed beside what every call of a loss needs, each a build of its own: the sums at temperature 1, and with
+// label smoothing those of the logits themselves.
+enum class Variant : int32_t { plain, two, smooth };
 
 struct Problem {
   int loss = 0;  // index in losses/list.h
@@ -39,6 +43,7 @@ struct Problem {
   void* rows = nullptr;              // (outputs, rows), forward
   double scale = 1;                  // forward_grad
   double* scaled_rows = nullptr;     // (rows), forward_grad
+  void* parts = nullptr;             // (2, rows), distillation and cross-entropy, or null: not asked for; no backward
   // (rows, kStatsWidth), written by forward, read by backward: double on a CPU, on a GPU as the others.
   void* stats = nullptr;
 
@@ -52,7 +57,7 @@ struct Problem {
 struct LossFacts {
   const char* name;
   int outputs;
-  bool teacher, two_temperatures;
+  bool teacher, two_temperatures, smooths;  // teacher: it has parts
 };
 
 }  // namespace kd

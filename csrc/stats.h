@@ -9,9 +9,13 @@
 //   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes
 //   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots
 //   gradient(e, coef)            d loss / d logit of a class: no new exponential
+//
+// With label smoothing (Variant::smooth) every class whose logit is not -inf counts, and adds a constant to its
+// gradient. Which ones do is told by the sign of their first exponential: -0.0 of a class at -inf, which no sum sees.
 #pragma once
 
 #include "lane.h"
+#include "problem.h"
 
 KD_NAMESPACE_BEGIN
 
@@ -37,41 +41,74 @@ KD_FN V moved(V from, V to) {
 template <class S>
 struct Scales {
   S temperature, k;
-  explicit KD_FN Scales(const double* params) : Scales(params[0]) {}  // the first parameter of a loss is T
+  explicit KD_FN Scales(const double* params, bool = false) : Scales(params[0]) {}  // the first parameter is T
   explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(static_cast<S>(kLog2e / t)) {}
 };
 
-template <int kKept>
+template <int kKept, Variant kVariant>
 struct Kept {
-  static constexpr int kept = kKept;
+  static constexpr Variant variant = kVariant;
+  static constexpr bool smooth = kVariant == Variant::smooth;
+  static constexpr int kept = kKept, coefs = kKept + smooth;
+  // Which variant a call takes; the losses that have several say so.
+  static Variant wanted(const double*, bool) { return kVariant; }
   template <class V>
   struct Coef {
-    V c[kKept];  // gradient of a class: sum of c[i] * e[i]
+    V c[coefs];  // gradient of a class: sum of c[i] * e[i], and the last one by itself where classes count
     V y;         // gradient of the target class
   };
+
+ protected:
+  // The first exponential of a class.
+  template <class V>
+  static KD_FN V marked(V e, V ds) {
+    return smooth ? select(ds == -infinity<V>(), -e, e) : e;
+  }
+  // The sums of what counts: of the logits, and of the classes. They are the last two of a variant.
+  template <class V, int kCount>
+  static KD_FN void count(V (&v)[kCount], V ds) {
+    if constexpr (smooth) {
+      v[kCount - 2] += select(ds == -infinity<V>(), lit<V>(0), ds);
+      v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(1));
+    }
+  }
+  template <class V, int kCount>
+  static KD_FN void move_counted(V (&out)[kCount], const V (&v)[kCount], V ds) {
+    if constexpr (smooth) {
+      out[kCount - 2] = v[kCount - 1] * ds + v[kCount - 2];
+      out[kCount - 1] = v[kCount - 1];
+    }
+  }
 };
 
-template <class V, int kKept>
-KD_FN V gradient(const V (&e)[kKept], const V (&c)[kKept]) {
+template <class V, int kKept, int kCoefs>
+KD_FN V gradient(const V (&e)[kKept], const V (&c)[kCoefs]) {
   V sum = c[0] * e[0];
   for (int i = 1; i < kKept; ++i) sum = c[i] * e[i] + sum;
+  if constexpr (kCoefs > kKept) sum += select(Ops<V>::negative(e[0]), lit<V>(0), c[kKept]);
   return sum;
 }
 
 // Student and teacher. kCross chooses what is averaged over the teacher's non-target softmax: t - s (for a divergence)
-// or -s (for a cross-entropy). kTwo adds the sums at temperature 1 that cross-entropy (student) and NKD (both) need
-// beside those at the row's temperature.
-template <bool kTwo, bool kCross>
-struct PairSums : Kept<kTwo ? 3 : 2> {
+// or -s (for a cross-entropy). All variants but the plain one add the sums at temperature 1 that cross-entropy
+// (student) and NKD (both) need beside those at the row's temperature. The sums of a variant begin with those of a
+// smaller one: a forward pass that was asked for parts leaves more than its backward pass reads.
+template <Variant kVariant, bool kCross>
+struct PairSums : Kept<kVariant == Variant::plain ? 2 : 3, kVariant> {
+ private:
+  using Base = Kept<kVariant == Variant::plain ? 2 : 3, kVariant>;
+  static constexpr bool kTwo = kVariant != Variant::plain;
+
+ public:
   static constexpr bool teacher = true;
   static constexpr bool two = kTwo;
-  static constexpr int count = 3 + (kTwo ? (kCross ? 2 : 1) : 0);
+  static constexpr int count = 3 + (kTwo ? (kCross ? 2 : 1) : 0) + (Base::smooth ? 2 : 0);
   enum { sum_s, sum_t, mean_x, sum_s1, sum_t1 };
 
   template <class V>
   struct Exps {
     V e[kTwo ? 3 : 2];  // 2^(k ds), 2^(k dt), e^ds
-    V x, t1;
+    V x, t1, ds;
   };
   template <class V>
   struct Stats {
@@ -81,11 +118,12 @@ struct PairSums : Kept<kTwo ? 3 : 2> {
   template <class V>
   static KD_FN Exps<V> exps(const Scales<ScalarOf<V>>& scales, V ds, V dt) {
     Exps<V> out;
-    out.e[0] = Ops<V>::exp2(ds * scales.k);
+    out.e[0] = Base::marked(Ops<V>::exp2(ds * scales.k), ds);
     out.e[1] = Ops<V>::exp2(dt * scales.k);
     if constexpr (kTwo) out.e[2] = Ops<V>::exp2(ds * lit<V>(kLog2e));
     if constexpr (kTwo && kCross) out.t1 = Ops<V>::exp2(dt * lit<V>(kLog2e));
     out.x = kCross ? -ds : dt - ds;
+    if constexpr (Base::smooth) out.ds = ds;
     return out;
   }
 
@@ -97,6 +135,7 @@ struct PairSums : Kept<kTwo ? 3 : 2> {
     a.v[mean_x] = x.e[1] * select(x.e[1] > lit<V>(0), x.x, lit<V>(0)) + a.v[mean_x];
     if constexpr (kTwo) a.v[sum_s1] += x.e[2];
     if constexpr (kTwo && kCross) a.v[sum_t1] += x.t1;
+    if constexpr (Base::smooth) Base::count(a.v, x.ds);
   }
 
   template <class V>
@@ -110,6 +149,7 @@ struct PairSums : Kept<kTwo ? 3 : 2> {
     out.v[mean_x] = weighted(ft, a.v[mean_x] + weighted(a.v[sum_t], kCross ? -ds : dt - ds));
     if constexpr (kTwo) out.v[sum_s1] = a.v[sum_s1] * Ops<V>::exp2(ds * lit<V>(kLog2e));
     if constexpr (kTwo && kCross) out.v[sum_t1] = a.v[sum_t1] * Ops<V>::exp2(dt * lit<V>(kLog2e));
+    Base::move_counted(out.v, a.v, ds);
     return out;
   }
 
@@ -123,32 +163,43 @@ struct PairSums : Kept<kTwo ? 3 : 2> {
 };
 
 // One tensor alone (cross-entropy, the target split of one set of logits).
-struct StudentSums : Kept<1> {
+template <Variant kVariant>
+struct StudentSums : Kept<1, kVariant> {
+ private:
+  using Base = Kept<1, kVariant>;
+
+ public:
   static constexpr bool teacher = false;
   static constexpr bool two = false;
-  static constexpr int count = 1;
+  static constexpr int count = Base::smooth ? 3 : 1;
   enum { sum_s };
 
   template <class V>
   struct Exps {
     V e[1];
+    V ds;
   };
   template <class V>
   struct Stats {
-    V v[1];
+    V v[count];
   };
   template <class V>
   static KD_FN Exps<V> exps(const Scales<ScalarOf<V>>& scales, V ds, V) {
-    return {{Ops<V>::exp2(ds * scales.k)}};
+    return {{Base::marked(Ops<V>::exp2(ds * scales.k), ds)}, ds};
   }
   template <class V>
   static KD_FN void add(Stats<V>& a, const Exps<V>& x) {
     a.v[sum_s] += x.e[0];
+    if constexpr (Base::smooth) Base::count(a.v, x.ds);
   }
   template <class V>
   static KD_FN Stats<V> moved_to(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& from,
                                  const Pivots<V>& to) {
-    return {{a.v[sum_s] * Ops<V>::exp2(moved(from.s, to.s) * scales.k)}};
+    const V ds = moved(from.s, to.s);
+    Stats<V> out;
+    out.v[sum_s] = a.v[sum_s] * Ops<V>::exp2(ds * scales.k);
+    Base::move_counted(out.v, a.v, ds);
+    return out;
   }
   template <class V, class Coef>
   static KD_FN void rebase(const Scales<ScalarOf<V>>& scales, Coef& coef, const Pivots<V>& row, const Pivots<V>& part) {
@@ -192,6 +243,25 @@ struct Split {
     const V l = Ops<V>::log1p(e), large = one / (one + e), small = e * large;
     return {select(g < zero, g, zero) - l, select(g < zero, zero, -g) - l, select(g < zero, small, large),
             select(g < zero, large, small)};
+  }
+};
+
+// Cross-entropy at temperature 1 with a share `smoothing` of the target spread over the classes that count, those that
+// are not at -inf. What it is of: the target's logit minus the pivot, and the other classes' sums, at temperature 1.
+template <class V>
+struct Smoothed {
+  V mean;       // of -log p over the classes that count
+  V each;       // one over their number
+  V at_target;  // d mean / d logit of the target
+
+  static KD_FN Smoothed of(const Split<V>& p, V relative, V sum, V sum_ds, V counted) {
+    const V zero = lit<V>(0), one = lit<V>(1);
+    const auto masked = relative == -infinity<V>();
+    // log of the sum over all classes: by the one whose probability is not small.
+    const V total = select(p.p > lit<V>(0.5), relative - p.log_p, Ops<V>::log(sum) - p.log_rest);
+    const V each = inverse(counted + select(masked, zero, one));
+    const V mean = total - each * (sum_ds + select(masked, zero, relative));
+    return {mean, each, p.p - select(masked, zero, each)};
   }
 };
 

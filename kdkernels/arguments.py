@@ -340,7 +340,7 @@ def read_tensors(
     if target is not None or entry.target:
         target = tensor("target", target, INTEGER_DTYPES, _hint(entry.soft_target, target))
         check_like("target", target, shape, student)
-        target = _kept(target.long())
+        target = kept(target.long())
     row_weight = options["row_weight"]
     mask = None
     if row_weight is not None:
@@ -350,7 +350,7 @@ def read_tensors(
         if row_weight.dtype == torch.bool:
             mask, row_weight = row_weight, None
         else:
-            row_weight = _kept(row_weight.to(dtype))
+            row_weight = kept(row_weight.to(dtype))
     ignore_index = options["ignore_index"]
     if options["causal"]:
         target, row_weight, mask = _one_behind(student, target, row_weight, mask, ignore_index)
@@ -360,6 +360,9 @@ def read_tensors(
             target, ignore_index = torch.where(mask, 0, -1), -1
         else:
             target = torch.where(mask, target, ignore_index)
+    if row_weight is not None and target is not None:
+        # Whatever an ignored row is weighed by, inf and NaN too, its loss is 0.
+        row_weight = torch.where(target == ignore_index, 0.0, row_weight)
     backend = choose(options["backend"], student.device)
     inputs = Inputs(student, teacher, target, row_weight, ignore_index, dtype, backend)
     # The CPU kernels check the range themselves; see run() in call.py.
@@ -390,7 +393,7 @@ def _check_soft(options: Mapping[str, Any]) -> None:
         )
 
 
-def _kept(value: Tensor) -> Tensor:
+def kept(value: Tensor) -> Tensor:
     """One that autograd can keep: tensors of inference mode are copied, which are small here."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return value

@@ -115,7 +115,8 @@ def _rows_of(
     """The rows of the reference as a function of the inputs at these places."""
 
     def rows(*given: Tensor) -> Tensor:
-        return reference_rows(loss, *_with(inputs, places, given), ignore_index=ignore_index)
+        student, teacher, target, row_weight, params = _with(inputs, places, given)
+        return reference_rows(loss, student, teacher, target, row_weight, params, ignore_index)
 
     return rows
 

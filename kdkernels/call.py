@@ -14,6 +14,7 @@ from kdkernels.arguments import (
     Inputs,
     common_options,
     is_on,
+    kept,
     number,
     positive,
     read_tensors,
@@ -207,8 +208,7 @@ def _divisor(options: Mapping[str, Any], student: Tensor) -> _Divisor | None:
 def _as_divisor(normalizer: Tensor, student: Tensor) -> Tensor:
     if sharded.is_sharded(normalizer):
         normalizer = normalizer.full_tensor()  # type: ignore[attr-defined]
-    if normalizer.is_inference() and not torch.compiler.is_compiling():
-        normalizer = normalizer.clone()
+    normalizer = kept(normalizer)
     # On the CPU it is read by the kernels, and nothing has to be sent.
     here = normalizer.device.type == "cpu"
     return normalizer.to("cpu" if here else student.device, torch.float64)
@@ -323,9 +323,7 @@ def _reference_rows(
 def _weigh(rows: Tensor, row_weight: Tensor) -> Tensor:
     """rows * row_weight for weights that are learned: their gradient is the row's loss."""
     unusable = (row_weight == 0) & ~rows.isfinite()
-    # And what an ignored row, whose loss is 0, is weighed by does not matter.
-    weight = torch.where((rows == 0) & ~row_weight.isfinite(), 0.0, row_weight)
-    return torch.where(unusable, 0.0, rows) * weight
+    return torch.where(unusable, 0.0, rows) * row_weight
 
 
 # ---- tf-NKD ----------------------------------------------------------------------------------
@@ -421,15 +419,18 @@ def _tf_nkd_rows(
 ) -> tuple[Tensor, Tensor | None]:
     row_weight = inputs.row_weight
     if inputs.backend == "reference" and not wants_gradient(row_weight):
-        more: dict[str, Any] = {"parts": True} if with_parts else {}
+        assert inputs.target is not None
+        kd_weight, ce_weight, smoothing = weights
         value = reference.tf_nkd(
             inputs.student,
             inputs.target,
-            *weights,
+            kd_weight,
+            ce_weight,
+            smoothing,
             confidence,
             ignore_index=inputs.ignore_index,
             row_weight=row_weight,
-            **more,
+            parts=with_parts,
         )
         return (value[0], value[1:]) if with_parts else (value, None)
     if wants_gradient(row_weight):

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from kdkernels import reference
 
 # Floating point statistics per row, the same for every loss; the kernels check it.
-STATS_WIDTH = 8
+STATS_WIDTH = 9
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,13 @@ def is_eager(tensor: Tensor) -> bool:
     """Whether this is a real tensor, with data to look at: subclasses may be fake or functional,
     and under vmap one tensor is many.
     """
-    return type(tensor) is Tensor and not torch.compiler.is_compiling() and not is_functorch()
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not is_functorch()
+        # Of is_grads_batched, whose vmap is another one.
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def is_traced(tensor: Tensor) -> bool:

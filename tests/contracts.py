@@ -551,3 +551,115 @@ def check_operators(
             continue
         for call in arguments[operator]:
             torch.library.opcheck(getattr(operators, operator), call)
+
+
+# ---- what a loss is made of ------------------------------------------------------------------
+
+# kd_weight, ce_weight, label_smoothing: every way to a term that the loss itself leaves out.
+MIXTURES = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.5, 0.7, 0.1), (1.0, 0.0, 0.1), (0.0, 0.0, 0.0))
+
+
+def check_parts(
+    operators: ops.Operators,
+    name: str,
+    classes: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    generator: torch.Generator,
+    variants: Variants,
+) -> None:
+    """Distillation and cross-entropy of the rows, of both operators, and that the loss and its
+    gradient do not change where they are asked for."""
+    inputs = make_inputs("masked", 5, classes, dtypes, generator, ignored=0.2)
+    student, teacher, target = inputs
+    dtype = loss_dtype(student, teacher)
+    weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0]).to(dtype)
+    own = OPERATORS[name].tolist()[4:]
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    for temperature in (1.0, 3.0):
+        for mixture in MIXTURES:
+            params = as_params(temperature, *mixture, *own)
+            exact = (student.double(), teacher.double(), target)
+            truth = ops.LOSSES[name].reference(
+                *exact, *params.tolist(), row_weight=weight.double(), parts=True
+            )
+            end = (params, IGNORED)
+            number = torch.tensor(2.0, dtype=torch.float64)
+            for variant in variants():
+                rows, stats, parts = operators.forward(name, *inputs, weight, *end, True)
+                total, gradient, again = operators.reduced(
+                    name, *inputs, weight, number, True, *end, True, True
+                )
+                torch.testing.assert_close(rows.double(), truth[0], **close, msg=variant)
+                for found in (parts, again):
+                    torch.testing.assert_close(found.double(), truth[1:], **close, msg=variant)
+                # Where nobody asks, fewer sums may be taken.
+                plain = operators.reduced(name, *inputs, weight, number, True, *end, True, False)
+                torch.testing.assert_close(total, plain[0], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(gradient, plain[1], rtol=1e-2, atol=1e-5)
+                upstream = torch.ones_like(rows)
+                pulled = operators.backward(name, upstream, *inputs, weight, stats, *end)
+                assert pulled.isfinite().all()
+    if not ops.LOSSES[name].target:
+        student, teacher, _ = make_inputs("normal", 5, classes, dtypes, generator)
+        exact = (student.double(), teacher.double(), None)
+        truth = ops.LOSSES[name].reference(*exact, *params.tolist(), parts=True)
+        for _ in variants():
+            _, _, parts = operators.forward(name, student, teacher, None, None, *end, True)
+            torch.testing.assert_close(parts.double(), truth[1:], **close)
+            assert not parts[1].any()
+
+
+def check_infinite_distillation(
+    operators: ops.Operators, name: str, classes: int, variants: Variants
+) -> None:
+    """A kd_weight of 0 wins over it, in the loss and its gradient; the part shows it."""
+    student, teacher, target = make_inputs("normal", 3, classes)
+    target[:] = 0
+    student[1, 1:] = -INF
+    own = OPERATORS[name].tolist()[4:]
+    for smoothing in (0.0, 0.1):
+        params = as_params(2.0, 0.0, 1.0, smoothing, *own)
+        truth = ops.LOSSES["cross_entropy"].reference(student.double(), target, smoothing)
+        for _ in variants():
+            rows, stats, parts = operators.forward(
+                name, student, teacher, target, None, params, IGNORED, True
+            )
+            torch.testing.assert_close(rows.double(), truth, rtol=1e-5, atol=1e-6)
+            assert parts[0].isinf().tolist() == [False, True, False]
+            inputs = (student, teacher, target, None, stats, params, IGNORED)
+            gradient = operators.backward(name, torch.ones_like(rows), *inputs)
+            assert gradient.isfinite().all() and not gradient[1].any()  # one class is left
+
+
+def check_smoothing_is_torchs(
+    operators: ops.Operators, classes: int, dtype: torch.dtype, variants: Variants
+) -> None:
+    """Of nothing masked; and of masked classes it is torch's on the classes that are left."""
+    student, _, target = make_inputs("normal", 4, classes, dtype)
+    masked = student.clone()
+    masked[:, ::3] = -INF
+    target -= (target % 3 == 0).long() * (target - 1) if classes > 1 else 0
+    for smoothing in (0.1, 1.0):
+        params = as_params(smoothing)
+        for logits, left in ((student, slice(None)), (masked, torch.arange(classes) % 3 > 0)):
+            if classes < 2 and logits is masked:
+                continue
+            leaf = logits.double()[:, left].requires_grad_()
+            index = torch.zeros(classes, dtype=torch.int64)
+            index[left] = torch.arange(leaf.shape[1])
+            truth = torch.nn.functional.cross_entropy(
+                leaf, index[target], label_smoothing=smoothing, reduction="none"
+            )
+            truth.sum().backward()
+            expected = torch.zeros(logits.shape, dtype=torch.float64)
+            expected[:, left] = leaf.grad
+            for variant in variants():
+                inputs = ("cross_entropy", logits, None, target, None)
+                rows, stats, _ = operators.forward(*inputs, params, IGNORED, False)
+                torch.testing.assert_close(rows.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+                name, *inputs = inputs
+                gradient = operators.backward(
+                    name, torch.ones_like(rows), *inputs, stats, params, IGNORED
+                )
+                rounding = {"rtol": 1e-2 if dtype == BF16 else 1e-4, "atol": 1e-6, "msg": variant}
+                torch.testing.assert_close(gradient.double(), expected, **rounding)

@@ -108,8 +108,10 @@ def forward(
     rows = _poisoned(student.new_empty(shape, dtype=dtype))
     count = student.shape[:-1].numel()
     stats = _poisoned(student.new_empty((count, ops.STATS_WIDTH), dtype=dtype))
-    _run("forward", loss, student, teacher, *rest, rows=rows, stats=stats)
-    return rows, stats, ops.empty_parts(student, dtype, with_parts)
+    parts = _poisoned(ops.empty_parts(student, dtype, with_parts))
+    asked = {"parts": parts} if with_parts else {}
+    _run("forward", loss, student, teacher, *rest, rows=rows, stats=stats, **asked)
+    return rows, stats, parts
 
 
 def backward(
@@ -150,11 +152,12 @@ def reduced(
         scale /= max(rows, 1)
     grad = _poisoned(torch.empty_like(student)) if with_grad else None
     total = student.new_zeros((), dtype=dtype)
+    parts = _poisoned(ops.empty_parts(student, dtype, with_parts))
     _run(
         "forward_grad", loss, student, teacher, target, row_weight, params, ignore_index, grad,
         scale=scale, normalizer=normalizer, mean=mean and target is not None, total=total,
+        **({"parts": parts} if with_parts else {}),
     )  # fmt: skip
-    parts = ops.empty_parts(student, dtype, with_parts)
     return total, student.new_empty((0,)) if grad is None else grad, parts
 
 

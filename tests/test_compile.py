@@ -120,6 +120,92 @@ def test_options_changed_between_calls_are_seen():
         assert_close(evaluate(function, *inputs), evaluate(loss, *inputs))
 
 
+# What a schedule may change from step to step.
+SCHEDULES = {
+    "temperature": lambda x: {"temperature": 1.0 + x},
+    "kd_weight": lambda x: {"kd_weight": x},
+    "ce_weight": lambda x: {"ce_weight": x},
+    "beta": lambda x: {"beta": 2 * x},
+    "normalizer": lambda x: {"normalizer": 1.0 + x},
+    "tokens": lambda x: {"normalizer": 100 + round(64 * x)},
+}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("what", SCHEDULES)
+def test_a_schedule_of_numbers_compiles_twice(what, name):
+    """Once with a constant, once with a variable, for the 8 values after which torch gives up, and
+    more."""
+    inputs = make_inputs("normal", 6, 7)
+
+    def call(*inputs: Tensor, x: float) -> Tensor:
+        return kdkernels.dkd_loss(*inputs, backend=name, **SCHEDULES[what](x))
+
+    function, counter = compiled(call)
+    for step in range(50 if what == "temperature" else 12):
+        x = (step + 1) / 64
+        ours, theirs = (evaluate(f, *inputs, x=x) for f in (function, call))
+        assert_close(ours, theirs)
+    assert counter.frame_count <= 2
+
+
+@needs_cpu
+@pytest.mark.parametrize("what", SCHEDULES)
+def test_a_schedule_in_a_tensor_compiles_once(what):
+    inputs = make_inputs("normal", 6, 7)
+
+    def call(*inputs: Tensor, x: Tensor) -> Tensor:
+        return kdkernels.dkd_loss(*inputs, **dict.fromkeys(SCHEDULES[what](1.0), x))
+
+    function, counter = compiled(call)
+    graphs = []
+    for step in range(12):
+        x = torch.tensor(1.0 + step / 8, dtype=torch.float64)
+        ours, theirs = (evaluate(f, *inputs, x=x) for f in (function, call))
+        assert_close(ours, theirs)
+        graphs.append(counter.frame_count)
+    # The compiler may run twice within the first call.
+    assert graphs[0] == graphs[-1]
+
+
+@needs_cpu
+def test_a_module_s_schedule_compiles_twice():
+    inputs = make_inputs("normal", 6, 7)
+    loss = kdkernels.KDLoss(ce_weight=0.5)
+    function, counter = compiled(loss)
+    for step in range(12):
+        loss.temperature = 1.0 + step / 8
+        assert_close(evaluate(function, *inputs), evaluate(loss, *inputs))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_parts_and_causal(name):
+    student, teacher, target = make_inputs("normal", (2, 5), 7)
+    options = {"causal": True, "return_parts": True, "ce_weight": 0.5, "backend": name}
+
+    def call(*inputs: Tensor) -> Tensor:
+        parts = kdkernels.dkd_loss(*inputs, **options)
+        return parts.loss + 0 * (parts.distillation + parts.cross_entropy)
+
+    function, _ = compiled(call)
+    assert_close(
+        evaluate(function, student, teacher, target), evaluate(call, student, teacher, target)
+    )
+
+
+@needs_cpu
+def test_learned_temperature():
+    student, teacher, target = make_inputs("normal", 6, 7)
+    function, _ = compiled(lambda t: kdkernels.dkd_loss(student, teacher, target, temperature=t))
+    found = []
+    for f in (function, lambda t: kdkernels.dkd_loss(student, teacher, target, temperature=t)):
+        temperature = torch.tensor(2.0, requires_grad=True)
+        found.append(torch.autograd.grad(f(temperature), temperature)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert found[0].abs() > 1e-3
+
+
 @needs_cpu
 def test_a_target_out_of_range_is_refused_by_the_kernel():
     student, teacher, target = make_inputs("normal", 6, 7)
@@ -134,7 +220,7 @@ def test_without_the_fast_backend(monkeypatch):
     monkeypatch.setattr(
         backend, "_available", {**backend._available, "cpu": backend.Availability(False, "gone")}
     )
-    monkeypatch.setattr(backend, "_warned", False)
+    monkeypatch.setattr(backend, "_warned", set())
     inputs = make_inputs("normal", 6, 7)
     function, _ = compiled(KD)
     value = evaluate(function, *inputs)
@@ -168,6 +254,21 @@ def test_inductor_in_a_training_step():
         results.append((loss.detach(), layer.weight.grad))
     assert_close(*results)
     assert counter.frame_count == 1
+
+
+@pytest.mark.full
+@needs_cpu
+def test_inductor_and_a_schedule():
+    inputs = make_inputs("normal", 6, 9)
+
+    def call(*inputs: Tensor, x: float) -> Tensor:
+        return kdkernels.dkd_loss(*inputs, temperature=1 + x, ce_weight=x, normalizer=2 + x)
+
+    function, counter = compiled(call, "inductor")
+    for step in range(10):
+        x = (step + 1) / 8
+        assert_close(evaluate(function, *inputs, x=x), evaluate(call, *inputs, x=x))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.full

@@ -470,3 +470,19 @@ def test_scale(dtype: torch.dtype, generator: torch.Generator) -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     check_operators(EMULATED, name, ["forward", "reduced", "backward"])
+
+
+# ---- what a loss is made of ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F64, F64)], ids=str)
+@pytest.mark.parametrize("name", [x for x in OPERATORS if kdkernels.ops.LOSSES[x].teacher])
+def test_parts(name: str, dtypes: Dtypes, generator: torch.Generator) -> None:
+    contracts.check_parts(EMULATED, name, 40, dtypes, generator, all_regimes(1))
+    if dtypes == (F32, F32):
+        contracts.check_infinite_distillation(EMULATED, name, 40, all_regimes(2))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_label_smoothing_is_torchs(dtype: torch.dtype) -> None:
+    contracts.check_smoothing_is_torchs(EMULATED, 70, dtype, all_regimes(3))

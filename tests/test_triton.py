@@ -24,6 +24,7 @@ from cases import (
     CASES,
     DTYPE_PAIRS,
     F32,
+    F64,
     IGNORED,
     LAYOUTS,
     MAIN_CASES,
@@ -520,3 +521,19 @@ def test_every_plan_covers_every_class_once(rows: int, window: int, wide: bool) 
             assert chosen.parts <= launch.MOST_PARTS
         back = launch.backward_plan(rows, window, wide=wide)
         assert back.parts * back.block >= window and back.programs * back.rows >= rows
+
+
+# ---- what a loss is made of ------------------------------------------------------------------
+
+
+@every_regime
+@pytest.mark.parametrize("name", [x for x in OPERATORS if kdkernels.ops.LOSSES[x].teacher])
+def test_parts(name: str, regime: str, generator: torch.Generator) -> None:
+    contracts.check_parts(kdkernels.ops.TRITON, name, 70, (F32, F32), generator, one(regime))
+    contracts.check_infinite_distillation(kdkernels.ops.TRITON, name, 70, one(regime))
+
+
+@every_regime
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_label_smoothing_is_torchs(regime: str, dtype: torch.dtype) -> None:
+    contracts.check_smoothing_is_torchs(kdkernels.ops.TRITON, 70, dtype, one(regime))

@@ -9,14 +9,14 @@ alpha, beta, variant (its position in kdkernels.reference.AEKT_VARIANTS), log_ra
 import triton
 import triton.language as tl
 
-from .kd import two_temperatures
+from .kd import variant
 from .split import add_cross_entropy, binary_kl, both_splits, difference, pair_coef
 from .stats import INF, exp, weighted
 from .stats import divergence_merge as merge
 from .stats import divergence_stats as stats
 from .stats import pair_grad as grad
 
-__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+__all__ = ["finish", "grad", "merge", "stats", "variant"]
 
 
 @triton.jit
@@ -49,12 +49,11 @@ def target_term(p, q, variant, bound):
 
 
 @triton.jit
-def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
     temperature, kd_weight, alpha, beta = params[0], params[1], params[4], params[5]
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
     phi, h = target_term(p, q, params[6], params[7])
     loss = weighted(alpha, temperature * (temperature * phi)) + weighted(beta, nckd)
     h = weighted(alpha, h)
     c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, h, beta, g[0] * kd_weight)
-    loss = weighted(kd_weight, loss)
-    return add_cross_entropy(params[2], sums, relative, g[0], loss, c0, c1, y, TWO)
+    return add_cross_entropy(params, 0.0, sums, relative, g[0], loss, c0, c1, y, VARIANT)

@@ -1,26 +1,37 @@
-"""Cross-entropy of the student with the target, -log c at temperature 1: the row term of tf-NKD
-(arXiv 2208.10139).
+"""Cross-entropy of the student with the target, -log c at temperature 1, with label smoothing as
+torch's: the row term of tf-NKD (arXiv 2208.10139).
 
-The twin of csrc/losses/cross_entropy.h. Parameter: label_smoothing.
+The twin of csrc/losses/cross_entropy.h. Parameter: label_smoothing; the
+kernels' temperature, 1, comes before it.
 """
 
 import triton
 import triton.language as tl
 
-from .split import split
-from .stats import inverse, usable
+from .split import smoothed, split
+from .stats import PLAIN, SMOOTH, inverse, usable, weighted
 from .stats import student_grad as grad
 from .stats import student_merge as merge
 from .stats import student_stats as stats
 
-__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+__all__ = ["finish", "grad", "merge", "stats", "variant"]
 
 
-def two_temperatures(*_: float) -> bool:
-    return False
+def variant(parts: bool, temperature: float, label_smoothing: float) -> int:
+    return SMOOTH if label_smoothing != 0.0 else PLAIN
 
 
 @triton.jit
-def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
-    p = split(s_y - usable(ps), 1.0, sums[0])
-    return (-p[0],), (g[0] * p[3] * inverse(sums[0]),), -g[0] * p[3]
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
+    relative = s_y - usable(ps)
+    p = split(relative, 1.0, sums[0])
+    coef, y = g[0] * p[3] * inverse(sums[0]), -g[0] * p[3]
+    if VARIANT == 2:
+        mean, each, at_target = smoothed(p, relative, sums[0], sums[1], sums[2])
+        smoothing = params[1]
+        sharp = 1.0 - smoothing
+        spread = g[0] * smoothing
+        loss = weighted(sharp, -p[0]) + weighted(smoothing, mean)
+        return (loss,), (coef, -spread * each), sharp * y + spread * at_target
+    else:
+        return (-p[0],), (coef,), y

@@ -7,20 +7,30 @@ import triton
 import triton.language as tl
 
 from .split import add_cross_entropy, binary_kl, both_splits, difference, pair_coef
+from .stats import PLAIN, SMOOTH, TWO, weighted
 from .stats import divergence_merge as merge
 from .stats import divergence_stats as stats
 from .stats import pair_grad as grad
-from .stats import weighted
 
-__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+__all__ = ["finish", "grad", "merge", "stats", "variant"]
 
 
-def two_temperatures(temperature: float, kd_weight: float, ce_weight: float, *_: float) -> bool:
-    return temperature != 1.0 and ce_weight != 0.0
+def variant(
+    parts: bool,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    label_smoothing: float,
+    *_: float,
+) -> int:
+    cross_entropy = parts or ce_weight != 0.0
+    if cross_entropy and label_smoothing != 0.0:
+        return SMOOTH
+    return TWO if cross_entropy and temperature != 1.0 else PLAIN
 
 
 @triton.jit
-def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
     temperature = params[0]
     p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
     # The chain rule of KL over (target, not target): binary KL + (1 - b) * non-target KL.
@@ -28,5 +38,4 @@ def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
     kd_weight = params[1]
     h = difference(p, q)
     c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, h, q[3], g[0] * kd_weight)
-    loss = weighted(kd_weight, loss)
-    return add_cross_entropy(params[2], sums, relative, g[0], loss, c0, c1, y, TWO)
+    return add_cross_entropy(params, 0.0, sums, relative, g[0], loss, c0, c1, y, VARIANT)

@@ -19,6 +19,7 @@ from kdkernels import ops
 from kdkernels.reference import LARGE_TEMPERATURE
 
 from . import aekt, cross_entropy, dkd, kd, nkd, row, target_split
+from .stats import PLAIN
 
 # The list of losses: one line each.
 LOSSES: dict[str, ModuleType] = {
@@ -30,7 +31,7 @@ LOSSES: dict[str, ModuleType] = {
     "target_split": target_split,
 }
 
-assert ops.STATS_WIDTH == 8, "row.py writes and reads so many"
+assert row.WIDTH.value == ops.STATS_WIDTH
 _MOST_PARAMS = 8  # p0 to p7 of the kernels
 INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
@@ -254,6 +255,8 @@ class Call:
     vec: int
     aligned: int
     device: torch.device
+    parts: Tensor  # (2, *rows); empty where they are not asked for
+    with_parts: bool
 
     @classmethod
     def of(
@@ -266,8 +269,13 @@ class Call:
         params: Tensor,
         ignore_index: int,
         grad: Tensor | None,
+        with_parts: bool = False,
     ) -> Call:
         _check_operands(loss, student, teacher, target, row_weight, params)
+        _check(
+            ops.LOSSES[loss].teacher or not with_parts,
+            f"with_parts: {loss!r} has no teacher, and so no parts",
+        )
         shape = (1,) * (3 - student.dim()) + tuple(student.shape)
         dtype = ops.loss_dtype(student, teacher)
         numbers = params.tolist()
@@ -292,6 +300,8 @@ class Call:
             vec,
             loads + stores,
             student.device,
+            ops.empty_parts(student, dtype, with_parts),
+            with_parts,
         )
 
     @property
@@ -299,12 +309,12 @@ class Call:
         return self.shape[0] * self.shape[1]
 
     @property
-    def two(self) -> bool:
-        return bool(self.loss.two_temperatures(*self.params))
+    def variant(self) -> int:
+        return int(self.loss.variant(self.with_parts, *self.params))
 
     @property
     def small(self) -> bool:
-        return self.itemsize == 2 and not self.two
+        return self.itemsize == 2 and self.variant == PLAIN
 
     @property
     def wide(self) -> bool:
@@ -348,7 +358,7 @@ class Call:
             "MERGE": self.loss.merge,
             "FINISH": self.loss.finish,
             "GRAD": self.loss.grad,
-            "TWO": self.two,
+            "VARIANT": self.variant,
             "OUTPUTS": self.outputs,
             "DTYPE": tl.float64 if self.wide else tl.float32,
             "VEC": self.vec,
@@ -359,6 +369,7 @@ class Call:
             "STAGES": plan.stages,
             "parts": plan.parts,
             "part_chunks": plan.part_chunks,
+            "row_parts": self.parts if self.with_parts else None,
             **dict.fromkeys(("upstream", "losses", "stats", "normalizer", "counted")),
             "scale": 1.0,
             **more,
@@ -424,14 +435,15 @@ def forward(
     ignore_index: int,
     with_parts: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, None)
+    call = Call.of(
+        loss, student, teacher, target, row_weight, params, ignore_index, None, with_parts
+    )
     leading = () if call.outputs == 1 else (call.outputs,)
     rows = student.new_empty(leading + student.shape[:-1], dtype=call.dtype)
     stats = student.new_empty((call.rows, ops.STATS_WIDTH), dtype=call.dtype)
-    parts = ops.empty_parts(student, call.dtype, with_parts)
     with _on(student.device):
         _run(call, rows, stats)
-    return rows, stats, parts
+    return rows, stats, call.parts
 
 
 def backward(
@@ -473,7 +485,9 @@ def reduced(
     with_parts: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.empty_like(student) if with_grad else None
-    call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, grad)
+    call = Call.of(
+        loss, student, teacher, target, row_weight, params, ignore_index, grad, with_parts
+    )
     _check(call.outputs == 1, f"loss: {loss!r} has several outputs, none to reduce")
     scale = 1.0
     if normalizer is not None:
@@ -498,8 +512,7 @@ def reduced(
         _run(call, rows, None, scale=scale, normalizer=normalizer, counted=counted)
     # A sum of few numbers, in float64 because that costs nothing.
     total = rows.sum(dtype=torch.float64).to(call.dtype)
-    parts = ops.empty_parts(student, call.dtype, with_parts)
-    return total, student.new_empty((0,)) if grad is None else grad, parts
+    return total, student.new_empty((0,)) if grad is None else grad, call.parts
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -9,31 +9,32 @@ gamma.
 import triton
 import triton.language as tl
 
+from . import kd
 from .split import add_cross_entropy, non_target, pair_coef, split
+from .stats import PLAIN, TWO, inverse, usable, weighted
 from .stats import cross_merge as merge
 from .stats import cross_stats as stats
-from .stats import inverse, usable, weighted
 from .stats import pair_grad as grad
 
-__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+__all__ = ["finish", "grad", "merge", "stats", "variant"]
 
 
-def two_temperatures(temperature: float, *_: float) -> bool:
-    return temperature != 1.0
+def variant(parts: bool, temperature: float, *params: float) -> int:
+    chosen = kd.variant(parts, temperature, *params)
+    return TWO if chosen == PLAIN and temperature != 1.0 else chosen
 
 
 @triton.jit
-def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
-    temperature, kd_weight, ce_weight, gamma = params[0], params[1], params[2], params[4]
-    if TWO:
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
+    temperature, kd_weight, gamma = params[0], params[1], params[4]
+    if VARIANT > 0:
         teacher_sum = sums[4]
     else:
         teacher_sum = sums[1]
     inverse_t = inverse(sums[1])
     q = split(t_y - usable(pt), 1.0, teacher_sum)
     rest = weighted(gamma, non_target(temperature, sums[0], sums[1], sums[2] * inverse_t, 0.0))
-    loss = weighted(kd_weight, rest)
     c0, c1, y = pair_coef(temperature, inverse(sums[0]), inverse_t, 0.0, gamma, g[0] * kd_weight)
     # The target term is cross-entropy weighted by the teacher's confidence.
-    weight = kd_weight * q[2] + ce_weight
-    return add_cross_entropy(weight, sums, s_y - usable(ps), g[0], loss, c0, c1, y, TWO)
+    relative = s_y - usable(ps)
+    return add_cross_entropy(params, q[2], sums, relative, g[0], rest, c0, c1, y, VARIANT)

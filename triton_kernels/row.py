@@ -29,6 +29,8 @@ import triton.language as tl
 
 from .stats import INF, moved, usable
 
+WIDTH = tl.constexpr(9)  # of a row of statistics, kdkernels.ops.STATS_WIDTH
+
 
 def _kernel(function):
     """A kernel that no number and no per-row tensor compiles again: only logits are vectors."""
@@ -52,10 +54,16 @@ def _add(a, b):
         return (a[0] + b[0],)
     elif len(a) == 3:
         return a[0] + b[0], a[1] + b[1], a[2] + b[2]
-    elif len(a) == 4:
-        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
     else:
-        return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4]
+        x0, x1, x2, x3 = a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+        if len(a) == 4:
+            return x0, x1, x2, x3
+        elif len(a) == 5:
+            return x0, x1, x2, x3, a[4] + b[4]
+        elif len(a) == 6:
+            return x0, x1, x2, x3, a[4] + b[4], a[5] + b[5]
+        else:
+            return x0, x1, x2, x3, a[4] + b[4], a[5] + b[5], a[6] + b[6]
 
 
 @triton.jit
@@ -88,10 +96,17 @@ def _totals(a, ROWS: tl.constexpr):
         x, y, z = _total(a[0], ROWS), _total(a[1], ROWS), _total(a[2], ROWS)
         if len(a) == 3:
             return x, y, z
-        elif len(a) == 4:
-            return x, y, z, _total(a[3], ROWS)
         else:
-            return x, y, z, _total(a[3], ROWS), _total(a[4], ROWS)
+            u = _total(a[3], ROWS)
+            if len(a) == 4:
+                return x, y, z, u
+            elif len(a) == 5:
+                return x, y, z, u, _total(a[4], ROWS)
+            elif len(a) == 6:
+                return x, y, z, u, _total(a[4], ROWS), _total(a[5], ROWS)
+            else:
+                v, w = _total(a[4], ROWS), _total(a[5], ROWS)
+                return x, y, z, u, v, w, _total(a[6], ROWS)
 
 
 @triton.jit
@@ -111,8 +126,12 @@ def _totals_joined(a):
             return x0, x1, y0
         elif len(a) == 4:
             return x0, x1, y0, y1
-        else:
+        elif len(a) == 5:
             return x0, x1, y0, y1, tl.sum(a[4])
+        elif len(a) == 6:
+            return x0, x1, y0, y1, tl.sum(a[4]), tl.sum(a[5])
+        else:
+            return x0, x1, y0, y1, tl.sum(a[4]), tl.sum(a[5]), tl.sum(a[6])
 
 
 # ---- rows -----------------------------------------------------------------------------------
@@ -213,11 +232,15 @@ def _only(read, coef):
     elif len(coef) == 2:
         return tl.where(read, coef[0], 0.0), tl.where(read, coef[1], 0.0)
     else:
-        return (
+        a, b, c = (
             tl.where(read, coef[0], 0.0),
             tl.where(read, coef[1], 0.0),
             tl.where(read, coef[2], 0.0),
         )
+        if len(coef) == 3:
+            return a, b, c
+        else:
+            return a, b, c, tl.where(read, coef[3], 0.0)
 
 
 @triton.jit
@@ -232,13 +255,25 @@ def _store_rows(losses, row, rows, exists, read, values, nan, g, OUTPUTS: tl.con
 
 
 @triton.jit
+def _store_parts(row_parts, row, rows, exists, read, values, nan, weight, target):
+    """Distillation and cross-entropy of rows; without a target there is no cross-entropy."""
+    if row_parts is not None:
+        tl.store(row_parts + row, tl.where(read, values[1] * weight + nan, 0.0), mask=exists)
+        ce = row_parts + rows + row
+        if target is not None:
+            tl.store(ce, tl.where(read, values[2] * weight + nan, 0.0), mask=exists)
+        else:
+            tl.store(ce, 0.0, mask=exists)
+
+
+@triton.jit
 def _store_stats(stats, row, exists, ps, pt, sums):
-    """Two pivots, the sums, and zeros up to the width, kdkernels.ops.STATS_WIDTH."""
+    """Two pivots, the sums, and zeros up to the width."""
     if stats is not None:
-        to = stats + row * 8
+        to = stats + row * WIDTH
         tl.store(to, ps, mask=exists)
         tl.store(to + 1, pt, mask=exists)
-        for i in tl.static_range(6):
+        for i in tl.static_range(WIDTH - 2):
             if i < len(sums):
                 tl.store(to + 2 + i, sums[i], mask=exists)
             else:
@@ -246,41 +281,54 @@ def _store_stats(stats, row, exists, ps, pt, sums):
 
 
 @triton.jit
-def _load_stats(stats, row, exists, like):
-    """`like`: sums of this loss, for their number and type."""
-    at = stats + row * 8
-    ps = tl.load(at, mask=exists, other=-INF).to(like[0].dtype)
-    pt = tl.load(at + 1, mask=exists, other=-INF).to(like[0].dtype)
-    a = tl.load(at + 2, mask=exists, other=0.0).to(like[0].dtype)
-    if len(like) == 1:
-        return ps, pt, (a,)
-    else:
-        b = tl.load(at + 3, mask=exists, other=0.0).to(like[0].dtype)
-        c = tl.load(at + 4, mask=exists, other=0.0).to(like[0].dtype)
-        if len(like) == 3:
-            return ps, pt, (a, b, c)
-        else:
-            d = tl.load(at + 5, mask=exists, other=0.0).to(like[0].dtype)
-            if len(like) == 4:
-                return ps, pt, (a, b, c, d)
-            else:
-                e = tl.load(at + 6, mask=exists, other=0.0).to(like[0].dtype)
-                return ps, pt, (a, b, c, d, e)
+def _stat(at, exists, like, other=0.0):
+    return tl.load(at, mask=exists, other=other).to(like[0].dtype)
 
 
 @triton.jit
-def _no_sums(k, STATS: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr):
+def _load_stats(stats, row, exists, like):
+    """`like`: sums of this loss, for their number and type."""
+    at = stats + row * WIDTH
+    ps = _stat(at, exists, like, -INF)
+    pt = _stat(at + 1, exists, like, -INF)
+    a = _stat(at + 2, exists, like)
+    if len(like) == 1:
+        return ps, pt, (a,)
+    else:
+        b = _stat(at + 3, exists, like)
+        c = _stat(at + 4, exists, like)
+        if len(like) == 3:
+            return ps, pt, (a, b, c)
+        else:
+            d = _stat(at + 5, exists, like)
+            if len(like) == 4:
+                return ps, pt, (a, b, c, d)
+            else:
+                e = _stat(at + 6, exists, like)
+                if len(like) == 5:
+                    return ps, pt, (a, b, c, d, e)
+                else:
+                    f = _stat(at + 7, exists, like)
+                    if len(like) == 6:
+                        return ps, pt, (a, b, c, d, e, f)
+                    else:
+                        return ps, pt, (a, b, c, d, e, f, _stat(at + 8, exists, like))
+
+
+@triton.jit
+def _no_sums(k, STATS: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """The sums of a class without mass: zeros."""
     nothing = tl.full((), -INF, DTYPE)
-    return STATS(nothing, nothing, k, TWO)[0]
+    return STATS(nothing, nothing, k, VARIANT)[0]
 
 
 @triton.jit
 def _finish(
     student, s_start, s_class, teacher, t_start, t_class,
     row, rows, y, stored, read, weight, sums, ps, pt,
-    upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
-    FINISH: tl.constexpr, TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    target, upstream, losses, row_parts, stats, scale, normalizer, counted,
+    p0, p1, p2, p3, p4, p5, p6, p7,
+    FINISH: tl.constexpr, VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """From sums to losses and statistics, stored where asked, and the gradient's coefficients."""
     s_y = _logit(student, s_start, s_class, y, read, DTYPE)
@@ -289,13 +337,14 @@ def _finish(
         t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
     g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
     params = _params(p0, p1, p2, p3, p4, p5, p6, p7, DTYPE)
-    values, coef, at_target = FINISH(sums, ps, pt, s_y, t_y, g, params, TWO)
+    values, coef, at_target = FINISH(sums, ps, pt, s_y, t_y, g, params, VARIANT)
     # NaN if a logit of the row is, whatever an infinity or a weight of 0 hides.
     nan = s_y + sums[0]
     if teacher is not None:
         nan += t_y + sums[1]
     nan = tl.where(nan == nan, 0.0, nan)
     _store_rows(losses, row, rows, stored, read, values, nan, g, OUTPUTS)
+    _store_parts(row_parts, row, rows, stored, read, values, nan, weight, target)
     _store_stats(stats, row, stored, ps, pt, sums)
     return _only(read, coef), at_target
 
@@ -379,7 +428,7 @@ def _store_tile(
 def _store_edges(
     student, s_start, teacher, t_start, grad, g_start, shift, readable, writable, y,
     ps, pt, k, coef, at_target,
-    STATS: tl.constexpr, GRAD: tl.constexpr, TWO: tl.constexpr, VEC: tl.constexpr,
+    STATS: tl.constexpr, GRAD: tl.constexpr, VARIANT: tl.constexpr, VEC: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the elements before the first and after the last granule inside a row."""
@@ -396,8 +445,8 @@ def _store_edges(
     t = s
     if teacher is not None:
         t = tl.load(teacher + t_start + column, mask=loaded, other=-INF).to(DTYPE)
-    exps = STATS(s - usable(ps), t - usable(pt), k, TWO)[1]
-    value = _stored(tl.where(column == y, at_target, GRAD(exps, coef, TWO)), grad)
+    exps = STATS(s - usable(ps), t - usable(pt), k, VARIANT)[1]
+    value = _stored(tl.where(column == y, at_target, GRAD(exps, coef, VARIANT)), grad)
     tl.store(grad + g_start + column, value, mask=mine)
 
 
@@ -414,14 +463,14 @@ def _has_edges(shift, classes, VEC: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def _sweep(
     student, s_start, s_class, teacher, t_start, t_class, first, chunks, shift, readable, y, k,
-    STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr,
+    STATS: tl.constexpr, MERGE: tl.constexpr, VARIANT: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Pivots and sums of one row's tile indices from `first` on, `chunks` blocks of them."""
     ps = tl.full((), -INF, DTYPE)
     pt = tl.full((), -INF, DTYPE)
-    sums = _no_sums(k, STATS, TWO, DTYPE)
+    sums = _no_sums(k, STATS, VARIANT, DTYPE)
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         index = first + chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         s = _load_tile(student, s_start, s_class, index, shift, readable, y,
@@ -433,12 +482,12 @@ def _sweep(
             t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
                            VEC, ALIGNED, DTYPE)  # fmt: skip
             part_t = tl.max(t)
-        part = _totals(STATS(s - usable(part_s), t - usable(part_t), k, TWO)[0], 1)
+        part = _totals(STATS(s - usable(part_s), t - usable(part_t), k, VARIANT)[0], 1)
         new_s = tl.maximum(ps, part_s)
         new_t = tl.maximum(pt, part_t)
         sums = _add(
-            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, TWO),
-            MERGE(part, moved(part_s, new_s), moved(part_t, new_t), k, TWO),
+            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, VARIANT),
+            MERGE(part, moved(part_s, new_s), moved(part_t, new_t), k, VARIANT),
         )
         ps = new_s
         pt = new_t
@@ -453,12 +502,12 @@ def resident(
     student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
     teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
-    target, row_weight, upstream, losses, stats, normalizer, counted,
+    target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
     p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
-    TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CTAS: tl.constexpr,
 ):  # fmt: skip
@@ -490,7 +539,7 @@ def resident(
         else:
             ps = _largest(s, ROWS)
             pt = _largest(t, ROWS)
-    added, exps = STATS(s - usable(ps), t - usable(pt), k, TWO)
+    added, exps = STATS(s - usable(ps), t - usable(pt), k, VARIANT)
     if CTAS > 1:
         sums = _totals_joined(added)
     else:
@@ -498,18 +547,19 @@ def resident(
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists, read, weight, sums, ps, pt,
-        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
-        FINISH, TWO, OUTPUTS, DTYPE,
+        target, upstream, losses, row_parts, stats, scale, normalizer, counted,
+        p0, p1, p2, p3, p4, p5, p6, p7,
+        FINISH, VARIANT, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:
-        value = GRAD(exps, coef, TWO)
+        value = GRAD(exps, coef, VARIANT)
         _store_tile(grad, g_start, g_class, index, shift, writable, y, at_target, value,
                     VEC, ALIGNED, held)  # fmt: skip
         if ALIGNED == 2:
             if _has_edges(shift, classes, VEC, ROWS):
                 _store_edges(
                     student, s_start, teacher, t_start, grad, g_start, shift, readable, writable,
-                    y, ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
+                    y, ps, pt, k, coef, at_target, STATS, GRAD, VARIANT, VEC, DTYPE,
                 )  # fmt: skip
 
 
@@ -517,7 +567,7 @@ def resident(
 def _write_gradient(
     student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
     first, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
-    STATS: tl.constexpr, GRAD: tl.constexpr, TWO: tl.constexpr,
+    STATS: tl.constexpr, GRAD: tl.constexpr, VARIANT: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -532,7 +582,7 @@ def _write_gradient(
         if teacher is not None:
             t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
                            VEC, ALIGNED, DTYPE)  # fmt: skip
-        value = GRAD(STATS(s - ms, t - mt, k, TWO)[1], coef, TWO)
+        value = GRAD(STATS(s - ms, t - mt, k, VARIANT)[1], coef, VARIANT)
         _store_tile(grad, g_start, g_class, index, shift, writable, y, at_target, value,
                     VEC, ALIGNED)  # fmt: skip
 
@@ -542,12 +592,12 @@ def sweeps(
     student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
     teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
-    target, row_weight, upstream, losses, stats, normalizer, counted,
+    target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
     p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
-    TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -565,26 +615,27 @@ def sweeps(
         reading = tl.where(read, chunks, 0)
         ps, pt, sums = _sweep(
             student, s_start, s_class, teacher, t_start, t_class, 0, reading,
-            shift, readable, y, k, STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+            shift, readable, y, k, STATS, MERGE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
         )  # fmt: skip
         coef, at_target = _finish(
             student, s_start, s_class, teacher, t_start, t_class,
             row, rows, y, exists, read, weight, sums, ps, pt,
-            upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
-            FINISH, TWO, OUTPUTS, DTYPE,
+            target, upstream, losses, row_parts, stats, scale, normalizer, counted,
+        p0, p1, p2, p3, p4, p5, p6, p7,
+            FINISH, VARIANT, OUTPUTS, DTYPE,
         )  # fmt: skip
         if grad is not None:
             g_start = _start(row, inner, g_base, g_outer, g_inner)
             _write_gradient(
                 student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
                 0, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
-                STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+                STATS, GRAD, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
             )  # fmt: skip
             if ALIGNED == 2:
                 if _has_edges(shift, classes, VEC, ROWS):
                     _store_edges(
                         student, s_start, teacher, t_start, grad, g_start, shift, readable,
-                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
+                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, VARIANT, VEC, DTYPE,
                     )  # fmt: skip
 
 
@@ -595,7 +646,7 @@ def partial(
     target, row_weight, stats,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", p0: "fp64",
     parts: "i32", part_chunks: "i32",
-    STATS: tl.constexpr, MERGE: tl.constexpr, TWO: tl.constexpr, DTYPE: tl.constexpr,
+    STATS: tl.constexpr, MERGE: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): statistics of one slice of a row, to stats (rows, parts, width)."""
@@ -610,7 +661,7 @@ def partial(
     ps, pt, sums = _sweep(
         student, s_start, s_class, teacher, t_start, t_class, part * part_chunks * BLOCK, reading,
         _shift(s_start, VEC, ALIGNED), readable, y, _scale_of(p0, DTYPE),
-        STATS, MERGE, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+        STATS, MERGE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
     )  # fmt: skip
     _store_stats(stats, row * parts + part, exists, ps, pt, sums)
 
@@ -620,13 +671,13 @@ def gradient(
     student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
     teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
-    target, row_weight, upstream, losses, stats, normalizer, counted,
+    target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
     p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
     part_stats, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
-    TWO: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -640,23 +691,24 @@ def gradient(
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     shift = _shift(s_start, VEC, ALIGNED)
-    like = _no_sums(k, STATS, TWO, DTYPE)
+    like = _no_sums(k, STATS, VARIANT, DTYPE)
     ps, pt, sums = _load_stats(part_stats, row * parts, exists, like)
     for part in range(1, parts):
         qs, qt, more = _load_stats(part_stats, row * parts + part, exists, like)
         new_s = tl.maximum(ps, qs)
         new_t = tl.maximum(pt, qt)
         sums = _add(
-            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, TWO),
-            MERGE(more, moved(qs, new_s), moved(qt, new_t), k, TWO),
+            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, VARIANT),
+            MERGE(more, moved(qs, new_s), moved(qt, new_t), k, VARIANT),
         )
         ps = new_s
         pt = new_t
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists & (place == 0), read, weight, sums, ps, pt,
-        upstream, losses, stats, scale, normalizer, counted, p0, p1, p2, p3, p4, p5, p6, p7,
-        FINISH, TWO, OUTPUTS, DTYPE,
+        target, upstream, losses, row_parts, stats, scale, normalizer, counted,
+        p0, p1, p2, p3, p4, p5, p6, p7,
+        FINISH, VARIANT, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:
         g_start = _start(row, inner, g_base, g_outer, g_inner)
@@ -664,14 +716,14 @@ def gradient(
             student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
             place * part_chunks * BLOCK, part_chunks,
             shift, readable, writable, y, ps, pt, k, coef, at_target,
-            STATS, GRAD, TWO, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+            STATS, GRAD, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
         )  # fmt: skip
         if ALIGNED == 2:
             if place == 0:
                 if _has_edges(shift, classes, VEC, ROWS):
                     _store_edges(
                         student, s_start, teacher, t_start, grad, g_start, shift, readable,
-                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, TWO, VEC, DTYPE,
+                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, VARIANT, VEC, DTYPE,
                     )  # fmt: skip
 
 

@@ -56,19 +56,52 @@ def pair_coef(temperature, inverse_s, inverse_t, h, beta, g):
 
 
 @triton.jit
-def add_cross_entropy(weight, sums, relative, g, loss, c0, c1, y, TWO: tl.constexpr):
-    """weight * CE(student, target) at temperature 1 on top; returns what FINISH returns."""
-    if TWO:
+def smoothed(p, relative, total, own, one):
+    """Of -log p over the classes that count, those that are not at -inf: the mean, one over their
+    number, and d mean / d logit of the target. The twin of Smoothed in csrc/stats.h."""
+    masked = relative == -INF
+    # log of the sum over all classes: by the one whose probability is not small.
+    every = tl.where(p[2] > 0.5, relative - p[0], tl.log(total) - p[1])
+    each = inverse(one + tl.where(masked, 0.0, 1.0))
+    mean = every - each * (own + tl.where(masked, 0.0, relative))
+    return mean, each, p[2] - tl.where(masked, 0.0, each)
+
+
+@triton.jit
+def add_cross_entropy(params, own, sums, relative, g, rest, c0, c1, y, VARIANT: tl.constexpr):
+    """kd_weight * (rest + own * -log p_y) + ce_weight * CE(student, target) at temperature 1, and
+    its parts; c0, c1 and y are the coefficients of kd_weight * rest. Returns what FINISH does."""
+    kd_weight, ce_weight, smoothing = params[1], params[2], params[3]
+    if VARIANT > 0:
         total = sums[3]
     else:
         total = sums[0]
     p = split(relative, 1.0, total)
-    loss = loss + weighted(weight, -p[0])
-    extra = tl.where(weight == 0.0, 0.0, g * weight * p[3])
-    if TWO:
-        return (loss,), (c0, c1, extra * inverse(total)), y - extra
+    loss = weighted(kd_weight, rest)
+    distillation = rest + weighted(own, -p[0])
+    if VARIANT == 2:
+        if len(sums) == 7:
+            mean, each, at_target = smoothed(p, relative, total, sums[5], sums[6])
+        else:
+            mean, each, at_target = smoothed(p, relative, total, sums[4], sums[5])
+        sharp = 1.0 - smoothing
+        spread = ce_weight * smoothing
+        weight = kd_weight * own + ce_weight * sharp
+        ce = weighted(sharp, -p[0]) + weighted(smoothing, mean)
+        loss = loss + weighted(spread, mean) + weighted(weight, -p[0])
+        extra = weighted(weight, g * p[3])
+        c2 = weighted(weight + spread, g * p[3]) * inverse(total)
+        y = y - extra + g * spread * at_target
+        return (loss, distillation, ce), (c0, c1, c2, -g * spread * each), y
     else:
-        return (loss,), (c0 + extra * inverse(total), c1), y - extra
+        weight = kd_weight * own + ce_weight
+        loss = loss + weighted(weight, -p[0])
+        extra = tl.where(weight == 0.0, 0.0, g * weight * p[3])
+        values = (loss, distillation, -p[0])
+        if VARIANT > 0:
+            return values, (c0, c1, extra * inverse(total)), y - extra
+        else:
+            return values, (c0 + extra * inverse(total), c1), y - extra
 
 
 @triton.jit

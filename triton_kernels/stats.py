@@ -3,10 +3,15 @@ class left out. The twin of csrc/stats.h, in units of blocks.
 
 A loss hands four of these (or its own) to the kernels of row.py:
 
-    STATS(ds, dt, k, TWO)            what a class adds to the sums, and its exponentials
-    MERGE(sums, moved_s, moved_t, k, TWO)   sums whose pivots moved; added up, they are merged
+    STATS(ds, dt, k, VARIANT)            what a class adds to the sums, and its exponentials
+    MERGE(sums, moved_s, moved_t, k, VARIANT)   sums whose pivots moved; added up, they are merged
     FINISH(sums, ...)                losses and coefficients of a row
     GRAD(exps, coef)                 d loss / d logit of a class: no new exponential
+
+VARIANT says what is summed beside what every call of a loss needs, each compiled on its own: PLAIN
+nothing, TWO the sums at temperature 1, SMOOTH these and, for label smoothing, those of the logits.
+There every class that is not at -inf counts, and adds a constant to its gradient: the sign of its
+first exponential tells, -0.0 of a class at -inf, which no sum sees.
 
 ds and dt are logits minus pivots (the running maxima), in units of logits: the temperature enters
 with k = log2(e) / T, so differences are exact and one pivot serves every temperature. Losses of one
@@ -18,6 +23,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
+PLAIN, TWO, SMOOTH = 0, 1, 2
 
 
 # ---- arithmetic -----------------------------------------------------------------------------
@@ -60,18 +66,49 @@ def inverse(total):
     return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
 
 
+# ---- what counts, with label smoothing -------------------------------------------------------
+
+
+@triton.jit
+def marked(e, ds):
+    """The first exponential of a class."""
+    # Not `-e`, which Triton takes for 0 - e; nor the constant -0.0, which it takes for 0.
+    return tl.where(ds == -INF, e * -1.0, e)
+
+
+@triton.jit
+def counted(ds):
+    """What a class adds to the sums."""
+    masked = ds == -INF
+    return tl.where(masked, 0.0, ds), tl.where(masked, 0.0, 1.0).to(ds.dtype)
+
+
+@triton.jit
+def constant(e, c):
+    """c where a class counts. e: its first exponential."""
+    if e.dtype == tl.float64:
+        return tl.where(e.to(tl.int64, bitcast=True) < 0, 0.0, c)
+    else:
+        return tl.where(e.to(tl.int32, bitcast=True) < 0, 0.0, c)
+
+
 # ---- student and teacher --------------------------------------------------------------------
 # Sums: exp(ds / T), exp(dt / T), a mean under the teacher, and at two temperatures exp(ds) and, for
 # a cross-entropy, exp(dt). The mean is of t - s for a divergence, of -s for a cross-entropy.
 
 
 @triton.jit
-def divergence_stats(ds, dt, k, TWO: tl.constexpr):
+def divergence_stats(ds, dt, k, VARIANT: tl.constexpr):
     es = tl.exp2(ds * k)
     et = tl.exp2(dt * k)
     # Without teacher mass the class is out, also where it is -inf - -inf.
     x = et * tl.where(et > 0.0, dt - ds, 0.0)
-    if TWO:
+    if VARIANT == 2:
+        e1 = exp(ds)
+        es = marked(es, ds)
+        own, one = counted(ds)
+        return (es, et, x, e1, own, one), (es, et, e1)
+    elif VARIANT == 1:
         e1 = exp(ds)
         return (es, et, x, e1), (es, et, e1)
     else:
@@ -79,11 +116,16 @@ def divergence_stats(ds, dt, k, TWO: tl.constexpr):
 
 
 @triton.jit
-def cross_stats(ds, dt, k, TWO: tl.constexpr):
+def cross_stats(ds, dt, k, VARIANT: tl.constexpr):
     es = tl.exp2(ds * k)
     et = tl.exp2(dt * k)
     x = et * tl.where(et > 0.0, -ds, 0.0)
-    if TWO:
+    if VARIANT == 2:
+        e1 = exp(ds)
+        es = marked(es, ds)
+        own, one = counted(ds)
+        return (es, et, x, e1, exp(dt), own, one), (es, et, e1)
+    elif VARIANT == 1:
         e1 = exp(ds)
         return (es, et, x, e1, exp(dt)), (es, et, e1)
     else:
@@ -91,30 +133,40 @@ def cross_stats(ds, dt, k, TWO: tl.constexpr):
 
 
 @triton.jit
-def divergence_merge(sums, ds, dt, k, TWO: tl.constexpr):
+def divergence_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
     fs = tl.exp2(ds * k)
     ft = tl.exp2(dt * k)
     x = weighted(ft, sums[2] + weighted(sums[1], dt - ds))
-    if TWO:
+    if VARIANT == 2:
+        own = sums[5] * ds + sums[4]
+        return sums[0] * fs, sums[1] * ft, x, sums[3] * exp(ds), own, sums[5]
+    elif VARIANT == 1:
         return sums[0] * fs, sums[1] * ft, x, sums[3] * exp(ds)
     else:
         return sums[0] * fs, sums[1] * ft, x
 
 
 @triton.jit
-def cross_merge(sums, ds, dt, k, TWO: tl.constexpr):
+def cross_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
     fs = tl.exp2(ds * k)
     ft = tl.exp2(dt * k)
     x = weighted(ft, sums[2] + weighted(sums[1], -ds))
-    if TWO:
+    if VARIANT == 2:
+        own = sums[6] * ds + sums[5]
+        e1, t1 = sums[3] * exp(ds), sums[4] * exp(dt)
+        return sums[0] * fs, sums[1] * ft, x, e1, t1, own, sums[6]
+    elif VARIANT == 1:
         return sums[0] * fs, sums[1] * ft, x, sums[3] * exp(ds), sums[4] * exp(dt)
     else:
         return sums[0] * fs, sums[1] * ft, x
 
 
 @triton.jit
-def pair_grad(exps, coef, TWO: tl.constexpr):
-    if TWO:
+def pair_grad(exps, coef, VARIANT: tl.constexpr):
+    if VARIANT == 2:
+        g = coef[0] * exps[0] + coef[1] * exps[1] + coef[2] * exps[2]
+        return g + constant(exps[0], coef[3])
+    elif VARIANT == 1:
         return coef[0] * exps[0] + coef[1] * exps[1] + coef[2] * exps[2]
     else:
         return coef[0] * exps[0] + coef[1] * exps[1]
@@ -124,16 +176,27 @@ def pair_grad(exps, coef, TWO: tl.constexpr):
 
 
 @triton.jit
-def student_stats(ds, dt, k, TWO: tl.constexpr):
+def student_stats(ds, dt, k, VARIANT: tl.constexpr):
     es = tl.exp2(ds * k)
-    return (es,), (es,)
+    if VARIANT == 2:
+        es = marked(es, ds)
+        own, one = counted(ds)
+        return (es, own, one), (es,)
+    else:
+        return (es,), (es,)
 
 
 @triton.jit
-def student_merge(sums, ds, dt, k, TWO: tl.constexpr):
-    return (sums[0] * tl.exp2(ds * k),)
+def student_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
+    if VARIANT == 2:
+        return sums[0] * tl.exp2(ds * k), sums[2] * ds + sums[1], sums[2]
+    else:
+        return (sums[0] * tl.exp2(ds * k),)
 
 
 @triton.jit
-def student_grad(exps, coef, TWO: tl.constexpr):
-    return coef[0] * exps[0]
+def student_grad(exps, coef, VARIANT: tl.constexpr):
+    if VARIANT == 2:
+        return coef[0] * exps[0] + constant(exps[0], coef[1])
+    else:
+        return coef[0] * exps[0]

@@ -7,18 +7,21 @@ The twin of csrc/losses/target_split.h. Parameter: temperature.
 import triton
 import triton.language as tl
 
-from .cross_entropy import two_temperatures
 from .split import split
-from .stats import inverse, usable
+from .stats import PLAIN, inverse, usable
 from .stats import student_grad as grad
 from .stats import student_merge as merge
 from .stats import student_stats as stats
 
-__all__ = ["finish", "grad", "merge", "stats", "two_temperatures"]
+__all__ = ["finish", "grad", "merge", "stats", "variant"]
+
+
+def variant(*_: float) -> int:
+    return PLAIN
 
 
 @triton.jit
-def finish(sums, ps, pt, s_y, t_y, g, params, TWO: tl.constexpr):
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
     temperature = params[0]
     p = split(s_y - usable(ps), temperature, sums[0])
     rest = usable(ps) / temperature + tl.log(sums[0])

@@ -13,25 +13,17 @@ bool run_in(const Problem& p, Plan plan, int64_t begin, int64_t end) {
                                 : Rows<Loss, float>::run(p, plan, begin, end);
 }
 
-template <template <bool> class Loss>
-bool run_two(const Problem& p, Plan plan, int64_t begin, int64_t end) {
-  return Loss<false>::two_temperatures(p.params) ? run_in<Loss<true>>(p, plan, begin, end)
-                                                 : run_in<Loss<false>>(p, plan, begin, end);
-}
-
 bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
   int index = 0;
-#define KD_RUN(name, Loss) \
-  if (p.loss == index++) return run_in<Loss>(p, plan, begin, end);
-#define KD_RUN_TWO(name, Loss) \
-  if (p.loss == index++) return run_two<Loss>(p, plan, begin, end);
-  KD_LOSSES(KD_RUN, KD_RUN_TWO)
+#define KD_RUN(name, ...)                                    \
+  if (p.loss == index++)                                     \
+    return __VA_ARGS__::chosen(p.params, p.parts != nullptr, \
+                               [&](auto tag) { return run_in<typename decltype(tag)::type>(p, plan, begin, end); });
+  KD_LOSSES(KD_RUN)
   return false;
 }
 
-#define KD_FACTS(name, Loss) {#name, Loss::outputs, Loss::Sums::teacher, false},
-#define KD_FACTS_TWO(name, Loss) {#name, Loss<true>::outputs, Loss<true>::Sums::teacher, true},
-constexpr LossFacts facts[] = {KD_LOSSES(KD_FACTS, KD_FACTS_TWO)};
+constexpr LossFacts facts[] = {KD_LOSSES(KD_FACTS)};
 
 template <class S, Vec<S> (*kFunction)(Vec<S>)>
 void map(const S* x, S* y, int64_t n) {

@@ -128,12 +128,12 @@ typename Sums::template Stats<Vec<S>> sweep(const Scales<S>& scales, const S* s,
   return stats;
 }
 
-template <class S, class T, int kKept>
-void gradient_tile(T* out, int n, const S* kept, int64_t kept_stride, const double (&coef)[kKept]) {
+template <int kKept, class S, class T, int kCoefs>
+void gradient_tile(T* out, int n, const S* kept, int64_t kept_stride, const double (&coef)[kCoefs]) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
-  V c[kKept], e[kKept];
-  for (int k = 0; k < kKept; ++k) c[k] = Ops<V>::splat(static_cast<S>(coef[k]));
+  V c[kCoefs], e[kKept];
+  for (int k = 0; k < kCoefs; ++k) c[k] = Ops<V>::splat(static_cast<S>(coef[k]));
   int i = 0;
   for (; i + L <= n; i += L) {
     for (int k = 0; k < kKept; ++k) e[k] = load<S>(kept + k * kept_stride + i);
@@ -315,12 +315,12 @@ ShortRow<S> load_short(DType dtype, char* row, const Padding<S>& padding, int64_
   });
 }
 
-template <class S, class T, int kKept>
-void gradient_short(T* out, const Padding<S>& padding, const S* kept, int64_t kept_stride, const S (&coef)[kKept]) {
+template <int kKept, class S, class T, int kCoefs>
+void gradient_short(T* out, const Padding<S>& padding, const S* kept, int64_t kept_stride, const S (&coef)[kCoefs]) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
-  V c[kKept], e[kKept];
-  for (int k = 0; k < kKept; ++k) c[k] = Ops<V>::splat(coef[k]);
+  V c[kCoefs], e[kKept];
+  for (int k = 0; k < kCoefs; ++k) c[k] = Ops<V>::splat(coef[k]);
   const auto vector = [&](int64_t v) {
     for (int k = 0; k < kKept; ++k) e[k] = load<S>(kept + k * kept_stride + v * L);
     store<S>(out + padding.first_class(v), gradient(e, c));
@@ -339,35 +339,43 @@ struct Rows {
   using CoefD = typename Sums::template Coef<double>;
   using Params = typename Loss::template Params<double>;
   static constexpr int L = kLanes<S>;
+  static constexpr int kValues = Loss::outputs + (Sums::teacher ? 2 : 0);  // what finish gives
   static_assert(Sums::count + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
 
   // One of the numbers of rows. Where these are in double so is S; the reverse is not true.
   static double number(const Problem& p, const void* of, int64_t i) {
     return p.in_double() ? static_cast<const double*>(of)[i] : static_cast<const float*>(of)[i];
   }
+  static void put_number(const Problem& p, void* to, int64_t i, double x) {
+    if (p.in_double())
+      static_cast<double*>(to)[i] = x;
+    else
+      static_cast<float*>(to)[i] = static_cast<float>(x);
+  }
 
   static bool skipped(const Problem& p, int64_t row) {
     return (p.target && p.target[row] == p.ignore_index) || (p.row_weight && number(p, p.row_weight, row) == 0);
   }
 
+  static double weight_of(const Problem& p, int64_t row) { return p.row_weight ? number(p, p.row_weight, row) : 1.; }
+
   // The gradient that finish multiplies its coefficients with.
   static void upstream(const Problem& p, int64_t row, double* g) {
-    const double weight = p.row_weight ? number(p, p.row_weight, row) : 1.;
+    const double weight = weight_of(p, row);
     for (int k = 0; k < Loss::outputs; ++k)
-      g[k] = p.pass == Pass::backward ? weight * number(p, p.grad_rows, k * p.rows_total() + row)
-                                      : weight * p.scale;
+      g[k] = p.pass == Pass::backward ? weight * number(p, p.grad_rows, k * p.rows_total() + row) : weight * p.scale;
   }
 
+  // loss: what finish gave, the parts behind the outputs.
   static void write_rows(const Problem& p, int64_t row, const double* loss, const double* g) {
     if (p.scaled_rows) p.scaled_rows[row] = loss ? loss[0] * g[0] : 0.;
-    for (int k = 0; p.rows && k < Loss::outputs; ++k) {
-      const int64_t at = k * p.rows_total() + row;
-      const double x = loss ? loss[k] * g[k] : 0.;
-      if (p.in_double())
-        static_cast<double*>(p.rows)[at] = x;
-      else
-        static_cast<float*>(p.rows)[at] = static_cast<float>(x);
-    }
+    for (int k = 0; p.rows && k < Loss::outputs; ++k)
+      put_number(p, p.rows, k * p.rows_total() + row, loss ? loss[k] * g[k] : 0.);
+    if constexpr (Sums::teacher)
+      for (int k = 0; p.parts && k < 2; ++k) {
+        const bool there = loss && (k == 0 || p.target);  // without a target there is no cross-entropy
+        put_number(p, p.parts, k * p.rows_total() + row, there ? loss[Loss::outputs + k] * weight_of(p, row) : 0.);
+      }
   }
 
   static bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
@@ -387,7 +395,7 @@ struct Rows {
     S *s_buffer = memory, *t_buffer = s_buffer + kTile, *kept = t_buffer + kTile;
     auto* tile_pivots = reinterpret_cast<Pivots<S>*>(kept + Sums::kept * kept_stride);
 
-    const Params params(p.params);
+    const Params params(p.params, p.parts != nullptr);
     const Scales<S> scales(params.temperature);
     const int64_t s_bytes = bytes_of(p.student.dtype), t_bytes = Sums::teacher ? bytes_of(p.teacher.dtype) : 0;
 
@@ -410,7 +418,7 @@ struct Rows {
       const double s_y = target < 0 ? -infinity<double>() : get<double>(p.student, s, target);
       const double t_y = target < 0 || !Sums::teacher ? -infinity<double>() : get<double>(p.teacher, t, target);
 
-      double g[Loss::outputs], loss[Loss::outputs];
+      double g[Loss::outputs], loss[kValues] = {};
       upstream(p, row, g);
       StatsD stats = {};
       Pivots<double> pivots = {-infinity<double>(), -infinity<double>()};
@@ -431,7 +439,8 @@ struct Rows {
         if (back) {
           const Pivots<S> at = {static_cast<S>(pivots.s), static_cast<S>(pivots.t)};
           sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
-          with_type(p.grad.dtype, grad, [&](auto* out) { gradient_tile<S>(out + first, n, kept, kTile, coef.c); });
+          with_type(p.grad.dtype, grad,
+                    [&](auto* out) { gradient_tile<Sums::kept, S>(out + first, n, kept, kTile, coef.c); });
           continue;
         }
         const Pivots<S> at = {s_tile.max, t_tile.max};
@@ -456,7 +465,7 @@ struct Rows {
             const int n = static_cast<int>(classes - first < kTile ? classes - first : kTile);
             CoefD c = coef;
             Sums::rebase(Scales<double>(params), c, pivots, Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
-            gradient_tile<S>(out + first, n, kept + first, padded, c.c);
+            gradient_tile<Sums::kept, S>(out + first, n, kept + first, padded, c.c);
           }
         });
       }
@@ -481,8 +490,8 @@ struct Rows {
   struct Batch {  // up to L rows, one per lane, and all that is one number per row
     Block<S> block;
     alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[Loss::outputs][L];
-    alignas(kVectorBytes) double loss[Loss::outputs][L];
-    alignas(kVectorBytes) S maxima[2][L], coef[Sums::kept][L], coef_y[L];
+    alignas(kVectorBytes) double loss[kValues][L];
+    alignas(kVectorBytes) S maxima[2][L], coef[Sums::coefs][L], coef_y[L];
   };
 
   static void open(const Problem& p, int64_t first, int64_t end, Batch& b) {
@@ -522,7 +531,7 @@ struct Rows {
       const int at = part * kLanes<double>;
       typename Sums::template Stats<VecD> stats;
       typename Sums::template Coef<VecD> coef;
-      VecD g[Loss::outputs], loss[Loss::outputs];
+      VecD g[Loss::outputs], loss[kValues] = {};
       const Pivots<VecD> pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
       store_bits(b.pivots[0] + at, pivots.s);
       store_bits(b.pivots[1] + at, pivots.t);
@@ -531,18 +540,19 @@ struct Rows {
       const VecD s_y = load_bits<VecD>(b.s_y + at), t_y = load_bits<VecD>(b.t_y + at);
       Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
       const VecD nan = nan_of<Sums>(stats, s_y, t_y);
-      for (int k = 0; k < Loss::outputs; ++k) store_bits(b.loss[k] + at, loss[k] + nan);
-      for (int k = 0; k < Sums::kept; ++k) narrow(b.coef[k], part, coef.c[k]);
+      for (int k = 0; k < kValues; ++k) store_bits(b.loss[k] + at, loss[k] + nan);
+      for (int k = 0; k < Sums::coefs; ++k) narrow(b.coef[k], part, coef.c[k]);
       narrow(b.coef_y, part, coef.y);
     }
     for (int lane = 0; lane < L; ++lane)
       if (!b.block.active[lane])
-        for (int k = 0; k < Sums::kept; ++k) b.coef[k][lane] = 0;
+        for (int k = 0; k < Sums::coefs; ++k) b.coef[k][lane] = 0;
     if (p.pass == Pass::backward) return;
     for (int lane = 0; lane < b.block.lanes; ++lane) {
       const int64_t row = first + lane;
-      double loss[Loss::outputs], g[Loss::outputs];
-      for (int k = 0; k < Loss::outputs; ++k) loss[k] = b.loss[k][lane], g[k] = b.g[k][lane];
+      double loss[kValues], g[Loss::outputs];
+      for (int k = 0; k < kValues; ++k) loss[k] = b.loss[k][lane];
+      for (int k = 0; k < Loss::outputs; ++k) g[k] = b.g[k][lane];
       write_rows(p, row, b.block.active[lane] ? loss : nullptr, g);
       if (!p.stats) continue;
       StatsD stats;
@@ -567,7 +577,7 @@ struct Rows {
     const bool back = p.pass == Pass::backward;
     S* kept = static_cast<S*>(scratch(sizeof(S) * planes * plane));  // logits first, their exponentials afterwards
     if (!kept) return false;
-    const Params params(p.params);
+    const Params params(p.params, p.parts != nullptr);
     const Scales<S> scales(params.temperature);
     const int64_t s_step = L * bytes_of(p.student.dtype), t_step = Sums::teacher ? L * bytes_of(p.teacher.dtype) : 0;
 
@@ -603,10 +613,10 @@ struct Rows {
           memset(out, 0, p.classes * bytes_of(p.grad.dtype));
           continue;
         }
-        S coef[Sums::kept];
-        for (int k = 0; k < Sums::kept; ++k) coef[k] = b.coef[k][lane];
+        S coef[Sums::coefs];
+        for (int k = 0; k < Sums::coefs; ++k) coef[k] = b.coef[k][lane];
         with_type(p.grad.dtype, out,
-                  [&](auto* to) { gradient_short<S>(to, padding, kept + lane * padded, plane, coef); });
+                  [&](auto* to) { gradient_short<Sums::kept, S>(to, padding, kept + lane * padded, plane, coef); });
       }
       put_targets(p, b);
     }
@@ -654,8 +664,8 @@ struct Rows {
 
   // The gradient of n classes takes the place of their exponentials.
   static void gradient_block(const Batch& b, int64_t n, S* const* kept) {
-    V c[Sums::kept], e[Sums::kept];
-    for (int k = 0; k < Sums::kept; ++k) c[k] = load<S>(b.coef[k]);
+    V c[Sums::coefs], e[Sums::kept];
+    for (int k = 0; k < Sums::coefs; ++k) c[k] = load<S>(b.coef[k]);
     for (int64_t i = 0; i < n; ++i) {
       for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + i * L);
       store<S>(kept[0] + i * L, gradient(e, c));
@@ -709,7 +719,7 @@ struct Rows {
     if (!memory) return false;
     S* kept[planes];  // logits first, their exponentials afterwards
     for (int k = 0; k < planes; ++k) kept[k] = memory + k * plane;
-    const Params params(p.params);
+    const Params params(p.params, p.parts != nullptr);
     const Scales<S> scales(params.temperature);
     const auto load_logits = [&](Batch& b, int64_t from, int64_t n) {
       load_block<S>(part_of(p.student, from), b.block, n, kept[0]);

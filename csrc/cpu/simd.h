@@ -59,6 +59,7 @@ template <>
 struct Ops<VecF> {
   using Scalar = float;
   static KD_FN VecF splat(float x) { return VecF{} + x; }
+  static KD_FN auto negative(VecF x) { return (VecU32)x > 0x7fffffffu; }
 
   static KD_FN VecF exp2(VecF x) {
 #if defined(__AVX512DQ__)
@@ -89,6 +90,7 @@ template <>
 struct Ops<VecD> {
   using Scalar = double;
   static KD_FN VecD splat(double x) { return VecD{} + x; }
+  static KD_FN auto negative(VecD x) { return (VecU64)x > 0x7fffffffffffffffull; }
 
   static KD_FN VecD exp2(VecD x) {
     const VecD low = splat(-1023.), high = splat(1024.), magic = splat(6755399441055744.);  // 1.5 * 2^52

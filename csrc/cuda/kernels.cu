@@ -26,7 +26,7 @@ template <class Loss, class S>
 Args<S> arguments(const Call& c, const Plan& plan) {
   const Problem& p = c.problem;
   using Params = typename Loss::template Params<S>;
-  const Params params(p.params);
+  const Params params(p.params, p.parts != nullptr);
   Args<S> a;
   a.student = p.student;
   a.teacher = p.teacher;
@@ -54,6 +54,7 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.stats_in = a.backward ? p.stats : nullptr;
   a.stats_out = a.backward ? nullptr : p.stats;
   a.losses = p.rows;
+  a.parts_out = p.parts;
   double* const doubles = static_cast<double*>(c.scratch);
   a.count_blocks = static_cast<int>(count_blocks(c, plan));
   a.counts = a.count_blocks ? doubles : nullptr;
@@ -149,13 +150,12 @@ int run_one(const Call& c, const Plan& plan) {
 template <class F>
 int run_loss(const Call& c, const Plan& plan) {
   int index = 0;
-#define KD_RUN(name, ...) \
-  if (c.problem.loss == index++) return run_one<__VA_ARGS__, F>(c, plan);
-#define KD_RUN_TWO(name, Loss)                                                               \
-  if (c.problem.loss == index++)                                                             \
-    return Loss<false>::two_temperatures(c.problem.params) ? run_one<Loss<true>, F>(c, plan) \
-                                                           : run_one<Loss<false>, F>(c, plan);
-  KD_LOSSES(KD_RUN, KD_RUN_TWO)
+  const Problem& p = c.problem;
+#define KD_RUN(name, ...)                                    \
+  if (p.loss == index++)                                     \
+    return __VA_ARGS__::chosen(p.params, p.parts != nullptr, \
+                               [&](auto tag) { return run_one<typename decltype(tag)::type, F>(c, plan); });
+  KD_LOSSES(KD_RUN)
   return 1;
 }
 

@@ -574,7 +574,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
     if (!g_row) continue;
     Slope<Sums, S> slope;
     KD_UNROLL
-    for (int k = 0; k < Sums::kept; ++k) slope.c[k] = coef.c[k];
+    for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = coef.c[k];
     slope.pivots = {usable(pivots.s), usable(pivots.t)};
     for (int64_t c = 0; c < a.classes; c += U) {
       S s[U], t[U];

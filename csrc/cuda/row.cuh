@@ -9,7 +9,7 @@ KD_NAMESPACE_BEGIN
 
 namespace cuda {
 
-constexpr int kMostOutputs = 3;
+constexpr int kMostOutputs = 3;  // or one, and two parts
 
 // A call as the kernels see it. S is the compute type.
 template <class S>
@@ -21,7 +21,7 @@ struct Args {
   const int64_t* target = nullptr;
   int64_t ignore_index = 0;
   Scales<S> scales = Scales<S>(1.0);
-  alignas(8) char params[72] = {};  // the loss's own Params<S>
+  alignas(8) char params[80] = {};  // the loss's own Params<S>
   S margin = 0;                     // how far a logit may rise above a running pivot
   // Numbers in memory that are no logits: by load_number and store_number. narrow: they are float, whatever S is.
   bool narrow = false;
@@ -32,6 +32,7 @@ struct Args {
   const void* stats_in = nullptr;  // (rows, kStatsWidth), backward
   void* stats_out = nullptr;       // the same, forward
   void* losses = nullptr;          // (outputs, rows), forward
+  void* parts_out = nullptr;       // (2, rows): distillation and cross-entropy
   // A reduction: every block's part of the sum, or every row's where parts of rows are blocks, and the total.
   double* sums = nullptr;
   int64_t sum_count = 0;
@@ -98,7 +99,7 @@ KD_DEVICE void lanes_merge(const Scales<S>& scales, Stats& stats, Pivots<S>& piv
 // The shared memory of a block beside staged rows.
 template <class Sums, class S>
 struct Scratch {
-  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::kept;
+  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::coefs;
   arch::Shared<S> warps;    // statistics per warp
   arch::Shared<S> results;  // coefficients and pivots of the row
   arch::Shared<double> doubles;
@@ -228,26 +229,29 @@ KD_DEVICE void values_of(const F& fs, const F& ft, const Row<F>& row, int vector
   for (int e = 0; e < F::kVector; ++e) t[e] = Sums::teacher ? t[e] : s[e];
 }
 
+// Of the variants of the call's loss the one that sums so.
+template <class Sums, class Loss, class S, class Stats, class Coef>
+KD_DEVICE void finish_variant(const char* params, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
+                              S* loss, Coef& coef) {
+  if constexpr (std::is_same_v<typename Loss::Sums, Sums>)
+    Loss::finish(*reinterpret_cast<const typename Loss::template Params<S>*>(params), stats, pivots, s_y, t_y, g, loss,
+                 coef);
+}
+template <class Sums, class... Losses, class S, class Stats, class Coef>
+KD_DEVICE void finish_variants(Tag<Variants<Losses...>>, const char* params, const Stats& stats,
+                               const Pivots<S>& pivots, S s_y, S t_y, const S* g, S* loss, Coef& coef) {
+  (finish_variant<Sums, Losses>(params, stats, pivots, s_y, t_y, g, loss, coef), ...);
+}
+
 // loss[k] and the coefficients from the sums of a row, by the loss of this call.
 template <class Sums, class S, class Stats, class Coef>
 KD_DEVICE void finish_loss(const Args<S>& a, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
                            S* loss, Coef& coef) {
   int index = 0;
-#define KD_FINISH(name, ...)                                                                                           \
-  if constexpr (std::is_same_v<typename __VA_ARGS__::Sums, Sums>)                                                      \
-    if (a.loss == index)                                                                                               \
-      __VA_ARGS__::finish(*reinterpret_cast<const typename __VA_ARGS__::template Params<S>*>(a.params), stats, pivots, \
-                          s_y, t_y, g, loss, coef);                                                                    \
-  ++index;
-#define KD_FINISH_TWO(name, Loss) \
-  if constexpr (Sums::two) {      \
-    KD_FINISH(name, Loss<true>)   \
-  } else {                        \
-    KD_FINISH(name, Loss<false>)  \
-  }
-  KD_LOSSES(KD_FINISH, KD_FINISH_TWO)
+#define KD_FINISH(name, ...) \
+  if (a.loss == index++) finish_variants<Sums>(Tag<__VA_ARGS__>(), a.params, stats, pivots, s_y, t_y, g, loss, coef);
+  KD_LOSSES(KD_FINISH)
 #undef KD_FINISH
-#undef KD_FINISH_TWO
 }
 
 // Statistics: of a row, for the backward pass, and of a part of a row.
@@ -285,6 +289,8 @@ template <class S>
 KD_DEVICE void write_nothing(const Args<S>& a, int64_t row) {
   for (int k = 0; k < a.outputs; ++k)
     if (a.losses) store_number(a, a.losses, k * a.rows + row, S(0));
+  for (int k = 0; k < 2; ++k)
+    if (a.parts_out) store_number(a, a.parts_out, k * a.rows + row, S(0));
   for (int k = 0; k < kStatsWidth; ++k)
     if (a.stats_out) store_number(a, a.stats_out, row * kStatsWidth + k, S(0));
 }
@@ -323,6 +329,11 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
   for (int k = 0; k < kMostOutputs; ++k)
     if (a.losses && k < a.outputs) store_number(a, a.losses, k * a.rows + row, loss[k] * g[k]);
   if (a.stats_out) store_row_stats<Sums>(a, row, pivots, stats);
+  if (Sums::teacher && a.parts_out) {
+    const S own = open(a, row).weight;  // without what multiplies the rows of a reduction
+    store_number(a, a.parts_out, row, loss[1] * own);
+    store_number(a, a.parts_out, a.rows + row, a.target ? loss[2] * own : S(0));
+  }
   return static_cast<double>(loss[0] * g[0]);
 }
 
@@ -331,7 +342,7 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
 // What is needed to write gradients: coefficients of exponentials relative to `pivots`.
 template <class Sums, class S>
 struct Slope {
-  S c[Sums::kept], y;
+  S c[Sums::coefs], y;
   Pivots<S> pivots;
 };
 
@@ -409,17 +420,17 @@ KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scrat
     loss = finish_row<Sums>(a, y, row, weight, pivots, stats, first && writes, coef);
     if (first) {
       KD_UNROLL
-      for (int k = 0; k < Sums::kept; ++k) scratch.results.st(k, coef.c[k]);
-      scratch.results.st(Sums::kept, coef.y);
-      scratch.results.st(Sums::kept + 1, usable(pivots.s));
-      scratch.results.st(Sums::kept + 2, usable(pivots.t));
+      for (int k = 0; k < Sums::coefs; ++k) scratch.results.st(k, coef.c[k]);
+      scratch.results.st(Sums::coefs, coef.y);
+      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
+      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
     }
   }
   arch::sync_block();
   KD_UNROLL
-  for (int k = 0; k < Sums::kept; ++k) slope.c[k] = scratch.results.ld(k);
-  slope.y = scratch.results.ld(Sums::kept);
-  slope.pivots = {scratch.results.ld(Sums::kept + 1), scratch.results.ld(Sums::kept + 2)};
+  for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = scratch.results.ld(k);
+  slope.y = scratch.results.ld(Sums::coefs);
+  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
   if (arch::threads() == 32) arch::sync_block();  // the next row's results may come before another barrier
   return loss;
 }

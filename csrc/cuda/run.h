@@ -41,24 +41,17 @@ int scale_f16(const ScaleCall&);
 int scale_bf16(const ScaleCall&);
 int scale_f64(const ScaleCall&);
 
-#define KD_FACTS(name, ...) {#name, __VA_ARGS__::outputs, __VA_ARGS__::Sums::teacher, false},
-#define KD_FACTS_TWO(name, Loss) {#name, Loss<true>::outputs, Loss<true>::Sums::teacher, true},
-constexpr LossFacts kLosses[] = {KD_LOSSES(KD_FACTS, KD_FACTS_TWO)};
-#undef KD_FACTS
-#undef KD_FACTS_TWO
+constexpr LossFacts kLosses[] = {KD_LOSSES(KD_FACTS)};
 constexpr int kLossCount = sizeof(kLosses) / sizeof(kLosses[0]);
 
-// Exponentials kept per class by a loss with these parameters.
-inline int kept_by(int loss, const double* params) {
+// Exponentials kept per class by a call.
+inline int kept_by(const Problem& p) {
   int index = 0;
-  (void)params;
 #define KD_KEPT(name, ...) \
-  if (loss == index++) return __VA_ARGS__::kept;
-#define KD_KEPT_TWO(name, Loss) \
-  if (loss == index++) return Loss<false>::two_temperatures(params) ? Loss<true>::kept : Loss<false>::kept;
-  KD_LOSSES(KD_KEPT, KD_KEPT_TWO)
+  if (p.loss == index++)   \
+    return __VA_ARGS__::chosen(p.params, p.parts != nullptr, [](auto tag) { return decltype(tag)::type::kept; });
+  KD_LOSSES(KD_KEPT)
 #undef KD_KEPT
-#undef KD_KEPT_TWO
   return 0;
 }
 
@@ -82,7 +75,7 @@ inline Shape shape_of(const Problem& p) {
   out.wide = p.computes_in_double() || (teacher && p.teacher.dtype != p.student.dtype);
   out.vector = p.computes_in_double() ? 2 : out.wide ? 8 : static_cast<int>(16 / bytes_of(p.student.dtype));
   out.pair_bytes = static_cast<int>(bytes_of(p.student.dtype) + (teacher ? bytes_of(p.teacher.dtype) : 0));
-  out.kept = kept_by(p.loss, p.params);
+  out.kept = kept_by(p);
   out.alike = !out.wide && lie_alike(p, p.student, p.teacher) && lie_alike(p, p.student, p.grad);
   out.strided = strided(p.student) || strided(p.teacher) || strided(p.grad);
   out.writes = p.grad.data != nullptr;

@@ -31,13 +31,15 @@ struct Spec {
   Pass pass = Pass::forward;
   DType student = DType::f32, teacher = DType::f32;
   int64_t rows = 1, classes = 1;
-  int temperature = 1;  // another one: sums at two, and a large one: in double
+  Variant variant = Variant::plain;
   // How the tensors lie: all alike; all alike, a class away from a granule; each row of the teacher otherwise; classes
   // apart.
   enum class Lie { aligned, shifted, skewed, strided } lie = Lie::aligned;
-  bool mean = true;  // reductions count rows
+  bool mean = true;    // reductions count rows
+  bool large = false;  // temperature, where there is one that is not 1
 };
 constexpr const char* kPasses[] = {"forward", "backward", "forward_grad"};
+constexpr const char* kVariants[] = {"plain", "two", "smooth"};
 constexpr const char* kLies[] = {"aligned", "shifted", "skewed", "strided"};
 constexpr const char* kTypes[] = {"float32", "float64", "float16", "bfloat16"};
 
@@ -55,9 +57,9 @@ int loss_of(const std::string& name) {
 
 std::string shown(const Spec& x) {
   const auto name = [](const char* const* names, auto i) { return std::string(names[static_cast<int>(i)]); };
-  return std::string(gpu::kLosses[x.loss].name) + " at T = " + std::to_string(x.temperature) + ", " + name(kPasses, x.pass) +
-         ", " + std::to_string(x.rows) + " x " + std::to_string(x.classes) + ", " + name(kTypes, x.student) + " and " +
-         name(kTypes, x.teacher) + ", " + name(kLies, x.lie);
+  return std::string(gpu::kLosses[x.loss].name) + ", " + name(kVariants, x.variant) + (x.large ? ", large T, " : ", ") +
+         name(kPasses, x.pass) + ", " + std::to_string(x.rows) + " x " + std::to_string(x.classes) + ", " +
+         name(kTypes, x.student) + " and " + name(kTypes, x.teacher) + ", " + name(kLies, x.lie);
 }
 std::string shown(const gpu::Plan& x) {
   return std::string(gpu::kRegimes[static_cast<int>(x.regime)]) + ": " + std::to_string(x.blocks) + " x " +
@@ -94,8 +96,12 @@ gpu::Call call_of(const Spec& x, void* stream) {
   if (x.pass == Pass::backward) p.grad_rows = memory(5);
   p.target = reinterpret_cast<const int64_t*>(memory(6));
   std::fill(p.params, p.params + kMaxParams, 1.0);
-  if (gpu::kLosses[x.loss].two_temperatures) p.params[0] = x.temperature;
-  p.params[3] = 0;  // of a pair loss: label_smoothing
+  // What the parameters begin with: of losses with a teacher temperature, weights and label_smoothing, which is all of
+  // those of a loss that smooths without one.
+  const LossFacts& facts = gpu::kLosses[x.loss];
+  const bool smooth = x.variant == Variant::smooth;
+  if (facts.two_temperatures && x.variant != Variant::plain) p.params[0] = x.large ? 2 * kLargeTemperature : 4;
+  if (facts.smooths) p.params[facts.teacher ? 3 : 0] = smooth ? 0.5 : 0;
   if (x.pass == Pass::forward_grad) c.total = memory(7), c.mean = x.mean;
   return c;
 }
@@ -151,7 +157,7 @@ struct Swept {
 
 // What decides about the kernel and its launch. Of numbers that only grow the grid, the magnitude: calls that differ in
 // nothing else are made once.
-using Key = std::array<int64_t, 17>;
+using Key = std::array<int64_t, 18>;
 struct Hash {
   size_t operator()(const Key& key) const {
     uint64_t hash = 0;
@@ -168,7 +174,8 @@ Key key_of(const Spec& x, const gpu::Call& c, const gpu::Plan& plan) {
     return bits;
   };
   return {x.loss,
-          x.temperature,
+          static_cast<int>(x.variant),
+          x.large,
           static_cast<int>(x.pass),
           static_cast<int>(x.student),
           static_cast<int>(x.teacher),
@@ -256,16 +263,19 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
         for (int loss = 0; loss < gpu::kLossCount; ++loss)
           for_types(loss, dtypes, [&](DType student, DType teacher) {
             for (int pass = 0; pass < 3; ++pass)
-              for (int temperature : {1, 4, 100})
+              for (Variant variant : {Variant::plain, Variant::two, Variant::smooth})
                 for (int lie = 0; lie < 4; ++lie)
-                  for (bool mean : {false, true}) {
-                    if (mean && Pass(pass) != Pass::forward_grad) continue;
-                    if (temperature != 1 && !gpu::kLosses[loss].two_temperatures) continue;
-                    // Reductions have one output to reduce.
-                    if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                    sweep_one({loss, Pass(pass), student, teacher, r, n, temperature, Spec::Lie(lie), mean}, device, wanted,
-                              seen, out);
-                  }
+                  for (bool mean : {false, true})
+                    for (bool large : {false, true}) {
+                      if (mean && Pass(pass) != Pass::forward_grad) continue;
+                      if (large && (variant == Variant::plain || !gpu::kLosses[loss].two_temperatures)) continue;
+                      if (variant == Variant::two && !gpu::kLosses[loss].two_temperatures) continue;
+                      if (variant == Variant::smooth && !gpu::kLosses[loss].smooths) continue;
+                      // Reductions have one output to reduce.
+                      if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
+                      sweep_one({loss, Pass(pass), student, teacher, r, n, variant, Spec::Lie(lie), mean, large},
+                                device, wanted, seen, out);
+                    }
           });
       }
   }
@@ -364,15 +374,15 @@ PYBIND11_MODULE(_fake, m) {
   m.def(
       "call",
       [](const std::string& loss, const std::string& pass, int64_t rows, int64_t classes, const std::string& student,
-         const std::string& teacher, bool two, const std::string& lie, bool mean, uintptr_t stream, int64_t blocks,
-         const std::string& override) {
+         const std::string& teacher, const std::string& variant, const std::string& lie, bool mean, uintptr_t stream,
+         int64_t blocks, const std::string& override) {
         const Spec spec = {loss_of(loss),
                            Pass(index_of("pass", pass, kPasses)),
                            DType(index_of("student", student, kTypes)),
                            DType(index_of("teacher", teacher, kTypes)),
                            rows,
                            classes,
-                           two ? 4 : 1,
+                           Variant(index_of("variant", variant, kVariants)),
                            Spec::Lie(index_of("lie", lie, kLies)),
                            mean};
         gpu::Call c = call_of(spec, reinterpret_cast<void*>(stream));
@@ -391,7 +401,7 @@ PYBIND11_MODULE(_fake, m) {
       },
       py::arg("loss") = "kd", py::kw_only(), py::arg("pass_") = "forward_grad", py::arg("rows") = 4096,
       py::arg("classes") = 1000, py::arg("student") = "bfloat16", py::arg("teacher") = "bfloat16",
-      py::arg("two") = false, py::arg("lie") = "aligned", py::arg("mean") = true, py::arg("stream") = 0,
+      py::arg("variant") = "plain", py::arg("lie") = "aligned", py::arg("mean") = true, py::arg("stream") = 0,
       py::arg("blocks") = 0, py::arg("override") = "",
       "A call as the binding makes it, on the current device: its plan. An error is a RuntimeError.");
   m.def(

@@ -9,9 +9,9 @@
 
 KD_NAMESPACE_BEGIN
 
-template <bool kTwo>
-struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
-  enum Variant {  // in the order of kdkernels.reference.AEKT_VARIANTS
+template <Variant kVariant>
+struct Aekt : SplitLoss<Aekt<kVariant>, kVariant> {
+  enum Form {  // in the order of kdkernels.reference.AEKT_VARIANTS
     kRatioWeightedTckd,
     kRatioWeightedCe,
     kConfidenceWeightedCe,
@@ -24,8 +24,8 @@ struct Aekt : SplitLoss<Aekt<kTwo>, kTwo> {
     S alpha, beta;
     int variant;
     S log_ratio_max;
-    explicit KD_FN Params(const double* p)
-        : PairParams<S>(p),
+    KD_FN Params(const double* p, bool parts)
+        : PairParams<S>(p, parts),
           alpha(static_cast<S>(this->own(p)[0])),
           beta(static_cast<S>(this->own(p)[1])),
           variant(static_cast<int>(this->own(p)[2])),

@@ -1,26 +1,39 @@
-// Cross-entropy of the student with the target, -log c at temperature 1: the row term of tf-NKD (arXiv 2208.10139).
+// Cross-entropy of the student with the target, -log c at temperature 1, with label smoothing as torch's: the row term
+// of tf-NKD (arXiv 2208.10139).
 #pragma once
 
 #include "../stats.h"
 
 KD_NAMESPACE_BEGIN
 
-struct CrossEntropy : StudentSums {
-  using Sums = StudentSums;
+template <Variant kVariant>
+struct CrossEntropy : StudentSums<kVariant> {
+  using Sums = StudentSums<kVariant>;
   static constexpr int outputs = 1;
+  static Variant wanted(const double* params, bool) { return params[0] != 0 ? Variant::smooth : Variant::plain; }
 
   template <class S>
   struct Params : Scales<S> {
-    explicit KD_FN Params(const double*) : Scales<S>(1.0) {}
+    S label_smoothing;
+    KD_FN Params(const double* p, bool) : Scales<S>(1.0), label_smoothing(static_cast<S>(p[0])) {}
   };
 
   template <class V>
-  static KD_FN void finish(const Params<ScalarOf<V>>&, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
-                           const V* upstream, V* loss, Coef<V>& coef) {
-    const Split<V> p = Split<V>::of(s_y - usable(pivots.s), 1, a.v[sum_s]);
+  static KD_FN void finish(const Params<ScalarOf<V>>& params, const typename Sums::template Stats<V>& a,
+                           const Pivots<V>& pivots, V s_y, V, const V* upstream, V* loss,
+                           typename Sums::template Coef<V>& coef) {
+    const V relative = s_y - usable(pivots.s), sum = a.v[Sums::sum_s];
+    const Split<V> p = Split<V>::of(relative, 1, sum);
     loss[0] = -p.log_p;
-    coef.c[0] = upstream[0] * p.rest * inverse(a.v[sum_s]);
+    coef.c[0] = upstream[0] * p.rest * inverse(sum);
     coef.y = -upstream[0] * p.rest;
+    if constexpr (Sums::smooth) {
+      const Smoothed<V> x = Smoothed<V>::of(p, relative, sum, a.v[Sums::count - 2], a.v[Sums::count - 1]);
+      const V smoothing = Ops<V>::splat(params.label_smoothing), sharp = lit<V>(1) - smoothing;
+      loss[0] = weighted(sharp, loss[0]) + weighted(smoothing, x.mean);
+      coef.c[Sums::kept] = -upstream[0] * smoothing * x.each;
+      coef.y = sharp * coef.y + upstream[0] * smoothing * x.at_target;
+    }
   }
 };
 

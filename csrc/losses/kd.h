@@ -6,8 +6,8 @@
 
 KD_NAMESPACE_BEGIN
 
-template <bool kTwo>
-struct Kd : SplitLoss<Kd<kTwo>, kTwo> {
+template <Variant kVariant>
+struct Kd : SplitLoss<Kd<kVariant>, kVariant> {
   template <class S>
   using Params = PairParams<S>;
 

@@ -6,16 +6,16 @@
 
 KD_NAMESPACE_BEGIN
 
-template <bool kTwo>
-struct Nkd : PairSums<kTwo, true> {
-  using Sums = PairSums<kTwo, true>;
+template <Variant kVariant>
+struct Nkd : PairSums<kVariant, true> {
+  using Sums = PairSums<kVariant, true>;
   static constexpr int outputs = 1;
-  static bool two_temperatures(const double* params) { return params[0] != 1.0; }
+  static Variant wanted(const double* params, bool parts) { return PairParams<double>::wanted(params, parts, true); }
 
   template <class S>
   struct Params : PairParams<S> {
     S gamma;
-    explicit KD_FN Params(const double* p) : PairParams<S>(p), gamma(static_cast<S>(this->own(p)[0])) {}
+    KD_FN Params(const double* p, bool parts) : PairParams<S>(p, parts), gamma(static_cast<S>(this->own(p)[0])) {}
   };
 
   template <class V>
@@ -25,14 +25,15 @@ struct Nkd : PairSums<kTwo, true> {
     const V gamma = Ops<V>::splat(params.gamma), kd_weight = Ops<V>::splat(params.kd_weight);
     const V sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
     const V inverse_s = inverse(sum_s), inverse_t = inverse(sum_t);
-    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), 1, a.v[kTwo ? Sums::sum_t1 : Sums::sum_t]);
+    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), 1, a.v[Sums::two ? Sums::sum_t1 : Sums::sum_t]);
     const V rest =
         weighted(gamma, non_target<V>(params.temperature, sum_s, sum_t, a.v[Sums::mean_x] * inverse_t, lit<V>(0)));
     loss[0] = weighted(kd_weight, rest);
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, lit<V>(0), gamma, upstream[0] * kd_weight, coef);
     // The target term is cross-entropy weighted by the teacher's confidence; extra cross-entropy joins it for free.
-    add_cross_entropy<Sums>(kd_weight * q.p + Ops<V>::splat(params.ce_weight), a, s_y - usable(pivots.s), upstream[0],
-                            loss[0], coef);
+    const V surprise =
+        add_cross_entropy<Sums>(params, kd_weight * q.p, a, s_y - usable(pivots.s), upstream[0], loss, coef);
+    if (params.parts) loss[1] = rest + weighted(q.p, surprise);
   }
 };
 

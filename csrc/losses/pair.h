@@ -22,34 +22,60 @@ KD_FN void pair_gradient(ScalarOf<V> temperature, V inverse_s, V inverse_t, V h,
   for (int i = 2; i < static_cast<int>(sizeof(coef.c) / sizeof(V)); ++i) coef.c[i] = lit<V>(0);
 }
 
-// weight * CE(student, target) at temperature 1, on top of a loss and its coefficients. relative: the target's logit
-// minus the pivot. A loss that sums at two temperatures keeps the exponentials at temperature 1 as its third; otherwise
-// the row's temperature is 1.
-template <class Sums, class V, class Stats, class Coef>
-KD_FN void add_cross_entropy(V weight, const Stats& a, V relative, V upstream, V& loss, Coef& coef) {
-  const V sum = a.v[Sums::two ? 3 : 0];
-  const Split<V> p = Split<V>::of(relative, 1, sum);
-  loss += weighted(weight, -p.log_p);
-  coef.c[Sums::two ? 2 : 0] += upstream * weight * p.rest * inverse(sum);
-  coef.y -= upstream * weight * p.rest;
-}
-
 // What the parameters of every pair loss begin with, in the order of its reference; its own come after them.
 template <class S>
 struct PairParams : Scales<S> {
-  S kd_weight, ce_weight;
-  explicit KD_FN PairParams(const double* p)
-      : Scales<S>(p), kd_weight(static_cast<S>(p[1])), ce_weight(static_cast<S>(p[2])) {}
+  S kd_weight, ce_weight, label_smoothing;
+  bool parts;
+  KD_FN PairParams(const double* p, bool with_parts)
+      : Scales<S>(p),
+        kd_weight(static_cast<S>(p[1])),
+        ce_weight(static_cast<S>(p[2])),
+        label_smoothing(static_cast<S>(p[3])),
+        parts(with_parts) {}
   static KD_FN const double* own(const double* p) { return p + 4; }
+
+  // always_two: the loss itself has a term at temperature 1. At that temperature, smoothing takes the sums twice.
+  static Variant wanted(const double* p, bool parts, bool always_two) {
+    const bool cross_entropy = parts || p[2] != 0;
+    if (cross_entropy && p[3] != 0) return Variant::smooth;
+    return p[0] != 1 && (always_two || cross_entropy) ? Variant::two : Variant::plain;
+  }
 };
+
+// ce_weight * CE(student, target) at temperature 1, and `own` * -log p_y of a loss that has such a term itself, on top
+// of a loss and its coefficients; and the CE as a part. Returns -log p_y. relative: the target's logit minus the pivot.
+// A loss that sums at two temperatures keeps the exponentials at temperature 1 as its third; otherwise the row's
+// temperature is 1.
+template <class Sums, class V, class Params, class Stats, class Coef>
+KD_FN V add_cross_entropy(const Params& params, V own, const Stats& a, V relative, V upstream, V* loss, Coef& coef) {
+  const V sum = a.v[Sums::two ? 3 : 0], ce_weight = Ops<V>::splat(params.ce_weight);
+  const Split<V> p = Split<V>::of(relative, 1, sum);
+  V weight = own + ce_weight, spread = lit<V>(0);
+  loss[2] = -p.log_p;
+  if constexpr (Sums::smooth) {
+    const Smoothed<V> x = Smoothed<V>::of(p, relative, sum, a.v[Sums::count - 2], a.v[Sums::count - 1]);
+    const V smoothing = Ops<V>::splat(params.label_smoothing), sharp = lit<V>(1) - smoothing;
+    weight = own + ce_weight * sharp;
+    spread = ce_weight * smoothing;
+    loss[2] = weighted(sharp, loss[2]) + weighted(smoothing, x.mean);
+    loss[0] += weighted(spread, x.mean);
+    coef.c[Sums::kept] = -upstream * spread * x.each;
+    coef.y += upstream * spread * x.at_target;
+  }
+  loss[0] += weighted(weight, -p.log_p);
+  coef.c[Sums::two ? 2 : 0] += upstream * (weight + spread) * p.rest * inverse(sum);
+  coef.y -= upstream * weight * p.rest;
+  return -p.log_p;
+}
 
 // A loss made of the target's probabilities (b teacher, c student) and of NCKD, the KL of the non-target softmaxes:
 // Loss::combine gives value, H and beta. Cross-entropy at T = 1 is added when asked for.
-template <class Loss, bool kTwo>
-struct SplitLoss : PairSums<kTwo, false> {
-  using Sums = PairSums<kTwo, false>;
+template <class Loss, Variant kVariant>
+struct SplitLoss : PairSums<kVariant, false> {
+  using Sums = PairSums<kVariant, false>;
   static constexpr int outputs = 1;
-  static bool two_temperatures(const double* params) { return params[0] != 1.0 && params[2] != 0.0; }
+  static Variant wanted(const double* params, bool parts) { return PairParams<double>::wanted(params, parts, false); }
 
   template <class Params, class V>
   static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
@@ -63,9 +89,10 @@ struct SplitLoss : PairSums<kTwo, false> {
     V distillation, h, beta;
     Loss::combine(params, q, p, nckd, distillation, h, beta);  // nckd comes times T^2
     loss[0] = weighted(kd_weight, distillation);
+    if (params.parts) loss[1] = distillation;
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0] * kd_weight, coef);
-    if (params.ce_weight != 0)
-      add_cross_entropy<Sums>(Ops<V>::splat(params.ce_weight), a, relative, upstream[0], loss[0], coef);
+    if (params.ce_weight != 0 || params.parts)
+      add_cross_entropy<Sums>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
   }
 };
 

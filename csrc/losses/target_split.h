@@ -6,8 +6,8 @@
 
 KD_NAMESPACE_BEGIN
 
-struct TargetSplit : StudentSums {
-  using Sums = StudentSums;
+struct TargetSplit : StudentSums<Variant::plain> {
+  using Sums = StudentSums<Variant::plain>;
   static constexpr int outputs = 3;
 
   template <class S>

@@ -136,8 +136,8 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
              const std::string& student_dtype, const Array& teacher, const std::string& teacher_dtype,
              const Array& grad, const Array& target, int64_t ignore_index, const std::vector<double>& params,
              const Array& row_weight, const Array& upstream, const Array& rows, const Array& stats, double scale,
-             const Array& normalizer, bool mean, const Array& total, const py::dict& device, const py::dict& forced,
-             const std::string& override, uint64_t seed) {
+             const Array& normalizer, bool mean, const Array& total, const Array& parts, const py::dict& device,
+             const py::dict& forced, const std::string& override, uint64_t seed) {
   Run r;
   gpu::Call& c = r.call;
   Problem& p = c.problem;
@@ -164,6 +164,7 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
   p.grad_rows = r.input<void>("upstream", upstream);
   p.rows = r.output("rows", rows);
   p.stats = p.pass == Pass::backward ? r.input<void>("stats", stats) : r.output("stats", stats);
+  p.parts = r.output("parts", parts);
   p.scale = scale;
   c.normalizer = r.input<void>("normalizer", normalizer);
   c.mean = mean;
@@ -199,8 +200,9 @@ PYBIND11_MODULE(_simt, m) {
         py::arg("target") = py::none(), py::arg("ignore_index") = -100, py::arg("params") = std::vector<double>(),
         py::arg("row_weight") = py::none(), py::arg("upstream") = py::none(), py::arg("rows") = py::none(),
         py::arg("stats") = py::none(), py::arg("scale") = 1.0, py::arg("normalizer") = py::none(),
-        py::arg("mean") = false, py::arg("total") = py::none(), py::arg("device"), py::arg("forced") = py::dict(),
-        py::arg("override") = "", py::arg("seed") = 0, "Runs one call; the plan it took. A fault is a RuntimeError.");
+        py::arg("mean") = false, py::arg("total") = py::none(), py::arg("parts") = py::none(), py::arg("device"),
+        py::arg("forced") = py::dict(), py::arg("override") = "", py::arg("seed") = 0,
+        "Runs one call; the plan it took. A fault is a RuntimeError.");
   m.def(
       "scale",
       [](const py::array& grad, const std::string& dtype, const py::array& factor, uint64_t seed) {
