@@ -91,7 +91,6 @@ FIRST: dict[str, str] = {
     "triton-teacher-at-the-wrong-temperature": "triton shapes",
     "triton-ratio-of-nothing": "triton infinite_logits",
     "triton-split-without-temperature": "triton shapes",
-    "cpu-infinite-scale": "edges a_temperature_that_float32",
     "bindings-any-factor": "fuzz operators_check_what_memory_safety_needs",
     "bindings-float-accumulator": "fuzz any_input",
     "bindings-loss-in-the-students-dtype": "autograd opcheck_of_dtypes",
