@@ -143,6 +143,7 @@ PYBIND11_MODULE(_host, m) {
         "What the CUDA planner picks on a known device, for logits of so many bytes; override: as KDKERNELS_PLAN.");
   m.def("gpu_table", &gpu_table, py::arg("device") = "H200", "The CUDA planner's rules and some of its choices.");
   m.def("stats_width", [] { return kd::kStatsWidth; });
+  m.def("large_temperature", [] { return kd::kLargeTemperature; });
   m.def("exp2_f32", [](const std::string& isa, py::array_t<float, py::array::c_style> x) {
     return map<float>(x, build_of(isa).exp2_f32);
   });

@@ -22,7 +22,8 @@ enum class Pass : int32_t {
 };
 
 constexpr int kMaxParams = 8;
-constexpr int kStatsWidth = 9;  // two pivots and up to seven sums
+constexpr double kLargeTemperature = 32;  // kdkernels.reference.LARGE_TEMPERATURE
+constexpr int kStatsWidth = 9;            // two pivots and up to seven sums
 
 // What is summed beside what every call of a loss needs, each a build of its own: the sums at temperature 1, and with
 // label smoothing those of the logits themselves.
@@ -36,18 +37,20 @@ struct Problem {
   const int64_t* target = nullptr;  // (rows), contiguous; or null: no class is set apart
   int64_t ignore_index = 0;
   double params[kMaxParams] = {};
-  // In the compute type: float, or double where student or teacher is double.
+  // Numbers of a row, and of the call: in double where student or teacher is double, else in float.
   const void* row_weight = nullptr;  // (rows), or null: all 1. A row of weight 0 is not read.
   const void* grad_rows = nullptr;   // (outputs, rows), backward
   void* rows = nullptr;              // (outputs, rows), forward
   double scale = 1;                  // forward_grad
   double* scaled_rows = nullptr;     // (rows), forward_grad
   void* parts = nullptr;             // (2, rows), distillation and cross-entropy, or null: not asked for; no backward
-  // (rows, kStatsWidth), written by forward, read by backward: double on a CPU, the compute type on a GPU.
+  // (rows, kStatsWidth), written by forward, read by backward: double on a CPU, on a GPU as the others.
   void* stats = nullptr;
 
   // By the dtypes alone: tensors of no rows have no data.
   bool in_double() const { return student.dtype == DType::f64 || teacher.dtype == DType::f64; }
+  // T^2 times a difference of logarithms: of float, little is left of it at large T.
+  bool computes_in_double() const { return in_double() || (teacher.data && params[0] > kLargeTemperature); }
   int64_t rows_total() const { return outer * inner; }
 };
 

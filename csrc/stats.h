@@ -36,13 +36,13 @@ KD_FN V moved(V from, V to) {
   return usable(from) - select(from == -infinity<V>(), lit<V>(0), usable(to));
 }
 
-// x -> 2^(k x) is softmax at the row's temperature; k is kept finite so that 0 * k = 0 at any temperature.
+// x -> 2^(k x) is softmax at the row's temperature. Temperatures are from 1e-4 to 1e4: in this range k, 1 / T and T^2
+// are numbers that float holds.
 template <class S>
 struct Scales {
   S temperature, k;
   explicit KD_FN Scales(const double* params, bool = false) : Scales(params[0]) {}  // the first parameter is T
-  explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(bounded(kLog2e / t)) {}
-  static KD_FN S bounded(double x) { return static_cast<S>(x < 3e38 ? x : 3e38); }
+  explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(static_cast<S>(kLog2e / t)) {}
 };
 
 template <int kKept, Variant kVariant>

@@ -6,7 +6,8 @@ of which it is the weighted sum, `(3, ...)`. Everything is the published formula
 `log_softmax`; gradients are autograd's. No closed-form gradient and no algebra of the kernels is
 used here, so that a mistake there cannot repeat itself here.
 
-float16 and bfloat16 logits are computed in float32; float64 in float64. Rows whose target is
+float16 and bfloat16 logits are computed in float32; float64 in float64, and all of them where the
+temperature of student and teacher is large, or is a tensor. Rows whose target is
 `ignore_index`, or whose `row_weight` is 0, give 0 and a zero gradient whatever they hold. Rows
 whose target is out of range give NaN, and so does every other row with a NaN among the logits of
 student or teacher, whatever is infinite beside it and whichever terms are switched off. Logits of
@@ -32,6 +33,10 @@ AEKT_VARIANTS = (
     "ratio_coupled_tckd",
 )
 
+# Above it, losses of student and teacher are computed in float64 whatever the dtype of the logits:
+# T^2 times a difference of logarithms would leave of float32 no more than 1e-7 T^2.
+LARGE_TEMPERATURE = 32.0
+
 _NEG_INF = -math.inf
 _LOG_10 = math.log(10.0)
 Number = float | Tensor  # a parameter; a tensor is 0-d
@@ -55,7 +60,7 @@ def kd(
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531,
     section 2.
     """
-    rows = _open(student, teacher, target, ignore_index, row_weight)
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     log_p = torch.log_softmax(rows.student / temperature, dim=-1)
     log_q = torch.log_softmax(rows.teacher / temperature, dim=-1)
     divergence = _times(log_q.exp(), log_q - log_p).sum(dim=-1)
@@ -84,7 +89,7 @@ def dkd(
     distributions over the non-target classes. Zhao et al., "Decoupled Knowledge Distillation",
     arXiv 2203.08679, equations 5 to 7.
     """
-    rows = _open(student, teacher, target, ignore_index, row_weight)
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     distillation = rows.nothing()
     if not _is_zero(alpha):
         binary = _binary_divergence(rows, temperature)
@@ -117,7 +122,7 @@ def nkd(
     Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", arXiv
     2303.13005 (first as 2208.10139), the NKD loss.
     """
-    rows = _open(student, teacher, target, ignore_index, row_weight)
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     log_c, _ = _log_target(rows.student, rows.hot)
     log_b, _ = _log_target(rows.teacher, rows.hot)
     distillation = _times(log_b.exp(), -log_c)
@@ -192,7 +197,7 @@ def aekt(
     ratio_coupled_tckd       r TCKD, r differentiated where it is not clamped
     """
     name = variant if isinstance(variant, str) else AEKT_VARIANTS[int(variant)]
-    rows = _open(student, teacher, target, ignore_index, row_weight)
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     distillation = rows.nothing()
     if not _is_zero(alpha):
         phi = _explicit_knowledge(rows, temperature, name, log_ratio_max)
@@ -249,6 +254,7 @@ class _Rows(NamedTuple):
     valid: Tensor  # (...), false where the target is out of range or a logit is NaN
     weight: Tensor | None
     target: bool  # whether there is one
+    dtype: torch.dtype  # of the loss
 
     def nothing(self) -> Tensor:
         """Zeros that are differentiable, for losses whose weights are all 0."""
@@ -291,7 +297,7 @@ class _Rows(NamedTuple):
     def close(self, loss: Tensor) -> Tensor:
         loss = torch.where(self.valid, loss, math.nan)
         loss = torch.where(self.alive, loss, 0.0)
-        return loss if self.weight is None else loss * self.weight
+        return (loss if self.weight is None else loss * self.weight).to(self.dtype)
 
 
 def _open(
@@ -300,9 +306,12 @@ def _open(
     target: Tensor | None,
     ignore_index: int,
     row_weight: Tensor | None,
+    temperature: Number = 1.0,
 ) -> _Rows:
     double = torch.float64 in (student.dtype, student.dtype if teacher is None else teacher.dtype)
-    dtype = torch.float64 if double else torch.float32
+    loss_dtype = torch.float64 if double else torch.float32
+    large = isinstance(temperature, Tensor) or temperature > LARGE_TEMPERATURE
+    dtype = torch.float64 if large else loss_dtype
     shape, classes = student.shape[:-1], student.shape[-1]
     alive = torch.ones(shape, dtype=torch.bool, device=student.device)
     valid = alive
@@ -325,8 +334,8 @@ def _open(
     valid = valid & ~(student.isnan() | teacher.isnan()).any(dim=-1)
     # Such a row is NaN, and by this product its gradient too.
     poison = torch.where(valid, 1.0, math.nan).to(dtype).unsqueeze(-1)
-    given = target is not None
-    return _Rows(student * poison, teacher * poison, hot, alive, valid, row_weight, given)
+    logits = (student * poison, teacher * poison)
+    return _Rows(*logits, hot, alive, valid, row_weight, target is not None, loss_dtype)
 
 
 def _is_zero(weight: Number) -> bool:

@@ -82,7 +82,6 @@ FIRST: dict[str, str] = {
     "triton-chunks-without-the-shift": "triton rows_that_reach_into_one_more_block",
     "triton-upstream-of-another-output": "triton shapes",
     "triton-dead-rows-have-a-gradient": "triton rows_that_do_not_count_are_not_read",
-    "triton-temperature-not-representable": "triton extreme_temperatures_give_numbers",
     "triton-strided-teacher-is-alike": "triton layouts_of_one_type",
     "triton-window-without-the-shift": "triton rows_that_reach_into_one_more_block",
     "triton-counts-what-is-not-negative": "triton any_class_may_be_ignored",
@@ -92,7 +91,6 @@ FIRST: dict[str, str] = {
     "triton-teacher-at-the-wrong-temperature": "triton shapes",
     "triton-ratio-of-nothing": "triton infinite_logits",
     "triton-split-without-temperature": "triton shapes",
-    "cpu-infinite-scale": "edges a_temperature_that_float32",
     "bindings-any-factor": "fuzz operators_check_what_memory_safety_needs",
     "bindings-float-accumulator": "fuzz any_input",
     "bindings-loss-in-the-students-dtype": "autograd opcheck_of_dtypes",
@@ -445,13 +443,6 @@ MUTANTS = [
         "rows that are not read get 0 * NaN",
     ),
     Mutant(
-        "triton-temperature-not-representable",
-        "triton_kernels/launch.py",
-        "numbers[0] = min(max(numbers[0], 2.0**-126), 2.0**60)",
-        "pass",
-        "in float32 a temperature becomes 0, or its square infinite",
-    ),
-    Mutant(
         "triton-strided-teacher-is-alike",
         "triton_kernels/launch.py",
         "return b[4] == 1 and not any(move % vec for move in moves)",
@@ -622,13 +613,6 @@ MUTANTS = [
         "-inf as an old pivot: 0 * 2^inf where all logits are far below 0",
     ),
     Mutant(
-        "cpu-infinite-scale",
-        "csrc/stats.h",
-        "return static_cast<S>(x < 3e38 ? x : 3e38);",
-        "return static_cast<S>(x);",
-        "1/T of a tiny temperature is infinite in float: 0 * inf",
-    ),
-    Mutant(
         "cpu-masked-in-both",
         "csrc/stats.h",
         "x.e[1] * select(x.e[1] > lit<V>(0), x.x, lit<V>(0))",
@@ -708,15 +692,15 @@ MUTANTS = [
     Mutant(
         "cpu-weight-missing-in-backward",
         "csrc/cpu/row.h",
-        "? weight * static_cast<const S*>(p.grad_rows)[k * p.rows_total() + row]",
-        "? static_cast<const S*>(p.grad_rows)[k * p.rows_total() + row]",
+        "? weight * number(p, p.grad_rows, k * p.rows_total() + row)",
+        "? number(p, p.grad_rows, k * p.rows_total() + row)",
         "row_weight is ignored in the gradient",
     ),
     Mutant(
         "cpu-weight-0-is-read",
         "csrc/cpu/row.h",
-        "(p.row_weight && static_cast<const S*>(p.row_weight)[row] == 0)",
-        "(p.row_weight && static_cast<const S*>(p.row_weight)[row] < 0)",
+        "(p.row_weight && number(p, p.row_weight, row) == 0)",
+        "(p.row_weight && number(p, p.row_weight, row) < 0)",
         "rows of weight 0 are read, and 0 * NaN comes out",
     ),
     Mutant(
@@ -926,16 +910,9 @@ MUTANTS = [
     Mutant(
         "cuda-scratch-of-floats",
         "csrc/cuda/run.h",
-        "plan.wave * plan.parts * kStatsWidth * (c.problem.in_double() ? 8 : 4)",
+        "plan.wave * plan.parts * kStatsWidth * (c.problem.computes_in_double() ? 8 : 4)",
         "plan.wave * plan.parts * kStatsWidth * 4",
         "statistics in double get half the scratch they need",
-    ),
-    Mutant(
-        "cuda-temperature-not-representable",
-        "csrc/cuda/kernels.cu",
-        "return sizeof(S) == 8 ? temperature : std::min(std::max(temperature, 0x1p-126), 0x1p60);",
-        "return temperature;",
-        "in float a temperature becomes 0, or its square infinite",
     ),
     Mutant(
         "cuda-margin-of-one-temperature",

@@ -402,6 +402,19 @@ def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> No
     contracts.check_that_extreme_temperatures_give_numbers(case, temperature, 70, "cuda", regimes)
 
 
+# Of the regimes, those that a call in double has.
+@pairwise(
+    case=[x for x in CASES if x.teacher], temperature=contracts.LARGE_TEMPERATURES,
+    regime=["as planned", "sweeps", "split", "strided"], dtype=[F32, BF16, F16], seed=SEEDS,
+)  # fmt: skip
+def test_large_temperatures(
+    case: Case, temperature: float, regime: str, dtype: torch.dtype, seed: int,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    check = contracts.check_large_temperatures
+    check(case, temperature, 71, dtype, "cuda", one(regime, seed), generator)
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("low", [-INF, torch.finfo(F32).min])
 @pytest.mark.parametrize("temperature", [1.0, 100.0])

@@ -6,12 +6,15 @@ Each test states what must come out; most run on the reference as well as on the
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from cases import (
+    BF16,
     CASES,
     DIVERGENCES,
+    F16,
     F32,
     F64,
     IGNORED,
@@ -26,10 +29,13 @@ from cases import (
     value_tolerance,
 )
 from contracts import (
+    EXTREME_TEMPERATURES,
+    LARGE_TEMPERATURES,
     PATTERNS,
     agree_with_reference,
     check_a_weight_of_0,
     check_infinite_logits,
+    check_large_temperatures,
     check_saturated_target_of_dkd,
     check_saturated_target_of_nkd,
     check_that_extreme_temperatures_give_numbers,
@@ -202,29 +208,23 @@ def test_temperatures(case: Case, temperature: float, isa: str, generator: torch
         agree_with_reference(case, *make_inputs("normal", 9, classes, F32, generator), "cpu")
 
 
-@needs_cpu
-@pytest.mark.parametrize("temperature", [1e-30, 1e-10, 1e6, 1e12])
-@pytest.mark.parametrize("case", WITH_TEMPERATURE, ids=str)
-def test_extreme_temperatures_are_finite(
-    case: Case, temperature: float, isa: str, generator: torch.Generator
+@pytest.mark.parametrize("temperature", LARGE_TEMPERATURES)
+@pytest.mark.parametrize("case", [x for x in WITH_TEMPERATURE if x.teacher], ids=str)
+def test_large_temperatures(
+    case: Case, temperature: float, backend: str, generator: torch.Generator
 ) -> None:
-    """Where log-probabilities themselves overflow float32, as logits over 1e-30 do not."""
-    case = case.having(temperature=temperature)
-    for classes in CLASSES:
-        inputs = make_inputs("normal", 9, classes, F32, generator)
-        value, gradient = evaluate(case.rows, *inputs, backend="cpu")
-        assert value.isfinite().all()
-        # That of target_split has the size of 1 / T.
-        assert gradient.isfinite().all()
+    for classes, dtype in zip(CLASSES, (F32, BF16, F32, F16), strict=True):
+        variants = partial(iter, [backend])
+        check_large_temperatures(case, temperature, classes, dtype, backend, variants, generator)
 
 
 @needs_cpu
-@pytest.mark.parametrize("case", [x for x in WITH_TEMPERATURE if x.outputs == 1], ids=str)
-def test_a_temperature_that_float32_has_no_inverse_of(case: Case, isa: str) -> None:
+@pytest.mark.parametrize("temperature", EXTREME_TEMPERATURES)
+@pytest.mark.parametrize("case", WITH_TEMPERATURE, ids=str)
+def test_extreme_temperatures_give_numbers(case: Case, temperature: float, isa: str) -> None:
     for classes in CLASSES:
-        check_that_extreme_temperatures_give_numbers(
-            case, 1e-60, classes, "cpu", lambda: iter([isa])
-        )
+        variants = partial(iter, [isa])
+        check_that_extreme_temperatures_give_numbers(case, temperature, classes, "cpu", variants)
 
 
 # ---- divergences ----------------------------------------------------------------------------

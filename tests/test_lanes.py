@@ -11,7 +11,7 @@ import torch
 from cases import assert_same
 from numpy.typing import NDArray
 
-from kdkernels import kd_loss, target_split
+from kdkernels import ops
 
 _host = pytest.importorskip("kdkernels._host")  # not in a wheel
 EXACT = np.longdouble
@@ -118,19 +118,22 @@ def test_load_is_exact(dtype: torch.dtype, shape: tuple[int, int], isa: str) -> 
         # At a temperature of the largest logit every one of them counts.
         temperature = float(logits.abs().max())
         # target_split's sums make the value; its logsumexp is that of float32 logits, bit by bit.
-        ours = target_split(logits, target, temperature=temperature, backend="cpu")
-        truth = target_split(logits.float(), target, temperature=temperature, backend="cpu")
-        for a, b in zip(ours, truth, strict=True):
-            assert_same(a, b)
+        params = torch.tensor([temperature], dtype=torch.float64)
+        ours, truth = (
+            ops.FUSED.forward("target_split", x, None, target, None, params, -100, False)[0]
+            for x in (logits, logits.float())
+        )
+        assert_same(ours, truth)
 
 
 def gradient(
     student: torch.Tensor, teacher: torch.Tensor, upstream: torch.Tensor, temperature: float = 4.0
 ) -> torch.Tensor:
-    student = student.detach().requires_grad_()
-    loss = kd_loss(student, teacher, temperature=temperature, reduction="none", backend="cpu")
-    loss.backward(upstream)
-    return student.grad
+    """Of KD. The operators take temperatures that the functions refuse."""
+    params = torch.tensor([temperature, 1.0, 0.0, 0.0], dtype=torch.float64)
+    inputs = (student, teacher, None, None)
+    _, stats, _ = ops.FUSED.forward("kd", *inputs, params, -100, False)
+    return ops.FUSED.backward("kd", upstream, *inputs, stats, params, -100)
 
 
 @pytest.mark.parametrize("stored", ["student", "teacher"])

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from cases import ISAS
 
-from kdkernels import ops
+from kdkernels import ops, reference
 
 _host = pytest.importorskip("kdkernels._host")  # not in a wheel
 LANES = {"baseline": 4, "avx2": 8, "avx512": 16}  # of float32
@@ -322,3 +322,4 @@ def test_lists_of_losses_agree() -> None:
     in_python = {name: (x.teacher, x.outputs) for name, x in ops.LOSSES.items()}
     assert in_cpp == in_python
     assert _host.stats_width() == ops.STATS_WIDTH
+    assert _host.large_temperature() == reference.LARGE_TEMPERATURE

@@ -272,6 +272,17 @@ def test_nan_wins_over_infinities_and_weights_of_0(case: Case, regime: str) -> N
     contracts.check_that_nan_wins(case, 9, "triton", one(regime), step=5)
 
 
+@pairwise(
+    case=[x for x in MAIN_CASES if x.teacher], temperature=contracts.LARGE_TEMPERATURES,
+    regime=REGIMES, dtype=[F32, BF16],
+)  # fmt: skip
+def test_large_temperatures(
+    case: Case, temperature: float, regime: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    check = contracts.check_large_temperatures
+    check(case, temperature, 37, dtype, "triton", one(regime), generator)
+
+
 @pairwise(case=CASES, pattern=[*PATTERNS], regime=REGIMES)
 def test_infinite_logits(case: Case, pattern: str, regime: str, generator: torch.Generator) -> None:
     for _ in in_regime(regime):

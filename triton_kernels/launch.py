@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
+from kdkernels.reference import LARGE_TEMPERATURE
 
 from . import aekt, cross_entropy, dkd, kd, nkd, row, target_split
 from .stats import PLAIN
@@ -249,7 +250,7 @@ class Call:
     ignore_index: int
     params: tuple[float, ...]
     outputs: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the loss
     itemsize: int  # the larger of the logits' two
     vec: int
     aligned: int
@@ -280,10 +281,6 @@ class Call:
         numbers = params.tolist()
         if not ops.LOSSES[loss].temperature:
             numbers.insert(0, 1.0)  # the kernels' first parameter is always one
-        if dtype == torch.float32:
-            # As float32 T must not become 0, nor its square infinite: beyond 2^60 both softmaxes
-            # are uniform to the last bit.
-            numbers[0] = min(max(numbers[0], 2.0**-126), 2.0**60)
         s, t, g = _place(student), _place(teacher), _place(grad)
         vec = max(16 // x.itemsize for x in (student, teacher, grad) if x is not None)
         loads = s[4] == 1 and _lie_alike(s, t, shape, vec) and _is_aligned(s[0], t[0])
@@ -321,7 +318,10 @@ class Call:
 
     @property
     def wide(self) -> bool:
-        return self.dtype == torch.float64
+        """Whether it is computed in float64; numbers of rows stay in the dtype of the loss."""
+        teacher = self.logits[5]
+        large = teacher is not None and self.params[0] > LARGE_TEMPERATURE
+        return self.dtype == torch.float64 or large
 
     @property
     def window(self) -> int:
@@ -413,7 +413,8 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
     elif chosen.regime == "sweeps":
         launch(row.sweeps, (chosen.programs,), chosen.warps, arguments)
     else:
-        scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH))
+        dtype = torch.float64 if call.wide else call.dtype
+        scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH), dtype=dtype)
         grid = (chosen.programs, chosen.parts)  # in this order: only the first may exceed 65535
         launch(row.partial, grid, chosen.warps, {**arguments, "stats": scratch})
         arguments["part_stats"] = scratch

@@ -159,7 +159,7 @@ def _open(row, rows, classes, target, row_weight, ignore_index, DTYPE: tl.conste
     exists = row < rows
     weight = tl.where(exists, 1.0, 0.0).to(DTYPE)
     if row_weight is not None:
-        weight = tl.load(row_weight + row, mask=exists, other=0.0)
+        weight = tl.load(row_weight + row, mask=exists, other=0.0).to(DTYPE)
     read = exists & (weight != 0.0)
     y = tl.full(row.shape, -1, tl.int32)
     if target is not None:
@@ -214,9 +214,8 @@ def _params(p0, p1, p2, p3, p4, p5, p6, p7, DTYPE: tl.constexpr):
 
 @triton.jit
 def _scale_of(p0, DTYPE: tl.constexpr):
-    """log2(e) / T, kept finite so that 0 * k = 0 at any temperature."""
-    k = tl.full((), 1.4426950408889634 / p0, tl.float64)
-    return tl.where(k < 3e38, k, 3e38).to(DTYPE)
+    """log2(e) / T"""
+    return tl.full((), 1.4426950408889634 / p0, tl.float64).to(DTYPE)
 
 
 @triton.jit
@@ -282,33 +281,38 @@ def _store_stats(stats, row, exists, ps, pt, sums):
 
 
 @triton.jit
+def _stat(at, exists, like, other=0.0):
+    return tl.load(at, mask=exists, other=other).to(like[0].dtype)
+
+
+@triton.jit
 def _load_stats(stats, row, exists, like):
-    """`like`: sums of this loss, for their number."""
+    """`like`: sums of this loss, for their number and type."""
     at = stats + row * WIDTH
-    ps = tl.load(at, mask=exists, other=-INF)
-    pt = tl.load(at + 1, mask=exists, other=-INF)
-    a = tl.load(at + 2, mask=exists, other=0.0)
+    ps = _stat(at, exists, like, -INF)
+    pt = _stat(at + 1, exists, like, -INF)
+    a = _stat(at + 2, exists, like)
     if len(like) == 1:
         return ps, pt, (a,)
     else:
-        b = tl.load(at + 3, mask=exists, other=0.0)
-        c = tl.load(at + 4, mask=exists, other=0.0)
+        b = _stat(at + 3, exists, like)
+        c = _stat(at + 4, exists, like)
         if len(like) == 3:
             return ps, pt, (a, b, c)
         else:
-            d = tl.load(at + 5, mask=exists, other=0.0)
+            d = _stat(at + 5, exists, like)
             if len(like) == 4:
                 return ps, pt, (a, b, c, d)
             else:
-                e = tl.load(at + 6, mask=exists, other=0.0)
+                e = _stat(at + 6, exists, like)
                 if len(like) == 5:
                     return ps, pt, (a, b, c, d, e)
                 else:
-                    f = tl.load(at + 7, mask=exists, other=0.0)
+                    f = _stat(at + 7, exists, like)
                     if len(like) == 6:
                         return ps, pt, (a, b, c, d, e, f)
                     else:
-                        return ps, pt, (a, b, c, d, e, f, tl.load(at + 8, mask=exists, other=0.0))
+                        return ps, pt, (a, b, c, d, e, f, _stat(at + 8, exists, like))
 
 
 @triton.jit
@@ -391,13 +395,21 @@ def _load_tile(
 
 
 @triton.jit
+def _stored(value, to):
+    """As the type that `to` points at; from float64 to 16 bits there is a way by float32 only."""
+    if to.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(to.dtype.element_ty)
+
+
+@triton.jit
 def _store_tile(
     grad, start, step, index, shift, writable, y, at_target, value,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, held=None,
 ):  # fmt: skip
     """The gradient of a tile; where the stores are aligned, of the granules inside the row."""
     column = index - shift
-    value = tl.where(column == y, at_target, value).to(grad.dtype.element_ty)
+    value = _stored(tl.where(column == y, at_target, value), grad)
     if ALIGNED == 2:
         first = (shift + (VEC - 1)) // VEC * VEC
         end = tl.where(writable > 0, (shift + writable) // VEC, 0) * VEC
@@ -434,7 +446,7 @@ def _store_edges(
     if teacher is not None:
         t = tl.load(teacher + t_start + column, mask=loaded, other=-INF).to(DTYPE)
     exps = STATS(s - usable(ps), t - usable(pt), k, VARIANT)[1]
-    value = tl.where(column == y, at_target, GRAD(exps, coef, VARIANT)).to(grad.dtype.element_ty)
+    value = _stored(tl.where(column == y, at_target, GRAD(exps, coef, VARIANT)), grad)
     tl.store(grad + g_start + column, value, mask=mine)
 
 

@@ -93,7 +93,7 @@ const char* supported_names() {
 }
 
 Plan plan(const Kernels& build, const Problem& p) {
-  const int lanes = build.vector_bytes / static_cast<int>(p.in_double() ? sizeof(double) : sizeof(float));
+  const int lanes = build.vector_bytes / static_cast<int>(p.computes_in_double() ? sizeof(double) : sizeof(float));
   const auto strided = [&](const Logits& x) { return x.data && x.class_stride != 1 && p.classes > 1; };
   if (strided(p.student) || strided(p.teacher) || strided(p.grad)) return {Regime::lanes_are_rows, lanes};
   if (p.classes > kTile || p.rows_total() == 1) return {Regime::lanes_are_classes, 1};

@@ -9,7 +9,8 @@ KD_NAMESPACE_BEGIN
 
 template <class Loss>
 bool run_in(const Problem& p, Plan plan, int64_t begin, int64_t end) {
-  return p.in_double() ? Rows<Loss, double>::run(p, plan, begin, end) : Rows<Loss, float>::run(p, plan, begin, end);
+  return p.computes_in_double() ? Rows<Loss, double>::run(p, plan, begin, end)
+                                : Rows<Loss, float>::run(p, plan, begin, end);
 }
 
 bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {

@@ -342,34 +342,39 @@ struct Rows {
   static constexpr int kValues = Loss::outputs + (Sums::teacher ? 2 : 0);  // what finish gives
   static_assert(Sums::count + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
 
-  static bool skipped(const Problem& p, int64_t row) {
-    return (p.target && p.target[row] == p.ignore_index) ||
-           (p.row_weight && static_cast<const S*>(p.row_weight)[row] == 0);
+  // One of the numbers of rows. Where these are in double so is S; the reverse is not true.
+  static double number(const Problem& p, const void* of, int64_t i) {
+    return p.in_double() ? static_cast<const double*>(of)[i] : static_cast<const float*>(of)[i];
+  }
+  static void put_number(const Problem& p, void* to, int64_t i, double x) {
+    if (p.in_double())
+      static_cast<double*>(to)[i] = x;
+    else
+      static_cast<float*>(to)[i] = static_cast<float>(x);
   }
 
-  static double weight_of(const Problem& p, int64_t row) {
-    return p.row_weight ? static_cast<const S*>(p.row_weight)[row] : 1.;
+  static bool skipped(const Problem& p, int64_t row) {
+    return (p.target && p.target[row] == p.ignore_index) || (p.row_weight && number(p, p.row_weight, row) == 0);
   }
+
+  static double weight_of(const Problem& p, int64_t row) { return p.row_weight ? number(p, p.row_weight, row) : 1.; }
 
   // The gradient that finish multiplies its coefficients with.
   static void upstream(const Problem& p, int64_t row, double* g) {
     const double weight = weight_of(p, row);
     for (int k = 0; k < Loss::outputs; ++k)
-      g[k] = p.pass == Pass::backward ? weight * static_cast<const S*>(p.grad_rows)[k * p.rows_total() + row]
-                                      : weight * p.scale;
+      g[k] = p.pass == Pass::backward ? weight * number(p, p.grad_rows, k * p.rows_total() + row) : weight * p.scale;
   }
 
   // loss: what finish gave, the parts behind the outputs.
   static void write_rows(const Problem& p, int64_t row, const double* loss, const double* g) {
     if (p.scaled_rows) p.scaled_rows[row] = loss ? loss[0] * g[0] : 0.;
-    if (p.rows)
-      for (int k = 0; k < Loss::outputs; ++k)
-        static_cast<S*>(p.rows)[k * p.rows_total() + row] = static_cast<S>(loss ? loss[k] * g[k] : 0.);
+    for (int k = 0; p.rows && k < Loss::outputs; ++k)
+      put_number(p, p.rows, k * p.rows_total() + row, loss ? loss[k] * g[k] : 0.);
     if constexpr (Sums::teacher)
       for (int k = 0; p.parts && k < 2; ++k) {
         const bool there = loss && (k == 0 || p.target);  // without a target there is no cross-entropy
-        static_cast<S*>(p.parts)[k * p.rows_total() + row] =
-            static_cast<S>(there ? loss[Loss::outputs + k] * weight_of(p, row) : 0.);
+        put_number(p, p.parts, k * p.rows_total() + row, there ? loss[Loss::outputs + k] * weight_of(p, row) : 0.);
       }
   }
 

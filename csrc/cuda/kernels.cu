@@ -22,23 +22,11 @@ struct Formats {
   using f64 = AnyFormat<double>;
 };
 
-// float cannot hold every temperature of double: T must not become 0, nor its square infinite. Beyond 2^60 both
-// softmaxes are uniform to the last bit.
-template <class S>
-double representable(double temperature) {
-  return sizeof(S) == 8 ? temperature : std::min(std::max(temperature, 0x1p-126), 0x1p60);
-}
-
 template <class Loss, class S>
 Args<S> arguments(const Call& c, const Plan& plan) {
   const Problem& p = c.problem;
   using Params = typename Loss::template Params<S>;
-  double numbers[kMaxParams];
-  std::copy(p.params, p.params + kMaxParams, numbers);
-  // Where that is a temperature: the losses that have none are at 1.
-  const bool parts = p.parts != nullptr;
-  if (Params(numbers, parts).temperature != 1) numbers[0] = representable<S>(numbers[0]);
-  const Params params(numbers, parts);
+  const Params params(p.params, p.parts != nullptr);
   Args<S> a;
   a.student = p.student;
   a.teacher = p.teacher;
@@ -58,20 +46,21 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   memcpy(a.params, &params, sizeof(params));
   // Finite, so that -inf and the margin make -inf.
   a.margin = static_cast<S>(std::min(1e30, 8 / std::max<double>(params.k, Loss::Sums::two ? kLog2e : 0)));
-  a.row_weight = static_cast<const S*>(p.row_weight);
-  a.upstream = static_cast<const S*>(p.grad_rows);
+  a.narrow = !p.in_double();
+  a.row_weight = p.row_weight;
+  a.upstream = p.grad_rows;
   a.scale = static_cast<S>(p.scale);
-  a.normalizer = static_cast<const S*>(c.normalizer);
-  a.stats_in = a.backward ? static_cast<const S*>(p.stats) : nullptr;
-  a.stats_out = a.backward ? nullptr : static_cast<S*>(p.stats);
-  a.losses = static_cast<S*>(p.rows);
-  a.parts_out = static_cast<S*>(p.parts);
+  a.normalizer = c.normalizer;
+  a.stats_in = a.backward ? p.stats : nullptr;
+  a.stats_out = a.backward ? nullptr : p.stats;
+  a.losses = p.rows;
+  a.parts_out = p.parts;
   double* const doubles = static_cast<double*>(c.scratch);
   a.count_blocks = static_cast<int>(count_blocks(c, plan));
   a.counts = a.count_blocks ? doubles : nullptr;
   a.sums = doubles + a.count_blocks;
   a.sum_count = sum_count(c, plan);
-  a.total = static_cast<S*>(c.total);
+  a.total = c.total;
   a.counter = c.total ? c.counter : nullptr;
   a.parts = plan.parts;
   a.part_vectors = plan.part_vectors;

@@ -149,7 +149,7 @@ few(KD_ARGUMENT(Args<typename F::S>) a) {
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
     typename Sums::template Stats<S> known = {};
     if (a.backward) {
-      if (exists) load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, known);
+      if (exists) load_row_stats<Sums>(a, row, pivots, known);
     } else {
       pivots = lanes_max<kLanes>(tile.top(), Sums::teacher);
     }
@@ -198,7 +198,7 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
     Pivots<S> pivots;
     typename Sums::template Stats<S> stats;
     if (a.backward) {
-      load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
+      load_row_stats<Sums>(a, row, pivots, stats);
       tile.sweep(a.scales, pivots);
       if (arch::thread() >= 32) stats = {};
     } else {
@@ -482,7 +482,7 @@ part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
     typename Sums::template Stats<S> stats = {};
     if (rank < 32 && a.backward) {
-      load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
+      load_row_stats<Sums>(a, row, pivots, stats);
     } else if (rank < 32) {
       for (int n = rank; n < a.parts; n += 32) {
         Pivots<S> part_pivots;
@@ -555,7 +555,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
     Pivots<S> pivots = {lowest<S>(), lowest<S>()};
     typename Sums::template Stats<S> stats = {};
     if (a.backward) {
-      load_stats<Sums>(a.stats_in + row * kStatsWidth, pivots, stats);
+      load_row_stats<Sums>(a, row, pivots, stats);
     } else {
       constexpr int kChunk = 64;  // classes that are summed before the sum joins the others: rounding stays small
       Running<Sums, S> running;

@@ -23,18 +23,20 @@ struct Args {
   Scales<S> scales = Scales<S>(1.0);
   alignas(8) char params[80] = {};  // the loss's own Params<S>
   S margin = 0;                     // how far a logit may rise above a running pivot
-  const S* row_weight = nullptr;
-  const S* upstream = nullptr;  // (outputs, rows), backward
+  // Numbers in memory that are no logits: by load_number and store_number. narrow: they are float, whatever S is.
+  bool narrow = false;
+  const void* row_weight = nullptr;
+  const void* upstream = nullptr;  // (outputs, rows), backward
   S scale = 1;
-  const S* normalizer = nullptr;
-  const S* stats_in = nullptr;  // (rows, kStatsWidth), backward
-  S* stats_out = nullptr;       // the same, forward
-  S* losses = nullptr;          // (outputs, rows), forward
-  S* parts_out = nullptr;       // (2, rows): distillation and cross-entropy
+  const void* normalizer = nullptr;
+  const void* stats_in = nullptr;  // (rows, kStatsWidth), backward
+  void* stats_out = nullptr;       // the same, forward
+  void* losses = nullptr;          // (outputs, rows), forward
+  void* parts_out = nullptr;       // (2, rows): distillation and cross-entropy
   // A reduction: every block's part of the sum, or every row's where parts of rows are blocks, and the total.
   double* sums = nullptr;
   int64_t sum_count = 0;
-  S* total = nullptr;
+  void* total = nullptr;
   uint32_t* counter = nullptr;  // null in launches that are not the last one
   // Rows that are not ignored, by blocks of the launch before; null: every block counts.
   const double* counts = nullptr;
@@ -46,6 +48,19 @@ struct Args {
   int clusters = 0, stages = 0;  // how many there are; rows that one has room for
   S* part_stats = nullptr;       // (rows of a wave, parts, kStatsWidth)
 };
+
+template <class S>
+KD_DEVICE S load_number(const Args<S>& a, const void* from, int64_t i) {
+  if constexpr (sizeof(S) == 8)
+    if (a.narrow) return arch::load(static_cast<const float*>(from) + i);
+  return arch::load(static_cast<const S*>(from) + i);
+}
+template <class S>
+KD_DEVICE void store_number(const Args<S>& a, void* to, int64_t i, S x) {
+  if constexpr (sizeof(S) == 8)
+    if (a.narrow) return arch::store(static_cast<float*>(to) + i, static_cast<float>(x));
+  arch::store(static_cast<S*>(to) + i, x);
+}
 
 template <class S>
 KD_DEVICE S lowest() {
@@ -134,7 +149,7 @@ KD_DEVICE double block_sum(const arch::Shared<double>& doubles, double x) {
 template <class S>
 KD_DEVICE S reduction_factor(const Args<S>& a, const arch::Shared<double>& doubles) {
   S factor = a.scale;
-  if (a.normalizer) factor /= arch::load(a.normalizer);
+  if (a.normalizer) factor /= load_number(a, a.normalizer, 0);
   if (!a.mean) return factor;
   double counted;
   if (a.counts)
@@ -158,7 +173,7 @@ KD_DEVICE void total(const Args<S>& a, const arch::Shared<double>& doubles) {
   if (doubles.ld(32) == 0) return;
   double sum = thread_sum<double>(a.sum_count, [&](int64_t i) { return arch::load_written(a.sums + i); });
   sum = block_sum(doubles, sum);
-  if (arch::thread() == 0) arch::store(a.total, static_cast<S>(sum));
+  if (arch::thread() == 0) store_number(a, a.total, 0, static_cast<S>(sum));
 }
 
 // ---- one row ------------------------------------------------------------------------------------------------------
@@ -174,7 +189,7 @@ template <class S>
 KD_DEVICE Open<S> open(const Args<S>& a, int64_t row) {
   Open<S> out = {row < a.rows, -1, S(1)};
   if (!out.read) return out;
-  if (a.row_weight) out.weight = arch::load(a.row_weight + row);
+  if (a.row_weight) out.weight = load_number(a, a.row_weight, row);
   out.read = out.weight != 0;
   if (a.target) {
     const int64_t y = arch::load(a.target + row);
@@ -239,29 +254,45 @@ KD_DEVICE void finish_loss(const Args<S>& a, const Stats& stats, const Pivots<S>
 #undef KD_FINISH
 }
 
-template <class Sums, class S>
-KD_DEVICE void load_stats(const S* from, Pivots<S>& pivots, typename Sums::template Stats<S>& stats) {
+// Statistics: of a row, for the backward pass, and of a part of a row.
+template <class Sums, class S, class T>
+KD_DEVICE void load_stats(const T* from, Pivots<S>& pivots, typename Sums::template Stats<S>& stats) {
   pivots = {arch::load(from), arch::load(from + 1)};
   KD_UNROLL
   for (int k = 0; k < Sums::count; ++k) stats.v[k] = arch::load(from + 2 + k);
 }
-template <class Sums, class S>
-KD_DEVICE void store_stats(S* to, const Pivots<S>& pivots, const typename Sums::template Stats<S>& stats) {
-  arch::store(to, pivots.s);
-  arch::store(to + 1, pivots.t);
+template <class Sums, class S, class T>
+KD_DEVICE void store_stats(T* to, const Pivots<S>& pivots, const typename Sums::template Stats<S>& stats) {
+  arch::store(to, static_cast<T>(pivots.s));
+  arch::store(to + 1, static_cast<T>(pivots.t));
   KD_UNROLL
-  for (int k = 0; k < kStatsWidth - 2; ++k) arch::store(to + 2 + k, k < Sums::count ? stats.v[k % Sums::count] : S(0));
+  for (int k = 0; k < kStatsWidth - 2; ++k)
+    arch::store(to + 2 + k, k < Sums::count ? static_cast<T>(stats.v[k % Sums::count]) : T(0));
+}
+template <class Sums, class S>
+KD_DEVICE void load_row_stats(const Args<S>& a, int64_t row, Pivots<S>& pivots,
+                              typename Sums::template Stats<S>& stats) {
+  if constexpr (sizeof(S) == 8)
+    if (a.narrow) return load_stats<Sums>(static_cast<const float*>(a.stats_in) + row * kStatsWidth, pivots, stats);
+  load_stats<Sums>(static_cast<const S*>(a.stats_in) + row * kStatsWidth, pivots, stats);
+}
+template <class Sums, class S>
+KD_DEVICE void store_row_stats(const Args<S>& a, int64_t row, const Pivots<S>& pivots,
+                               const typename Sums::template Stats<S>& stats) {
+  if constexpr (sizeof(S) == 8)
+    if (a.narrow) return store_stats<Sums>(static_cast<float*>(a.stats_out) + row * kStatsWidth, pivots, stats);
+  store_stats<Sums>(static_cast<S*>(a.stats_out) + row * kStatsWidth, pivots, stats);
 }
 
 // Nothing learned from a row that is not read.
 template <class S>
 KD_DEVICE void write_nothing(const Args<S>& a, int64_t row) {
   for (int k = 0; k < a.outputs; ++k)
-    if (a.losses) arch::store(a.losses + k * a.rows + row, S(0));
+    if (a.losses) store_number(a, a.losses, k * a.rows + row, S(0));
   for (int k = 0; k < 2; ++k)
-    if (a.parts_out) arch::store(a.parts_out + k * a.rows + row, S(0));
+    if (a.parts_out) store_number(a, a.parts_out, k * a.rows + row, S(0));
   for (int k = 0; k < kStatsWidth; ++k)
-    if (a.stats_out) arch::store(a.stats_out + row * kStatsWidth + k, S(0));
+    if (a.stats_out) store_number(a, a.stats_out, row * kStatsWidth + k, S(0));
 }
 
 // The logits of the target; -inf without one. Asked for before the row is summed up, so that nobody waits for them.
@@ -287,7 +318,7 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
   KD_UNROLL
   for (int k = 0; k < kMostOutputs; ++k) {
     g[k] = weight;
-    if (a.upstream && k < a.outputs) g[k] *= arch::load(a.upstream + k * a.rows + row);
+    if (a.upstream && k < a.outputs) g[k] *= load_number(a, a.upstream, k * a.rows + row);
   }
   finish_loss<Sums>(a, stats, pivots, y.s, y.t, g, loss, coef);
   if (!writes || a.backward) return 0;
@@ -296,12 +327,12 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
   for (int k = 0; k < kMostOutputs; ++k) loss[k] += nan;
   KD_UNROLL
   for (int k = 0; k < kMostOutputs; ++k)
-    if (a.losses && k < a.outputs) arch::store(a.losses + k * a.rows + row, loss[k] * g[k]);
-  if (a.stats_out) store_stats<Sums>(a.stats_out + row * kStatsWidth, pivots, stats);
+    if (a.losses && k < a.outputs) store_number(a, a.losses, k * a.rows + row, loss[k] * g[k]);
+  if (a.stats_out) store_row_stats<Sums>(a, row, pivots, stats);
   if (Sums::teacher && a.parts_out) {
     const S own = open(a, row).weight;  // without what multiplies the rows of a reduction
-    arch::store(a.parts_out + row, loss[1] * own);
-    arch::store(a.parts_out + a.rows + row, a.target ? loss[2] * own : S(0));
+    store_number(a, a.parts_out, row, loss[1] * own);
+    store_number(a, a.parts_out, a.rows + row, a.target ? loss[2] * own : S(0));
   }
   return static_cast<double>(loss[0] * g[0]);
 }

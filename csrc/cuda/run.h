@@ -10,7 +10,8 @@ namespace gpu {
 
 struct Call {
   Problem problem;
-  // A reduction, Pass::forward_grad: what its sum is divided by, and where it goes, in the compute type.
+  // A reduction, Pass::forward_grad: what its sum is divided by, and where it goes, in the type of the problem's
+  // numbers.
   const void* normalizer = nullptr;
   bool mean = false;
   void* total = nullptr;
@@ -71,8 +72,8 @@ inline Shape shape_of(const Problem& p) {
   Shape out = {};
   out.rows = p.rows_total();
   out.classes = p.classes;
-  out.wide = p.in_double() || (teacher && p.teacher.dtype != p.student.dtype);
-  out.vector = p.in_double() ? 2 : out.wide ? 8 : static_cast<int>(16 / bytes_of(p.student.dtype));
+  out.wide = p.computes_in_double() || (teacher && p.teacher.dtype != p.student.dtype);
+  out.vector = p.computes_in_double() ? 2 : out.wide ? 8 : static_cast<int>(16 / bytes_of(p.student.dtype));
   out.pair_bytes = static_cast<int>(bytes_of(p.student.dtype) + (teacher ? bytes_of(p.teacher.dtype) : 0));
   out.kept = kept_by(p);
   out.alike = !out.wide && lie_alike(p, p.student, p.teacher) && lie_alike(p, p.student, p.grad);
@@ -98,13 +99,13 @@ inline int64_t part_stats_offset(const Call& c, const Plan& plan) {
 }
 inline int64_t scratch_bytes(const Call& c, const Plan& plan) {
   const bool parts = plan.regime == Regime::split && c.problem.pass != Pass::backward;
-  const int64_t stats = parts ? plan.wave * plan.parts * kStatsWidth * (c.problem.in_double() ? 8 : 4) : 0;
+  const int64_t stats = parts ? plan.wave * plan.parts * kStatsWidth * (c.problem.computes_in_double() ? 8 : 4) : 0;
   return part_stats_offset(c, plan) + stats;
 }
 
 inline int run(const Call& c, const Plan& plan) {
   const Problem& p = c.problem;
-  if (p.in_double()) return run_f64(c, plan);
+  if (p.computes_in_double()) return run_f64(c, plan);
   if (shape_of(p).wide) return run_mixed(c, plan);
   switch (p.student.dtype) {
     case DType::f16:

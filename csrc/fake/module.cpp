@@ -35,7 +35,8 @@ struct Spec {
   // How the tensors lie: all alike; all alike, a class away from a granule; each row of the teacher otherwise; classes
   // apart.
   enum class Lie { aligned, shifted, skewed, strided } lie = Lie::aligned;
-  bool mean = true;  // reductions count rows
+  bool mean = true;    // reductions count rows
+  bool large = false;  // temperature, where there is one that is not 1
 };
 constexpr const char* kPasses[] = {"forward", "backward", "forward_grad"};
 constexpr const char* kVariants[] = {"plain", "two", "smooth"};
@@ -56,9 +57,9 @@ int loss_of(const std::string& name) {
 
 std::string shown(const Spec& x) {
   const auto name = [](const char* const* names, auto i) { return std::string(names[static_cast<int>(i)]); };
-  return std::string(gpu::kLosses[x.loss].name) + ", " + name(kVariants, x.variant) + ", " + name(kPasses, x.pass) +
-         ", " + std::to_string(x.rows) + " x " + std::to_string(x.classes) + ", " + name(kTypes, x.student) + " and " +
-         name(kTypes, x.teacher) + ", " + name(kLies, x.lie);
+  return std::string(gpu::kLosses[x.loss].name) + ", " + name(kVariants, x.variant) + (x.large ? ", large T, " : ", ") +
+         name(kPasses, x.pass) + ", " + std::to_string(x.rows) + " x " + std::to_string(x.classes) + ", " +
+         name(kTypes, x.student) + " and " + name(kTypes, x.teacher) + ", " + name(kLies, x.lie);
 }
 std::string shown(const gpu::Plan& x) {
   return std::string(gpu::kRegimes[static_cast<int>(x.regime)]) + ": " + std::to_string(x.blocks) + " x " +
@@ -99,7 +100,7 @@ gpu::Call call_of(const Spec& x, void* stream) {
   // those of a loss that smooths without one.
   const LossFacts& facts = gpu::kLosses[x.loss];
   const bool smooth = x.variant == Variant::smooth;
-  if (facts.two_temperatures && x.variant != Variant::plain) p.params[0] = 4;
+  if (facts.two_temperatures && x.variant != Variant::plain) p.params[0] = x.large ? 2 * kLargeTemperature : 4;
   if (facts.smooths) p.params[facts.teacher ? 3 : 0] = smooth ? 0.5 : 0;
   if (x.pass == Pass::forward_grad) c.total = memory(7), c.mean = x.mean;
   return c;
@@ -156,7 +157,7 @@ struct Swept {
 
 // What decides about the kernel and its launch. Of numbers that only grow the grid, the magnitude: calls that differ in
 // nothing else are made once.
-using Key = std::array<int64_t, 17>;
+using Key = std::array<int64_t, 18>;
 struct Hash {
   size_t operator()(const Key& key) const {
     uint64_t hash = 0;
@@ -174,6 +175,7 @@ Key key_of(const Spec& x, const gpu::Call& c, const gpu::Plan& plan) {
   };
   return {x.loss,
           static_cast<int>(x.variant),
+          x.large,
           static_cast<int>(x.pass),
           static_cast<int>(x.student),
           static_cast<int>(x.teacher),
@@ -263,15 +265,17 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
             for (int pass = 0; pass < 3; ++pass)
               for (Variant variant : {Variant::plain, Variant::two, Variant::smooth})
                 for (int lie = 0; lie < 4; ++lie)
-                  for (bool mean : {false, true}) {
-                    if (mean && Pass(pass) != Pass::forward_grad) continue;
-                    if (variant == Variant::two && !gpu::kLosses[loss].two_temperatures) continue;
-                    if (variant == Variant::smooth && !gpu::kLosses[loss].smooths) continue;
-                    // Reductions have one output to reduce.
-                    if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                    sweep_one({loss, Pass(pass), student, teacher, r, n, variant, Spec::Lie(lie), mean}, device, wanted,
-                              seen, out);
-                  }
+                  for (bool mean : {false, true})
+                    for (bool large : {false, true}) {
+                      if (mean && Pass(pass) != Pass::forward_grad) continue;
+                      if (large && (variant == Variant::plain || !gpu::kLosses[loss].two_temperatures)) continue;
+                      if (variant == Variant::two && !gpu::kLosses[loss].two_temperatures) continue;
+                      if (variant == Variant::smooth && !gpu::kLosses[loss].smooths) continue;
+                      // Reductions have one output to reduce.
+                      if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
+                      sweep_one({loss, Pass(pass), student, teacher, r, n, variant, Spec::Lie(lie), mean, large},
+                                device, wanted, seen, out);
+                    }
           });
       }
   }
