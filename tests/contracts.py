@@ -575,30 +575,30 @@ def check_parts(
     weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0]).to(dtype)
     own = OPERATORS[name].tolist()[4:]
     close = {"rtol": 1e-3, "atol": 1e-4}
-    for temperature in (1.0, 3.0):
-        for mixture in MIXTURES:
-            params = as_params(temperature, *mixture, *own)
-            exact = (student.double(), teacher.double(), target)
-            truth = ops.LOSSES[name].reference(
-                *exact, *params.tolist(), row_weight=weight.double(), parts=True
+    # A large temperature is computed in float64, whatever the dtype of the parts.
+    for temperature, mixture in (*product((1.0, 3.0), MIXTURES), (100.0, MIXTURES[2])):
+        params = as_params(temperature, *mixture, *own)
+        exact = (student.double(), teacher.double(), target)
+        truth = ops.LOSSES[name].reference(
+            *exact, *params.tolist(), row_weight=weight.double(), parts=True
+        )
+        end = (params, IGNORED)
+        number = torch.tensor(2.0, dtype=torch.float64)
+        for variant in variants():
+            rows, stats, parts = operators.forward(name, *inputs, weight, *end, True)
+            total, gradient, again = operators.reduced(
+                name, *inputs, weight, number, True, *end, True, True
             )
-            end = (params, IGNORED)
-            number = torch.tensor(2.0, dtype=torch.float64)
-            for variant in variants():
-                rows, stats, parts = operators.forward(name, *inputs, weight, *end, True)
-                total, gradient, again = operators.reduced(
-                    name, *inputs, weight, number, True, *end, True, True
-                )
-                torch.testing.assert_close(rows.double(), truth[0], **close, msg=variant)
-                for found in (parts, again):
-                    torch.testing.assert_close(found.double(), truth[1:], **close, msg=variant)
-                # Where nobody asks, fewer sums may be taken.
-                plain = operators.reduced(name, *inputs, weight, number, True, *end, True, False)
-                torch.testing.assert_close(total, plain[0], rtol=1e-5, atol=1e-6)
-                torch.testing.assert_close(gradient, plain[1], rtol=1e-2, atol=1e-5)
-                upstream = torch.ones_like(rows)
-                pulled = operators.backward(name, upstream, *inputs, weight, stats, *end)
-                assert pulled.isfinite().all()
+            torch.testing.assert_close(rows.double(), truth[0], **close, msg=variant)
+            for found in (parts, again):
+                torch.testing.assert_close(found.double(), truth[1:], **close, msg=variant)
+            # Where nobody asks, fewer sums may be taken.
+            plain = operators.reduced(name, *inputs, weight, number, True, *end, True, False)
+            torch.testing.assert_close(total, plain[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradient, plain[1], rtol=1e-2, atol=1e-5)
+            upstream = torch.ones_like(rows)
+            pulled = operators.backward(name, upstream, *inputs, weight, stats, *end)
+            assert pulled.isfinite().all()
     if not ops.LOSSES[name].target:
         student, teacher, _ = make_inputs("normal", 5, classes, dtypes, generator)
         exact = (student.double(), teacher.double(), None)
