@@ -231,7 +231,7 @@ def check_that_a_bad_target_makes_its_row_nan(
     others = torch.arange(3) != 2
     wrong = torch.where(others, target, bad)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdkernels.losses.checks_targets", lambda _: False)
+        patch.setattr("kdkernels.arguments.checks_targets", lambda _: False)
         for _ in variants():
             value, gradient = evaluate(case.rows, student, teacher, wrong, backend=backend)
             good = evaluate(case.rows, student, teacher, target, backend=backend)

@@ -100,9 +100,16 @@ def _poisoned(x: Tensor) -> Tensor:
 
 
 def forward(
-    loss: str, student: Tensor, teacher: Tensor | None, *rest: Any
+    loss: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    params: Tensor,
+    ignore_index: int,
+    with_parts: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, with_parts = rest
+    inputs = (student, teacher, target, row_weight, params, ignore_index)
     dtype, outputs = ops.loss_dtype(student, teacher), ops.LOSSES[loss].outputs
     shape = student.shape[:-1] if outputs == 1 else (outputs, *student.shape[:-1])
     rows = _poisoned(student.new_empty(shape, dtype=dtype))
@@ -110,7 +117,7 @@ def forward(
     stats = _poisoned(student.new_empty((count, ops.STATS_WIDTH), dtype=dtype))
     parts = _poisoned(ops.empty_parts(student, dtype, with_parts))
     asked = {"parts": parts} if with_parts else {}
-    _run("forward", loss, student, teacher, *rest, rows=rows, stats=stats, **asked)
+    _run("forward", loss, *inputs, rows=rows, stats=stats, **asked)
     return rows, stats, parts
 
 
@@ -142,7 +149,7 @@ def reduced(
     params: Tensor,
     ignore_index: int,
     with_grad: bool,
-    with_parts: bool,
+    with_parts: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, scale, dtype = student.shape[:-1].numel(), 1.0, ops.loss_dtype(student, teacher)
     # A number on the host, unless it is in the dtype of the loss and so stands for the device's.

@@ -95,13 +95,17 @@ class Sums:
     finish: int  # at most, per row, by all losses that sum so; of float kernels
 
 
+# By Variant, and for a pair whether it is a cross-entropy.
 # nkd, the only loss that takes a cross-entropy, has a shorter finish than the others together.
 SUMS = {
-    "StudentSums": Sums(1, 1, 1, 3),
-    "PairSums<0,0>": Sums(2, 2, 2, 11),
+    "StudentSums<0>": Sums(1, 1, 1, 3),
+    "StudentSums<2>": Sums(1, 1, 1, 3),
+    "PairSums<0,0>": Sums(2, 2, 2, 14),
     "PairSums<0,1>": Sums(2, 2, 2, 3),
-    "PairSums<1,0>": Sums(2, 3, 3, 11),
+    "PairSums<1,0>": Sums(2, 3, 3, 14),
     "PairSums<1,1>": Sums(2, 4, 3, 3),
+    "PairSums<2,0>": Sums(2, 3, 3, 14),
+    "PairSums<2,1>": Sums(2, 4, 3, 3),
 }
 PARTS = ("part_stats", "part_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
@@ -214,7 +218,7 @@ def expected() -> set[Kernel]:
 
 MANGLED = re.compile(
     r"_ZN2kd\d+\w+?4cuda\d+(?P<name>[a-z_]+)I"
-    r"(?:NS0_\d+(?P<sums>StudentSums|PairSumsILb\dELb\dEE)E)?"
+    r"(?:NS0_\d+(?P<sums>(?:Student|Pair)SumsILNS_7VariantE\dE(?:Lb\dE)?E)E)?"
     r"(?:NS\d_\d+(?P<format>Format|AnyFormat)I(?:NS0_)?(?P<type>f|d|3F16|4BF16)E?EE)?"
     r"(?:(?:NS0_)?(?P<data>f|d|3F16E|4BF16E)(?P<factor>[fd])E)?"
     r"(?:Li(?P<number>\d+)E(?:Li(?P<classes>\d+)E)?)?(?:Lb(?P<skewed>\d)E)?"
@@ -225,7 +229,8 @@ def kernel(mangled: str) -> Kernel:
     x = MANGLED.match(mangled)
     assert x, f"{mangled} is no kernel's name"
     types = {short: name for name, short in TYPES.items()}
-    sums = re.sub(r"ILb(\d)ELb(\d)EE", r"<\1,\2>", x["sums"] or "")
+    numbers = ",".join(re.findall(r"(?:Variant|Lb)E?(\d)E", x["sums"] or ""))
+    sums = re.sub(r"I.*", f"<{numbers}>", x["sums"] or "")
     form = f"{x['format']}<{types[x['type']]}>" if x["format"] else ""
     if x["data"]:
         form = f"{types[x['data'].removesuffix('E')]}, {types[x['factor']]}"
@@ -669,14 +674,14 @@ def test_instructions_are_those_expected(kernels):
 def test_names_are_read():
     long = "_ZN2kd6scalar4cuda"
     assert kernel(
-        f"{long}3fewINS0_8PairSumsILb0ELb1EEENS1_6FormatINS0_4BF16EEELi8ELi16EEEvNS1_4ArgsE"
+        f"{long}3fewINS0_8PairSumsILNS_7VariantE0ELb1EEENS1_6FormatINS0_4BF16EEELi8ELi16EEEvNS1_4ArgsE"
     ) == (Kernel("few", "PairSums<0,1>", "Format<BF16>", 8, 16))
-    assert kernel(f"{long}13part_gradientINS0_11StudentSumsENS1_9AnyFormatIdEEEEvNS1_4ArgsE") == (
-        Kernel("part_gradient", "StudentSums", "AnyFormat<double>")
-    )
+    assert kernel(
+        f"{long}13part_gradientINS0_11StudentSumsILNS_7VariantE2EEENS1_9AnyFormatIdEEEEvNS1_4ArgsE"
+    ) == (Kernel("part_gradient", "StudentSums<2>", "AnyFormat<double>"))
     for skewed in (False, True):
         assert kernel(
-            f"{long}6sweepsINS0_8PairSumsILb1ELb0EEENS1_6FormatIfEELb{skewed:d}EEEvNS1_4ArgsE"
+            f"{long}6sweepsINS0_8PairSumsILNS_7VariantE1ELb0EEENS1_6FormatIfEELb{skewed:d}EEEvNS1_4ArgsE"
         ) == Kernel("sweeps", "PairSums<1,0>", "Format<float>", skewed=skewed)
     assert kernel(f"{long}5scaleINS0_3F16EfEEvNS1_9ScaleArgsE") == Kernel("scale", "", "F16, float")
     assert kernel(f"{long}5scaleIddEEvNS1_9ScaleArgsE") == Kernel("scale", "", "double, double")

@@ -21,6 +21,7 @@ from kdkernels import ops
 
 triton = pytest.importorskip("triton")
 from kdkernels.triton_kernels import launch  # noqa: E402
+from kdkernels.triton_kernels.stats import PLAIN, SMOOTH, TWO  # noqa: E402
 
 pytestmark = pytest.mark.full
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -72,13 +73,20 @@ class Job:
         return " ".join([*said, *(f"{name}={x}" for name, x in self.plant)])
 
 
-def variants(name: str) -> dict[bool, list[tuple[float, ...]]]:
-    """The parameters that an operator is tested with, by whether they need two temperatures."""
+def variant(name: str, params: tuple[float, ...]) -> int:
+    """Which variant of its kernels a call takes."""
+    own = params if ops.LOSSES[name].temperature else (1.0, *params)
+    return launch.LOSSES[name].variant(False, *own)
+
+
+def variants(name: str) -> dict[int, list[tuple[float, ...]]]:
+    """The parameters that an operator is tested with, by the variant that they need."""
     tested = dict.fromkeys(case.operator for case in CASES)  # each once
-    two = launch.LOSSES[name].two_temperatures
     every = [params for loss, params in tested if loss == name]
     return {
-        kind: found for kind in (False, True) if (found := [x for x in every if two(*x) is kind])
+        kind: found
+        for kind in (PLAIN, TWO, SMOOTH)
+        if (found := [x for x in every if variant(name, x) == kind])
     }
 
 
@@ -97,7 +105,7 @@ VARIANTS = [job_of(name, x[0]) for name, kinds in PARAMS.items() for x in kinds.
 
 def is_two(job: Job) -> bool:
     """Whether the sums are taken at two temperatures."""
-    return launch.LOSSES[job.loss].two_temperatures(*job.params)
+    return variant(job.loss, job.params) != PLAIN
 
 
 def largest(job: Job) -> int:
@@ -132,7 +140,7 @@ def clusters(job: Job) -> list[Job]:
 
 
 def other_dtypes() -> Iterator[Job]:
-    for loss, two in (("kd", False), ("kd", True), ("nkd", True)):
+    for loss, two in (("kd", PLAIN), ("kd", TWO), ("nkd", TWO)):
         for pair in (("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")):
             job = Job(loss, PARAMS[loss][two][0], normalizer=True)
             yield replace(job, student=pair[0], teacher=pair[1])
@@ -212,9 +220,9 @@ SAME: dict[str, list[Job]] = {
         Job(op="backward", params=(1.0, 1.0, 16.0, 0.0)),
     ],
     **{
-        f"{name}, {1 + two} temperatures": [job_of(name, x) for x in every]
+        f"{name}, variant {kind}": [job_of(name, x) for x in every]
         for name, kinds in PARAMS.items()
-        for two, every in kinds.items()
+        for kind, every in kinds.items()
         if len(every) > 1
     },
     "scale": [Job(op="scale", rows=x, classes=32000) for x in (1, 3, 4096)],
@@ -430,16 +438,16 @@ def test_logits_that_lie_differently_count_as_scalar_loads(compiled):
 # teacher's, which the gradient does without. A resident tile keeps those of the sums. So a thread
 # with n classes has n * sums of them, in the sweeps n * (sums + gradient), and PER_ROW at most.
 EXPONENTIALS = {
-    (case.operator[0], two): case.facts.exponentials[two]
+    (case.operator[0], kind): case.facts.exponentials[min(kind, len(case.facts.exponentials) - 1)]
     for case in MAIN_CASES
-    for two in PARAMS[case.operator[0]]
+    for kind in PARAMS[case.operator[0]]
 }
 # Those of a row, in every thread: pivots that move, the finish, an edge of the gradient.
 PER_ROW = 16
 
 
 def check_exponentials(target: str, job: Job, x: dict[str, Any]) -> None:
-    sums, gradient = EXPONENTIALS[job.loss, is_two(job)]
+    sums, gradient = EXPONENTIALS[job.loss, variant(job.loss, job.params)]
     again = x["kernel"] == "sweeps" and job.op != "forward"
     per_class = sums + (gradient if again else 0)
     expected = per_class * x["block"] * x["rows"] // (32 * x["warps"] * x["ctas"])
@@ -460,7 +468,7 @@ def test_exponentials_of_a_second_temperature_exceed_the_budget_of_one(compiled)
     job = counted(Job("kd", PARAMS["kd"][True][0]))[0]
     (x,) = compiled(MAIN, job)
     with pytest.raises(AssertionError, match="exponentials"):
-        check_exponentials(MAIN, replace(job, params=PARAMS["kd"][False][0]), x)
+        check_exponentials(MAIN, replace(job, params=PARAMS["kd"][PLAIN][0]), x)
 
 
 # ---- clusters -------------------------------------------------------------------------------
@@ -494,7 +502,7 @@ def test_clusters_fit_as_planned(compiled, target, job):
     # The maxima are one reduction, the sums another one; a fifth sum is one of its own. Each passes
     # a barrier when its numbers are written, and one when they have been read. A tile that is not
     # stored as it was loaded passes one more.
-    sums, _ = EXPONENTIALS[job.loss, is_two(job)]
+    sums, _ = EXPONENTIALS[job.loss, variant(job.loss, job.params)]
     reductions = 3 if sums > 3 else 2
     barriers = 2 * reductions + (x["aligned"] != 2)
     assert (x["remote"], x["barriers"]) == (reductions, barriers), says(target, job, x)

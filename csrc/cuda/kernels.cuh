@@ -493,7 +493,7 @@ part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
       lanes_merge<Sums, 32>(a.scales, stats, pivots);
     }
     Slope<Sums, S> slope;
-    sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope);
+    sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, part == 0);
     for (int n = strides - 1; at.g && n >= 0; --n) {
       stride.each(fs, ft, at, i, size, end, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
         write_vector<Sums>(a, fs, at, vector, s, t, slope);

@@ -32,7 +32,7 @@ struct Nkd : PairSums<kVariant, true> {
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, lit<V>(0), gamma, upstream[0] * kd_weight, coef);
     // The target term is cross-entropy weighted by the teacher's confidence; extra cross-entropy joins it for free.
     const V surprise =
-        add_cross_entropy<Sums>(params, kd_weight * q.p, a, s_y - usable(pivots.s), upstream[0], loss, coef);
+        add_cross_entropy<Sums, true>(params, kd_weight * q.p, a, s_y - usable(pivots.s), upstream[0], loss, coef);
     if (params.parts) loss[1] = rest + weighted(q.p, surprise);
   }
 };

@@ -43,28 +43,42 @@ struct PairParams : Scales<S> {
   }
 };
 
+// CE(student, target) at temperature 1, as a part alone.
+template <class Sums, class V, class Params, class Stats>
+KD_FN V cross_entropy(const Params& params, const Stats& a, V relative) {
+  const V sum = a.v[Sums::two ? 3 : 0];
+  const Split<V> p = Split<V>::of(relative, 1, sum);
+  if constexpr (Sums::smooth) {
+    const Smoothed<V> x = Smoothed<V>::of(p, relative, sum, a.v[Sums::count - 2], a.v[Sums::count - 1]);
+    const V smoothing = Ops<V>::splat(params.label_smoothing);
+    return weighted(lit<V>(1) - smoothing, -p.log_p) + weighted(smoothing, x.mean);
+  }
+  return -p.log_p;
+}
+
 // ce_weight * CE(student, target) at temperature 1, and `own` * -log p_y of a loss that has such a term itself, on top
 // of a loss and its coefficients; and the CE as a part. Returns -log p_y. relative: the target's logit minus the pivot.
 // A loss that sums at two temperatures keeps the exponentials at temperature 1 as its third; otherwise the row's
 // temperature is 1.
-template <class Sums, class V, class Params, class Stats, class Coef>
+template <class Sums, bool kOwn, class V, class Params, class Stats, class Coef>
 KD_FN V add_cross_entropy(const Params& params, V own, const Stats& a, V relative, V upstream, V* loss, Coef& coef) {
   const V sum = a.v[Sums::two ? 3 : 0], ce_weight = Ops<V>::splat(params.ce_weight);
   const Split<V> p = Split<V>::of(relative, 1, sum);
-  V weight = own + ce_weight, spread = lit<V>(0);
+  V weight = kOwn ? own + ce_weight : ce_weight, both = weight;
   loss[2] = -p.log_p;
   if constexpr (Sums::smooth) {
     const Smoothed<V> x = Smoothed<V>::of(p, relative, sum, a.v[Sums::count - 2], a.v[Sums::count - 1]);
     const V smoothing = Ops<V>::splat(params.label_smoothing), sharp = lit<V>(1) - smoothing;
     weight = own + ce_weight * sharp;
-    spread = ce_weight * smoothing;
+    const V spread = ce_weight * smoothing;
+    both = weight + spread;
     loss[2] = weighted(sharp, loss[2]) + weighted(smoothing, x.mean);
     loss[0] += weighted(spread, x.mean);
     coef.c[Sums::kept] = -upstream * spread * x.each;
     coef.y += upstream * spread * x.at_target;
   }
   loss[0] += weighted(weight, -p.log_p);
-  coef.c[Sums::two ? 2 : 0] += upstream * (weight + spread) * p.rest * inverse(sum);
+  coef.c[Sums::two ? 2 : 0] += upstream * both * p.rest * inverse(sum);
   coef.y -= upstream * weight * p.rest;
   return -p.log_p;
 }
@@ -91,8 +105,10 @@ struct SplitLoss : PairSums<kVariant, false> {
     loss[0] = weighted(kd_weight, distillation);
     if (params.parts) loss[1] = distillation;
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0] * kd_weight, coef);
-    if (params.ce_weight != 0 || params.parts)
-      add_cross_entropy<Sums>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
+    if (params.ce_weight != 0)
+      add_cross_entropy<Sums, false>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
+    else if (params.parts)
+      loss[2] = cross_entropy<Sums>(params, a, relative);
   }
 };
 
