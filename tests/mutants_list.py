@@ -14,7 +14,7 @@ LAYERS = {
     "python": "modules reference arguments autograd edges equivalence fuzz compile memory",
     "triton": "triton",
     "bindings": "autograd arguments fuzz equivalence modules edges compile memory",
-    "cpu": "lanes planner equivalence edges fuzz autograd arguments memory",
+    "cpu": "lanes planner parts equivalence edges fuzz autograd arguments memory",
     "cuda": "planner cuda_emulated simt",
 }
 
@@ -319,8 +319,8 @@ MUTANTS = [
     Mutant(
         "python-reference-temperature-once",
         "kdkernels/reference.py",
-        "gamma * temperature**2 * _times(qh, -log_ph)",
-        "gamma * temperature * _times(qh, -log_ph)",
+        "_weighted(gamma * temperature**2, rest)",
+        "_weighted(gamma * temperature, rest)",
         "T instead of T^2",
     ),
     Mutant(
@@ -538,7 +538,7 @@ MUTANTS = [
     ),
     Mutant(
         "bindings-any-factor",
-        "csrc/ops.cpp",
+        "csrc/binding.h",
         "x.is_cpu() && x.numel() == 1",
         "x.is_cpu()",
         "a normalizer of several elements, or of none, is read as a number",
@@ -680,7 +680,7 @@ MUTANTS = [
     Mutant(
         "cpu-teacher-at-the-wrong-temperature",
         "csrc/losses/nkd.h",
-        "a.v[kTwo ? Sums::sum_t1 : Sums::sum_t]",
+        "a.v[Sums::two ? Sums::sum_t1 : Sums::sum_t]",
         "a.v[Sums::sum_t]",
         "NKD's confidence of the teacher at T instead of 1",
     ),
@@ -950,5 +950,68 @@ MUTANTS = [
         "  wave = std::min(wave, (int64_t(1) << 31) / parts - 1);\n",
         "",
         "more blocks than a grid can have",
+    ),
+    Mutant(
+        "cpu-smoothing-counts-masked-classes",
+        "csrc/stats.h",
+        "v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(1));",
+        "v[kCount - 1] += lit<V>(1);",
+        "label smoothing spreads over the classes at -inf, too",
+    ),
+    Mutant(
+        "cpu-smoothing-without-the-shift",
+        "csrc/stats.h",
+        "out[kCount - 2] = v[kCount - 1] * ds + v[kCount - 2];",
+        "out[kCount - 2] = v[kCount - 2];",
+        "the sum of logits keeps the old pivot",
+    ),
+    Mutant(
+        "cpu-smoothing-constant-of-masked-classes",
+        "csrc/stats.h",
+        "select(ds == -infinity<V>(), -e, e)",
+        "e",
+        "classes at -inf get the constant of label smoothing",
+    ),
+    Mutant(
+        "cpu-smoothing-without-the-constant",
+        "csrc/losses/pair.h",
+        "coef.c[Sums::kept] = -upstream * spread * x.each;",
+        "coef.c[Sums::kept] = lit<V>(0);",
+        "the gradient of label smoothing pulls towards nothing",
+    ),
+    Mutant(
+        "cpu-parts-times-the-scale",
+        "csrc/cpu/row.h",
+        "loss[Loss::outputs + k] * weight_of(p, row)",
+        "loss[Loss::outputs + k] * g[0]",
+        "parts of a reduction are divided as its sum is",
+    ),
+    Mutant(
+        "cpu-parts-weighted",
+        "csrc/losses/pair.h",
+        "if (params.parts) loss[1] = distillation;",
+        "if (params.parts) loss[1] = loss[0];",
+        "the distillation comes with its weight",
+    ),
+    Mutant(
+        "cuda-parts-by-every-block",
+        "csrc/cuda/kernels.cuh",
+        "pivots, stats, slope, part == 0);",
+        "pivots, stats, slope);",
+        "every block of a row in parts writes the row's parts",
+    ),
+    Mutant(
+        "triton-smoothing-sign-by-minus",
+        "triton_kernels/stats.py",
+        "tl.where(ds == -INF, e * -1.0, e)",
+        "tl.where(ds == -INF, -e, e)",
+        "Triton's minus is 0 - e, which has no sign",
+    ),
+    Mutant(
+        "triton-parts-without-a-target",
+        "triton_kernels/row.py",
+        "        if target is not None:\n            tl.store(ce,",
+        "        if True:\n            tl.store(ce,",
+        "without a target its logit is -inf, and the cross-entropy infinite",
     ),
 ]
