@@ -431,8 +431,8 @@ def _explicit_knowledge(
 
     def ratio_divergence() -> Tensor:
         beyond = (log_ratio - log_ratio_max).clamp(min=0)
-        is_tensor = isinstance(log_ratio_max, Tensor)
-        slope = log_ratio_max.expm1() if is_tensor else math.expm1(log_ratio_max)
+        bound = log_ratio_max
+        slope = bound.expm1() if isinstance(bound, Tensor) else math.expm1(bound)
         return clamped.expm1() - clamped + slope * beyond
 
     def ratio_coupled_tckd() -> Tensor:
