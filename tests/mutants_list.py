@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 # Which test files can see a layer, likely killers first. A checkout may lack some of them.
 LAYERS = {
-    "python": "modules reference arguments autograd corners transforms edges equivalence fuzz compile"
-    " memory",
+    "python": (
+        "modules reference arguments autograd corners transforms edges equivalence fuzz compile"
+        " memory"
+    ),
     "triton": "triton",
     "bindings": "autograd arguments fuzz equivalence modules edges compile memory",
     "cpu": "lanes planner parts equivalence edges fuzz autograd arguments memory",
