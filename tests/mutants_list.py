@@ -493,6 +493,20 @@ MUTANTS = [
         "the third output takes the second one's upstream gradient",
     ),
     Mutant(
+        "triton-large-temperature-in-float",
+        "triton_kernels/launch.py",
+        "return self.dtype == torch.float64 or large",
+        "return self.dtype == torch.float64",
+        "of T^2 times a difference of logarithms float32 leaves 1e-7 T^2",
+    ),
+    Mutant(
+        "triton-nan-hides-behind-infinity",
+        "triton_kernels/row.py",
+        "nan = tl.where(nan == nan, 0.0, nan)",
+        "nan = tl.where(nan == nan, 0.0, 0.0)",
+        "a NaN logit is lost where a probability of 0 or an infinite loss stands before it",
+    ),
+    Mutant(
         "triton-dead-rows-have-a-gradient",
         "triton_kernels/row.py",
         "    return _only(read, coef), at_target",
@@ -803,6 +817,20 @@ MUTANTS = [
         "the gradient of ignored rows between others is 0 * NaN",
     ),
     Mutant(
+        "cpu-large-temperature-in-float",
+        "csrc/problem.h",
+        "return in_double() || (teacher.data && params[0] > kLargeTemperature);",
+        "return in_double();",
+        "of T^2 times a difference of logarithms float leaves 1e-7 T^2",
+    ),
+    Mutant(
+        "cpu-nan-hides-behind-infinity",
+        "csrc/stats.h",
+        "return select(all == all, lit<V>(0), all);",
+        "return lit<V>(0);",
+        "a NaN logit is lost where a probability of 0 or an infinite loss stands before it",
+    ),
+    Mutant(
         "cpu-strided-pivot-of-the-last-tile",
         "csrc/cpu/row.h",
         "narrow(b.maxima[0], part, row.s);",
@@ -963,6 +991,13 @@ MUTANTS = [
         "!(p.inner > 1 && differ((a.inner_stride - b.inner_stride) * size))",
         "!(p.outer > 1 && differ((a.inner_stride - b.inner_stride) * size))",
         "a padded teacher is read as if its rows began where the student's do",
+    ),
+    Mutant(
+        "cuda-numbers-of-rows-in-double",
+        "csrc/cuda/kernels.cu",
+        "a.narrow = !p.in_double();",
+        "a.narrow = false;",
+        "float numbers of rows are read and written as double at a large temperature",
     ),
     Mutant(
         "cuda-scratch-of-floats",
