@@ -10,7 +10,11 @@ from mutants_list import LAYERS, MUTANTS, broken
 
 LEAST = {"python": 8, "triton": 8, "bindings": 4, "cpu": 8, "cuda": 8}
 
-SHARED = ("csrc/lane.h", "csrc/stats.h")  # tested as the CPU's, used by the emulated kernels, too
+SHARED = (
+    "csrc/lane.h",
+    "csrc/problem.h",
+    "csrc/stats.h",
+)  # tested as the CPU's, used by the emulated kernels, too
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="an installed copy")
 
