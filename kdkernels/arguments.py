@@ -13,6 +13,7 @@ from torch import Tensor
 from kdkernels import reference
 from kdkernels.backend import check_name, checks_targets, choose
 from kdkernels.registry import LOSSES, is_eager, loss_dtype
+from kdkernels.sharded import is_sharded
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
 
@@ -79,8 +80,8 @@ Common keyword arguments:
     backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest available.
 
 Numbers that are multiplied or divided by (temperature and all weights) may be 0-d tensors as well,
-on the CPU, where reading them waits for nothing, and may require a gradient. Neither numbers nor
-such tensors make torch.compile start again when they change.
+on the CPU, where reading them waits for nothing, and may require a gradient (the reference's).
+Under torch.compile a number that changes is compiled once more, then no more; a tensor is not.
 
 Returns:
     float64 if either of the logits is float64, else float32: 0-d, or the shape of the target.
@@ -88,9 +89,9 @@ Returns:
 Raises:
     TypeError: an argument is of the wrong type or dtype.
     ValueError: a shape, layout, device or value is not allowed. A target out of range is one on a
-        CPU; on other devices, and under torch.func, it makes its row NaN unless the environment
-        sets KDKERNELS_CHECK=1, and compiled graphs leave it to the kernel.
-    RuntimeError: the backend asked for is not available.
+        CPU (under torch.func and torch.compile the kernel's RuntimeError); on other devices it
+        makes its row NaN unless the environment sets KDKERNELS_CHECK=1.
+    RuntimeError: the backend asked for is not available, or cannot do what is asked of it.
 """
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -161,14 +162,16 @@ def number(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
     return x
 
 
-def _scheduled(name: str, value: Any, low: float, high: float, allowed: str) -> float | Tensor:
-    """A float, or a 0-d tensor, whose value is looked at where that costs nothing."""
+def _scheduled(
+    name: str, value: Any, low: float, high: float, allowed: str, zero: bool = False
+) -> float | Tensor:
+    """A float, or a 0-d tensor, whose value is looked at where that costs nothing. zero: is one."""
     if not isinstance(value, Tensor):
         return number(name, value, low, high, f"{allowed}, or a 0-d tensor")
     if value.dim() != 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}; a tensor must be 0-d")
     value = tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
-    if is_eager(value) and value.device.type == "cpu":
+    if is_eager(value) and value.device.type == "cpu" and (low == 0 or value != 0 or not zero):
         number(name, value.item(), low, high, allowed)
     return value
 
@@ -182,9 +185,7 @@ def _weight(name: str, value: Any) -> float | Tensor:
     allowed = "0 or a number from 1e-30 to 1e30"
     if _is_number(value) and value == 0:
         return 0.0
-    if isinstance(value, Tensor):
-        return _scheduled(name, value, 0.0, 1e30, allowed)
-    return _scheduled(name, value, 1e-30, 1e30, allowed)
+    return _scheduled(name, value, 1e-30, 1e30, allowed, zero=True)
 
 
 def positive(name: str, value: Any) -> float:
@@ -273,6 +274,8 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], hint: str = "
 
 
 def check_like(name: str, value: Tensor, shape: torch.Size, logits: Tensor) -> None:
+    if is_sharded(value) and not is_sharded(logits):
+        raise TypeError(f"{name}: got a DTensor beside logits that are none")
     if value.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}; must be {tuple(shape)}")
     if value.device != logits.device:
@@ -328,8 +331,10 @@ def read_tensors(
         assert target is not None
         tensor("target", target, LOGIT_DTYPES)
         check_like("target", target, student.shape, student)
-        _check_soft(options)
-        target = target.argmax(dim)
+        _check_soft(target, options)
+        # NaN is no label: its class is one that does not exist.
+        classes = student.shape[dim]
+        target = torch.where(target.isnan().any(dim), classes, target.argmax(dim))
     if dim not in (-1, dims - 1):
         student = student.movedim(dim, -1)
         teacher = teacher.movedim(dim, -1) if teacher is not None else None
@@ -384,7 +389,9 @@ def _hint(soft_target: bool, target: Any) -> str:
     return ", or a floating point one of the shape of the logits" if soft_target else ""
 
 
-def _check_soft(options: Mapping[str, Any]) -> None:
+def _check_soft(target: Tensor, options: Mapping[str, Any]) -> None:
+    if wants_gradient(target):
+        raise ValueError("target: got probabilities that require a gradient, which they have not")
     weight = options["ce_weight"]
     if isinstance(weight, Tensor) or weight != 0 or options["return_parts"]:
         raise ValueError(

@@ -245,9 +245,10 @@ class Rows(_Function):
                 upstream = unit if _several(loss) else unit[0]
                 args = (upstream, *inputs, stats, ctx.ignore_index)
                 gradient = Gradient.apply(ctx.operators, loss, *args).to(dtype)
-                product = gradient * along[_STUDENT].to(dtype)
+                along_student = along[_STUDENT].to(dtype)
                 # What is not read is not read in the tangent either.
-                each.append(torch.where(gradient == 0, 0.0, product).sum(-1))
+                unread = (gradient == 0) & ~along_student.isfinite()
+                each.append((gradient * torch.where(unread, 0.0, along_student)).sum(-1))
             found.append(torch.stack(each) if _several(loss) else each[0])
         others = [place for place in _OTHERS if along[place] is not None]
         if others:
@@ -329,7 +330,7 @@ class Gradient(_Function):
         student, teacher, target, row_weight = as_rows(*tensors)
         grad_rows = _in_front(size, in_dims[2], grad_rows, lead)
         grad_rows = grad_rows.reshape(*grad_rows.shape[:lead], *student.shape[:-1])
-        stats = _in_front(size, in_dims[8], stats).reshape(-1, stats.shape[-1])
+        stats = _in_front(size, in_dims[8], stats).reshape(-1, stats.shape[-1]).contiguous()
         out = Gradient.apply(
             *(operators, loss, grad_rows, student, teacher, target, row_weight),
             *(params, stats, ignore_index),

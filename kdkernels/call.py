@@ -59,7 +59,7 @@ def loss(
         run = partial(_rows, name, params=params)
         return _over_ranks(name, run, student, teacher, target, options, params)
     inputs = read_tensors(name, student, teacher, target, options)
-    inputs = _where_kernels_serve(inputs, params)
+    inputs = _where_kernels_serve(inputs, params, options["backend"])
     divisor = _divisor(options, student)
     with_parts = options["return_parts"]
     if divisor is None or not _fits_one_sweep(inputs, divisor, params):
@@ -67,6 +67,9 @@ def loss(
         value = _reduce(value, inputs, divisor)
     else:
         value, parts = _reduced(name, inputs, params, divisor, with_parts)
+    if with_parts and target is None and parts is not None:
+        # The class that a mask was given along with is nobody's target.
+        parts = torch.stack((parts[0], torch.zeros_like(parts[1])))
     return _returned(value, parts, inputs, divisor) if with_parts else value
 
 
@@ -77,7 +80,7 @@ def rows(
 
     def local(logits: Tensor, _: Any, target: Tensor, __: Any) -> Tensor:
         inputs = read_tensors(name, logits, None, target, options, "logits")
-        return _rows(name, _where_kernels_serve(inputs, own), own)[0]
+        return _rows(name, _where_kernels_serve(inputs, own, options["backend"]), own)[0]
 
     if sharded.is_sharded(logits):
         value: Tensor = sharded.over_rows(
@@ -112,13 +115,21 @@ def _over_ranks(
     def local(student: Tensor, teacher: Any, target: Any, row_weight: Any) -> Tensor:
         own = {**options, "row_weight": row_weight}
         inputs = read_tensors(name, student, teacher, target, own)
-        inputs = _where_kernels_serve(inputs, params)
+        inputs = _where_kernels_serve(inputs, params, options["backend"])
         value, parts = run(inputs=inputs, with_parts=with_parts)
         counts = torch.ones_like(value)
         if inputs.target is not None:
             counts = (inputs.target != inputs.ignore_index).to(value.dtype)
-        return torch.stack([value, *(() if parts is None else parts.detach()), counts])
+        of_parts = () if parts is None else parts.detach().unbind()
+        if of_parts and target is None:
+            of_parts = (of_parts[0], torch.zeros_like(of_parts[1]))
+        return torch.stack([value, *of_parts, counts])
 
+    if any(wants_gradient(x) for x in params):
+        raise ValueError(
+            "temperature and weights: got one that requires a gradient, of which each rank would"
+            " have a part; with DTensors they are numbers, or tensors that require none"
+        )
     if options["causal"]:
         sharded.refuse_split_sequences(student)
     stacked = sharded.over_rows(local, student, teacher, target, row_weight, options["dim"])
@@ -158,20 +169,27 @@ def _packed(numbers: Numbers, like: Tensor) -> Tensor:
     return torch.stack([_as_tensor(x) for x in numbers])
 
 
-def _where_kernels_serve(inputs: Inputs, params: Numbers) -> Inputs:
-    """Moves a call that the kernels cannot take to the reference, with words."""
+def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> Inputs:
+    """Moves a call that the kernels cannot take to the reference, with words; refuses it where the
+    kernels were asked for by name.
+    """
     if inputs.backend == "reference":
         return inputs
-    if registry.is_forward_over_forward():
+    if torch.compiler.is_compiling() and registry.is_functorch():
+        # The operators stay whole while a graph is traced, and torch.func has to look into them.
+        why = "torch.func under torch.compile"
+    elif registry.is_forward_over_forward():
         why = "forward mode over forward mode"
     elif any(isinstance(x, Tensor) and x.device.type != "cpu" for x in params):
         why = "temperatures and weights that are tensors on a device (on the CPU they are taken)"
     else:
         return inputs
+    if named is not None:
+        raise RuntimeError(f"backend: got {named!r}, which cannot compute {why}; leave it None")
     backend.warn_once(
         why,
-        f"kdkernels computes {why} in the reference, which is slower and takes more memory;"
-        f" backend {inputs.backend!r} is not used",
+        f"kdkernels computes {why} in the reference, which is slower and takes more memory than"
+        f" backend {inputs.backend!r}",
     )
     return inputs._replace(backend="reference")
 
@@ -254,7 +272,8 @@ def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any
         return operators.apply(op, with_grad, name, *as_rows(*inputs[:4]), *more)
     except RuntimeError:
         # The CPU kernels check the targets before they start, so it is not done here as well.
-        looked_at = inputs.backend == "cpu" and registry.is_eager(inputs.student)
+        target = inputs.target
+        looked_at = inputs.backend == "cpu" and target is not None and registry.is_eager(target)
         wrong = wrong_target(inputs) if looked_at else None
         if wrong is None:
             raise
@@ -321,7 +340,7 @@ def _reference_rows(
 
 
 def _weigh(rows: Tensor, row_weight: Tensor) -> Tensor:
-    """rows * row_weight for weights that are learned: their gradient is the row's loss."""
+    """rows * row_weight, 0 where that is: also for weights that are learned."""
     unusable = (row_weight == 0) & ~rows.isfinite()
     return torch.where(unusable, 0.0, rows) * row_weight
 
@@ -341,7 +360,7 @@ def tf_nkd(
     if sharded.is_sharded(student):
         return _tf_nkd_over_ranks(student, target, mean_confidence, options, weights)
     inputs = read_tensors("cross_entropy", student, None, target, options)
-    inputs = _where_kernels_serve(inputs, weights)
+    inputs = _where_kernels_serve(inputs, weights, options["backend"])
     divisor = _divisor(options, student)
     confidence = _confidence(mean_confidence, inputs.dtype)
     with_parts = options["return_parts"]
@@ -380,7 +399,8 @@ def _tf_nkd_over_ranks(
 
     def counted(student: Tensor, _: Any, target: Any, row_weight: Any) -> Tensor:
         own = {**options, "row_weight": row_weight}
-        inputs = _where_kernels_serve(read_tensors(name, student, None, target, own), weights)
+        inputs = read_tensors(name, student, None, target, own)
+        inputs = _where_kernels_serve(inputs, weights, options["backend"])
         confidence = _read_cross_entropy(inputs).neg().exp()
         read = _is_read(confidence, inputs)
         return torch.stack((torch.where(read, confidence, 0.0), read.to(confidence.dtype)))
@@ -435,6 +455,10 @@ def _tf_nkd_rows(
         return (value[0], value[1:]) if with_parts else (value, None)
     if wants_gradient(row_weight):
         assert row_weight is not None
+        if confidence is None:
+            # The mean leaves out rows of weight 0, which are read below.
+            with torch.no_grad():
+                confidence = _mean_confidence(_read_cross_entropy(inputs), inputs)
         bare = inputs._replace(row_weight=None)
         value, parts = _tf_nkd_rows(bare, weights, confidence, with_parts)
         if parts is not None:
@@ -445,9 +469,10 @@ def _tf_nkd_rows(
     share = _tf_nkd_share(cross_entropy.detach(), inputs, confidence)
     if is_on(smoothing) and is_on(ce_weight):
         smoothed = _read_cross_entropy(inputs, smoothing)
-        value = kd_weight * share * cross_entropy + ce_weight * smoothed
+        weight = torch.ones_like(share) * ce_weight
+        value = _weigh(cross_entropy, kd_weight * share) + _weigh(smoothed, weight)
     else:
-        value = cross_entropy * (kd_weight * share + ce_weight)
+        value = _weigh(cross_entropy, kd_weight * share + ce_weight)
     if row_weight is not None:
         value = _weigh(value, row_weight)
     parts = None
@@ -467,12 +492,16 @@ def _tf_nkd_share(
     cross_entropy: Tensor, inputs: Inputs, mean_confidence: float | Tensor | None
 ) -> Tensor:
     """c + 1 - mean(c)."""
-    confidence = cross_entropy.neg().exp()
     if mean_confidence is None:
-        counted = _is_read(confidence, inputs)
-        total = torch.where(counted, confidence, 0.0).sum()
-        mean_confidence = total / counted.sum().clamp(min=1)
-    return confidence + 1.0 - mean_confidence
+        mean_confidence = _mean_confidence(cross_entropy, inputs)
+    return cross_entropy.neg().exp() + 1.0 - mean_confidence
+
+
+def _mean_confidence(cross_entropy: Tensor, inputs: Inputs) -> Tensor:
+    confidence = cross_entropy.neg().exp()
+    counted = _is_read(confidence, inputs)
+    total = torch.where(counted, confidence, 0.0).sum()
+    return total / counted.sum().clamp(min=1)
 
 
 def _is_read(confidence: Tensor, inputs: Inputs) -> Tensor:

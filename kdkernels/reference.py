@@ -345,8 +345,8 @@ def _is_zero(weight: Number) -> bool:
 
 def _weighted(weight: Number, term: Tensor) -> Tensor:
     """weight * term where a weight of 0 wins over an infinite term."""
-    if isinstance(weight, Tensor):
-        term = torch.where((weight == 0) & term.isinf(), 0.0, term)
+    if isinstance(weight, Tensor) or weight == 0:
+        term = torch.where(term.isinf() & (weight == 0), 0.0, term)
     return weight * term
 
 

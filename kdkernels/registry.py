@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from kdkernels import reference
 
@@ -27,6 +28,7 @@ class Loss:
     teacher: bool = True
     target: bool = True  # whether one is required
     outputs: int = 1
+    choice: int | None = None  # the parameter that is a choice, not a number, if there is one
     soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
 
     @cached_property
@@ -40,7 +42,7 @@ LOSSES = {
     "kd": Loss(reference.kd, target=False),
     "dkd": Loss(reference.dkd),
     "nkd": Loss(reference.nkd, soft_target=True),
-    "aekt": Loss(reference.aekt),
+    "aekt": Loss(reference.aekt, choice=6),
     "cross_entropy": Loss(reference.cross_entropy, teacher=False),
     "target_split": Loss(reference.target_split, teacher=False, outputs=3),
 }
@@ -79,7 +81,7 @@ def is_eager(tensor: Tensor) -> bool:
     and under vmap one tensor is many.
     """
     return (
-        type(tensor) is Tensor
+        type(tensor) in (Tensor, Parameter)
         and not torch.compiler.is_compiling()
         and not is_functorch()
         # Of is_grads_batched, whose vmap is another one.
@@ -90,6 +92,13 @@ def is_eager(tensor: Tensor) -> bool:
 def is_traced(tensor: Tensor) -> bool:
     """Whether the operations on this tensor are being recorded for later: it has no data."""
     return torch.compiler.is_compiling() or isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def _constant(value: Tensor) -> float:
+    """The value of what is the same for all that is mapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return float(value.detach().flatten()[0])
 
 
 def reference_rows(
@@ -106,7 +115,9 @@ def reference_rows(
     logits = (student, teacher) if entry.teacher else (student,)
     # As numbers where they are numbers: a term of weight 0 is then left out.
     plain = is_eager(params) and not params.requires_grad
-    numbers = params.tolist() if plain else params.unbind()
+    numbers = params.tolist() if plain else list(params.unbind())
+    if entry.choice is not None and not plain:
+        numbers[entry.choice] = _constant(params[entry.choice])
     return entry.reference(
         *logits, target, *numbers, ignore_index=ignore_index, row_weight=row_weight
     )

@@ -31,6 +31,8 @@ def over_rows(
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     dims, mesh = student.dim(), student.device_mesh
+    if not -dims <= dim < dims:
+        raise ValueError(f"dim: got {dim}; {student_name} has {dims} dimensions")
     classes = dim % dims
     for axis, placement in enumerate(student.placements):
         if isinstance(placement, Shard) and placement.dim % dims == classes:

@@ -119,6 +119,8 @@ REFUSED = [
     ("alpha", 1e300, ValueError, f"got 1e+300; {WEIGHT}"),
     ("alpha", 5e-324, ValueError, f"got 5e-324; {WEIGHT}"),
     ("alpha", np.float16(np.inf), ValueError, "got "),
+    ("alpha", torch.tensor(1e-40), ValueError, "got 9.99"),
+    ("alpha", torch.nn.Parameter(torch.tensor(-1.0)), ValueError, "got -1.0; must be 0 or a num"),
     ("kd_weight", -1, ValueError, f"got -1; {WEIGHT}"),
     ("label_smoothing", 1.5, ValueError, "got 1.5; must be a number from 0 to 1, or a 0-d tensor"),
     ("ignore_index", 2**63, ValueError, f"got {2**63}; must be an integer of 64 bits"),

@@ -218,8 +218,41 @@ def test_parts_without_weights_and_without_a_target(name):
     torch.testing.assert_close(parts.loss, parts.distillation)
     parts = kdkernels.kd_loss(student, teacher, return_parts=True, backend=name)
     assert parts.cross_entropy == 0 and parts.distillation > 0
+    mask = torch.ones(ROWS, dtype=torch.bool)
+    for options in ({"row_weight": mask}, {"causal": True}):
+        x = (student[None], teacher[None]) if "causal" in options else (student, teacher)
+        parts = kdkernels.kd_loss(*x, return_parts=True, backend=name, **options)
+        assert parts.cross_entropy == 0 and parts.distillation > 0
     parts = kdkernels.kd_loss(student, teacher, target, kd_weight=0.0, return_parts=True)
     assert parts.loss == 0 and parts.distillation > 0
+
+
+@every_backend
+def test_terms_of_weight_0_are_not_there(name):
+    """Where the student lacks the target, whose own term is infinite."""
+    student = torch.tensor([[1.0, 2.0, -INF, 0.5]])
+    options = {"kd_weight": 0.0, "reduction": "none", "backend": name}
+    target, x = torch.tensor([2]), student[0, [0, 1, 3]]
+    expected = (x.logsumexp(0) - x.mean()) * 0.5
+    for one in (1.0, torch.tensor(1.0)):
+        smooth = {"ce_weight": 0.5, "label_smoothing": one, **options}
+        for loss in (
+            kdkernels.kd_loss(student, student * 0.9, target, **smooth),
+            kdkernels.tf_nkd_loss(student, target, **smooth),
+        ):
+            torch.testing.assert_close(loss[0], expected)
+    assert kdkernels.tf_nkd_loss(student, target, **options) == 0
+
+
+@every_backend
+def test_tf_nkd_s_mean_is_the_same_for_learned_weights(name):
+    student, _, target = make_inputs("normal", ROWS, CLASSES)
+    weight = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.0, 0.5])
+    plain = kdkernels.tf_nkd_loss(student, target, row_weight=weight, backend=name)
+    learned = weight.requires_grad_()
+    torch.testing.assert_close(
+        kdkernels.tf_nkd_loss(student, target, row_weight=learned, backend=name).detach(), plain
+    )
 
 
 # ---- one-hot and mixed labels ----------------------------------------------------------------

@@ -148,8 +148,12 @@ def test_one_class(case: Case, backend: str) -> None:
 # ---- huge logits ----------------------------------------------------------------------------
 
 
+# Under label smoothing the lowest number is a class like any other, of a huge share in the loss.
+PLAIN = [case for case in CASES if not case.options.get("label_smoothing")]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_lowest_number_masks_like_infinity(
     case: Case, dtype: torch.dtype, backend: str, generator: torch.Generator
 ) -> None:
@@ -184,6 +188,8 @@ def test_common_offset_changes_no_bit(case: Case, isa: str, generator: torch.Gen
 def test_finite_logits_give_finite_results(
     case: Case, kind: str, backend: str, generator: torch.Generator
 ) -> None:
+    if kind == "masked_lowest" and case not in PLAIN:
+        pytest.skip("the sum of the lowest numbers is no finite one")
     for classes in CLASSES:
         student, teacher, target = make_inputs(kind, 9, classes, F32, generator)
         if kind == "masked_lowest":  # in both: what one alone masks costs 3e38 T
