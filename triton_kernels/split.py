@@ -69,8 +69,8 @@ def smoothed(p, relative, total, own, one):
 
 @triton.jit
 def add_cross_entropy(params, own, sums, relative, g, rest, c0, c1, y, VARIANT: tl.constexpr):
-    """kd_weight * (rest + own * -log p_y) + ce_weight * CE(student, target) at temperature 1; SMOOTH
-    gives the two as parts, too. c0, c1 and y are the coefficients of kd_weight * rest.
+    """kd_weight * (rest + own * -log p_y) + ce_weight * CE(student, target) at temperature 1;
+    SMOOTH gives the two as parts, too. c0, c1 and y are the coefficients of kd_weight * rest.
     Returns what FINISH does."""
     kd_weight, ce_weight, smoothing = params[1], params[2], params[3]
     if VARIANT > 0:
