@@ -25,8 +25,9 @@ constexpr int kMaxParams = 8;
 constexpr double kLargeTemperature = 32;  // kdkernels.reference.LARGE_TEMPERATURE
 constexpr int kStatsWidth = 9;            // two pivots and up to seven sums
 
-// What is summed beside what every call of a loss needs, each a build of its own: the sums at temperature 1, and with
-// label smoothing those of the logits themselves.
+// What is summed beside what every call of a loss needs, each a build of its own: `two`, the sums at temperature 1;
+// `smooth`, these, at any temperature, and those of the logits themselves, for label smoothing. It also gives the
+// parts.
 enum class Variant : int32_t { plain, two, smooth };
 
 struct Problem {

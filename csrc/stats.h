@@ -10,7 +10,7 @@
 //   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots
 //   gradient(e, coef)            d loss / d logit of a class: no new exponential
 //
-// With label smoothing (Variant::smooth) every class whose logit is not -inf counts, and adds a constant to its
+// With Variant::smooth every class whose logit is not -inf counts, and adds a constant to its
 // gradient. Which ones do is told by the sign of their first exponential: -0.0 of a class at -inf, which no sum sees.
 #pragma once
 
@@ -41,7 +41,7 @@ KD_FN V moved(V from, V to) {
 template <class S>
 struct Scales {
   S temperature, k;
-  explicit KD_FN Scales(const double* params, bool = false) : Scales(params[0]) {}  // the first parameter is T
+  explicit KD_FN Scales(const double* params) : Scales(params[0]) {}  // the first parameter of a loss is T
   explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(static_cast<S>(kLog2e / t)) {}
 };
 
@@ -101,6 +101,7 @@ struct PairSums : Kept<kVariant == Variant::plain ? 2 : 3, kVariant> {
 
  public:
   static constexpr bool teacher = true;
+  static constexpr bool has_parts = Base::smooth;  // finish gives them behind the loss
   static constexpr bool two = kTwo;
   static constexpr int count = 3 + (kTwo ? (kCross ? 2 : 1) : 0) + (Base::smooth ? 2 : 0);
   enum { sum_s, sum_t, mean_x, sum_s1, sum_t1 };
@@ -170,6 +171,7 @@ struct StudentSums : Kept<1, kVariant> {
 
  public:
   static constexpr bool teacher = false;
+  static constexpr bool has_parts = false;
   static constexpr bool two = false;
   static constexpr int count = Base::smooth ? 3 : 1;
   enum { sum_s };

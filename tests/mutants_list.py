@@ -1065,8 +1065,8 @@ MUTANTS = [
     Mutant(
         "cpu-parts-weighted",
         "csrc/losses/pair.h",
-        "if (params.parts) loss[1] = distillation;",
-        "if (params.parts) loss[1] = loss[0];",
+        "if constexpr (Sums::smooth) loss[1] = distillation;",
+        "if constexpr (Sums::smooth) loss[1] = loss[0];",
         "the distillation comes with its weight",
     ),
     Mutant(

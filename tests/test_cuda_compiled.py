@@ -74,7 +74,9 @@ KEPT_THREE, KEPT_TWO, LESS_OF_FOUR = map(
 CLUSTER_THREE, CLUSTER_TWO, CLUSTER_LESS = map(
     int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - (\d+) \* less")
 )
-FEWER_CLASSES = int(fact("csrc/cuda/cluster.cuh", r"kFewerRegisters \? (\d) : F::wide"))
+FEWER_CLASSES = int(
+    fact("csrc/cuda/cluster.cuh", r"kFewerRegisters \? (\d) : F::wide\) \+ Sums::smooth")
+)
 FEWER_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ >= (\d+) constexpr bool kFewer")) // 10
 CLUSTERS_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ < (\d+) constexpr bool kHas")) // 10
 UNROLL_WIDE, UNROLL_SKEWED, UNROLL = map(
@@ -93,19 +95,20 @@ class Sums:
     exps: int  # of a class, for the sums
     kept: int  # those of them that its gradient needs
     finish: int  # at most, per row, by all losses that sum so; of float kernels
+    smooth: bool = False
 
 
 # By Variant, and for a pair whether it is a cross-entropy.
 # nkd, the only loss that takes a cross-entropy, has a shorter finish than the others together.
 SUMS = {
     "StudentSums<0>": Sums(1, 1, 1, 3),
-    "StudentSums<2>": Sums(1, 1, 1, 3),
-    "PairSums<0,0>": Sums(2, 2, 2, 14),
+    "StudentSums<2>": Sums(1, 1, 1, 3, smooth=True),
+    "PairSums<0,0>": Sums(2, 2, 2, 11),
     "PairSums<0,1>": Sums(2, 2, 2, 3),
-    "PairSums<1,0>": Sums(2, 3, 3, 14),
+    "PairSums<1,0>": Sums(2, 3, 3, 11),
     "PairSums<1,1>": Sums(2, 4, 3, 3),
-    "PairSums<2,0>": Sums(2, 3, 3, 14),
-    "PairSums<2,1>": Sums(2, 4, 3, 3),
+    "PairSums<2,0>": Sums(2, 3, 3, 11, smooth=True),
+    "PairSums<2,1>": Sums(2, 4, 3, 3, smooth=True),
 }
 PARTS = ("part_stats", "part_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
@@ -175,6 +178,7 @@ class Kernel:
         if self.name == "cluster":  # that registers hold
             kept = CLUSTER_THREE if SUMS[self.sums].kept > 2 else CLUSTER_TWO
             less = FEWER_CLASSES if int(self.arch) >= FEWER_FROM else self.wide
+            less += SUMS[self.sums].smooth
             return (kept - CLUSTER_LESS * less) // self.vector
         if self.name in PARTS:
             return PART_WIDE if self.wide else PART
@@ -492,7 +496,7 @@ def logits_read(x: Kernel) -> int:
 
 
 # Loads of what a row or a call has beside its logits, as the compiler unrolls them.
-OTHER_LOADS = 40
+OTHER_LOADS = 48
 
 
 def unrolled_sums(x: Kernel) -> int:

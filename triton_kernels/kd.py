@@ -23,10 +23,9 @@ def variant(
     label_smoothing: float,
     *_: float,
 ) -> int:
-    cross_entropy = parts or ce_weight != 0.0
-    if cross_entropy and label_smoothing != 0.0:
+    if parts or (ce_weight != 0.0 and label_smoothing != 0.0):
         return SMOOTH
-    return TWO if cross_entropy and temperature != 1.0 else PLAIN
+    return TWO if ce_weight != 0.0 and temperature != 1.0 else PLAIN
 
 
 @triton.jit

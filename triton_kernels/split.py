@@ -69,8 +69,9 @@ def smoothed(p, relative, total, own, one):
 
 @triton.jit
 def add_cross_entropy(params, own, sums, relative, g, rest, c0, c1, y, VARIANT: tl.constexpr):
-    """kd_weight * (rest + own * -log p_y) + ce_weight * CE(student, target) at temperature 1, and
-    its parts; c0, c1 and y are the coefficients of kd_weight * rest. Returns what FINISH does."""
+    """kd_weight * (rest + own * -log p_y) + ce_weight * CE(student, target) at temperature 1;
+    SMOOTH gives the two as parts, too. c0, c1 and y are the coefficients of kd_weight * rest.
+    Returns what FINISH does."""
     kd_weight, ce_weight, smoothing = params[1], params[2], params[3]
     if VARIANT > 0:
         total = sums[3]
@@ -78,7 +79,6 @@ def add_cross_entropy(params, own, sums, relative, g, rest, c0, c1, y, VARIANT: 
         total = sums[0]
     p = split(relative, 1.0, total)
     loss = weighted(kd_weight, rest)
-    distillation = rest + weighted(own, -p[0])
     if VARIANT == 2:
         if len(sums) == 7:
             mean, each, at_target = smoothed(p, relative, total, sums[5], sums[6])
@@ -87,6 +87,7 @@ def add_cross_entropy(params, own, sums, relative, g, rest, c0, c1, y, VARIANT: 
         sharp = 1.0 - smoothing
         spread = ce_weight * smoothing
         weight = kd_weight * own + ce_weight * sharp
+        distillation = rest + weighted(own, -p[0])
         ce = weighted(sharp, -p[0]) + weighted(smoothing, mean)
         loss = loss + weighted(spread, mean) + weighted(weight, -p[0])
         extra = weighted(weight, g * p[3])
@@ -97,11 +98,10 @@ def add_cross_entropy(params, own, sums, relative, g, rest, c0, c1, y, VARIANT: 
         weight = kd_weight * own + ce_weight
         loss = loss + weighted(weight, -p[0])
         extra = tl.where(weight == 0.0, 0.0, g * weight * p[3])
-        values = (loss, distillation, -p[0])
         if VARIANT > 0:
-            return values, (c0, c1, extra * inverse(total)), y - extra
+            return (loss,), (c0, c1, extra * inverse(total)), y - extra
         else:
-            return values, (c0 + extra * inverse(total), c1), y - extra
+            return (loss,), (c0 + extra * inverse(total), c1), y - extra
 
 
 @triton.jit

@@ -9,9 +9,10 @@ A loss hands four of these (or its own) to the kernels of row.py:
     GRAD(exps, coef)                 d loss / d logit of a class: no new exponential
 
 VARIANT says what is summed beside what every call of a loss needs, each compiled on its own: PLAIN
-nothing, TWO the sums at temperature 1, SMOOTH these and, for label smoothing, those of the logits.
-There every class that is not at -inf counts, and adds a constant to its gradient: the sign of its
-first exponential tells, -0.0 of a class at -inf, which no sum sees.
+nothing, TWO the sums at temperature 1, SMOOTH these, at any temperature, and those of the logits,
+for label smoothing; it also gives the parts. There every class that is not at -inf counts, and adds
+a constant to its gradient: the sign of its first exponential tells, -0.0 of a class at -inf, which
+no sum sees.
 
 ds and dt are logits minus pivots (the running maxima), in units of logits: the temperature enters
 with k = log2(e) / T, so differences are exact and one pivot serves every temperature. Losses of one

@@ -339,7 +339,7 @@ struct Rows {
   using CoefD = typename Sums::template Coef<double>;
   using Params = typename Loss::template Params<double>;
   static constexpr int L = kLanes<S>;
-  static constexpr int kValues = Loss::outputs + (Sums::teacher ? 2 : 0);  // what finish gives
+  static constexpr int kValues = Loss::outputs + (Sums::has_parts ? 2 : 0);  // what finish gives
   static_assert(Sums::count + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
 
   // One of the numbers of rows. Where these are in double so is S; the reverse is not true.
@@ -371,7 +371,7 @@ struct Rows {
     if (p.scaled_rows) p.scaled_rows[row] = loss ? loss[0] * g[0] : 0.;
     for (int k = 0; p.rows && k < Loss::outputs; ++k)
       put_number(p, p.rows, k * p.rows_total() + row, loss ? loss[k] * g[k] : 0.);
-    if constexpr (Sums::teacher)
+    if constexpr (Sums::has_parts)
       for (int k = 0; p.parts && k < 2; ++k) {
         const bool there = loss && (k == 0 || p.target);  // without a target there is no cross-entropy
         put_number(p, p.parts, k * p.rows_total() + row, there ? loss[Loss::outputs + k] * weight_of(p, row) : 0.);
@@ -395,7 +395,7 @@ struct Rows {
     S *s_buffer = memory, *t_buffer = s_buffer + kTile, *kept = t_buffer + kTile;
     auto* tile_pivots = reinterpret_cast<Pivots<S>*>(kept + Sums::kept * kept_stride);
 
-    const Params params(p.params, p.parts != nullptr);
+    const Params params(p.params);
     const Scales<S> scales(params.temperature);
     const int64_t s_bytes = bytes_of(p.student.dtype), t_bytes = Sums::teacher ? bytes_of(p.teacher.dtype) : 0;
 
@@ -577,7 +577,7 @@ struct Rows {
     const bool back = p.pass == Pass::backward;
     S* kept = static_cast<S*>(scratch(sizeof(S) * planes * plane));  // logits first, their exponentials afterwards
     if (!kept) return false;
-    const Params params(p.params, p.parts != nullptr);
+    const Params params(p.params);
     const Scales<S> scales(params.temperature);
     const int64_t s_step = L * bytes_of(p.student.dtype), t_step = Sums::teacher ? L * bytes_of(p.teacher.dtype) : 0;
 
@@ -719,7 +719,7 @@ struct Rows {
     if (!memory) return false;
     S* kept[planes];  // logits first, their exponentials afterwards
     for (int k = 0; k < planes; ++k) kept[k] = memory + k * plane;
-    const Params params(p.params, p.parts != nullptr);
+    const Params params(p.params);
     const Scales<S> scales(params.temperature);
     const auto load_logits = [&](Batch& b, int64_t from, int64_t n) {
       load_block<S>(part_of(p.student, from), b.block, n, kept[0]);

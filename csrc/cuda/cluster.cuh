@@ -346,7 +346,7 @@ KD_KERNEL(kClusterThreads, 1)
 cluster(KD_ARGUMENT(Args<typename F::S>) a) {
   if constexpr (arch::kHasClusters) {
     using S = typename F::S;
-    constexpr int E = F::kVector, kLess = arch::kFewerRegisters ? 2 : F::wide;
+    constexpr int E = F::kVector, kLess = (arch::kFewerRegisters ? 2 : F::wide) + Sums::smooth;
     constexpr int kVectors = kClusterClasses<Sums::kept, kLess> / E;
     const Cluster<Sums, F, kSkewed> c(a, arch::shared());
     const F& fs = c.fs;

@@ -26,7 +26,7 @@ template <class Loss, class S>
 Args<S> arguments(const Call& c, const Plan& plan) {
   const Problem& p = c.problem;
   using Params = typename Loss::template Params<S>;
-  const Params params(p.params, p.parts != nullptr);
+  const Params params(p.params);
   Args<S> a;
   a.student = p.student;
   a.teacher = p.teacher;

@@ -329,7 +329,7 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
   for (int k = 0; k < kMostOutputs; ++k)
     if (a.losses && k < a.outputs) store_number(a, a.losses, k * a.rows + row, loss[k] * g[k]);
   if (a.stats_out) store_row_stats<Sums>(a, row, pivots, stats);
-  if (Sums::teacher && a.parts_out) {
+  if (Sums::has_parts && a.parts_out) {
     const S own = open(a, row).weight;  // without what multiplies the rows of a reduction
     store_number(a, a.parts_out, row, loss[1] * own);
     store_number(a, a.parts_out, a.rows + row, a.target ? loss[2] * own : S(0));

@@ -24,8 +24,8 @@ struct Aekt : SplitLoss<Aekt<kVariant>, kVariant> {
     S alpha, beta;
     int variant;
     S log_ratio_max;
-    KD_FN Params(const double* p, bool parts)
-        : PairParams<S>(p, parts),
+    explicit KD_FN Params(const double* p)
+        : PairParams<S>(p),
           alpha(static_cast<S>(this->own(p)[0])),
           beta(static_cast<S>(this->own(p)[1])),
           variant(static_cast<int>(this->own(p)[2])),

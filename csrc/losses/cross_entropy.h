@@ -15,7 +15,7 @@ struct CrossEntropy : StudentSums<kVariant> {
   template <class S>
   struct Params : Scales<S> {
     S label_smoothing;
-    KD_FN Params(const double* p, bool) : Scales<S>(1.0), label_smoothing(static_cast<S>(p[0])) {}
+    explicit KD_FN Params(const double* p) : Scales<S>(1.0), label_smoothing(static_cast<S>(p[0])) {}
   };
 
   template <class V>

@@ -10,8 +10,8 @@ struct Dkd : SplitLoss<Dkd<kVariant>, kVariant> {
   template <class S>
   struct Params : PairParams<S> {
     S alpha, beta;
-    KD_FN Params(const double* p, bool parts)
-        : PairParams<S>(p, parts), alpha(static_cast<S>(this->own(p)[0])), beta(static_cast<S>(this->own(p)[1])) {}
+    explicit KD_FN Params(const double* p)
+        : PairParams<S>(p), alpha(static_cast<S>(this->own(p)[0])), beta(static_cast<S>(this->own(p)[1])) {}
   };
 
   template <class V>

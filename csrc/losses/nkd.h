@@ -15,7 +15,7 @@ struct Nkd : PairSums<kVariant, true> {
   template <class S>
   struct Params : PairParams<S> {
     S gamma;
-    KD_FN Params(const double* p, bool parts) : PairParams<S>(p, parts), gamma(static_cast<S>(this->own(p)[0])) {}
+    explicit KD_FN Params(const double* p) : PairParams<S>(p), gamma(static_cast<S>(this->own(p)[0])) {}
   };
 
   template <class V>
@@ -31,9 +31,9 @@ struct Nkd : PairSums<kVariant, true> {
     loss[0] = weighted(kd_weight, rest);
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, lit<V>(0), gamma, upstream[0] * kd_weight, coef);
     // The target term is cross-entropy weighted by the teacher's confidence; extra cross-entropy joins it for free.
-    const V surprise =
+    [[maybe_unused]] const V surprise =
         add_cross_entropy<Sums, true>(params, kd_weight * q.p, a, s_y - usable(pivots.s), upstream[0], loss, coef);
-    if (params.parts) loss[1] = rest + weighted(q.p, surprise);
+    if constexpr (Sums::smooth) loss[1] = rest + weighted(q.p, surprise);
   }
 };
 

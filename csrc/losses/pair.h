@@ -26,35 +26,19 @@ KD_FN void pair_gradient(ScalarOf<V> temperature, V inverse_s, V inverse_t, V h,
 template <class S>
 struct PairParams : Scales<S> {
   S kd_weight, ce_weight, label_smoothing;
-  bool parts;
-  KD_FN PairParams(const double* p, bool with_parts)
+  explicit KD_FN PairParams(const double* p)
       : Scales<S>(p),
         kd_weight(static_cast<S>(p[1])),
         ce_weight(static_cast<S>(p[2])),
-        label_smoothing(static_cast<S>(p[3])),
-        parts(with_parts) {}
+        label_smoothing(static_cast<S>(p[3])) {}
   static KD_FN const double* own(const double* p) { return p + 4; }
 
-  // always_two: the loss itself has a term at temperature 1. At that temperature, smoothing takes the sums twice.
+  // always_two: the loss itself has a term at temperature 1.
   static Variant wanted(const double* p, bool parts, bool always_two) {
-    const bool cross_entropy = parts || p[2] != 0;
-    if (cross_entropy && p[3] != 0) return Variant::smooth;
-    return p[0] != 1 && (always_two || cross_entropy) ? Variant::two : Variant::plain;
+    if (parts || (p[2] != 0 && p[3] != 0)) return Variant::smooth;
+    return p[0] != 1 && (always_two || p[2] != 0) ? Variant::two : Variant::plain;
   }
 };
-
-// CE(student, target) at temperature 1, as a part alone.
-template <class Sums, class V, class Params, class Stats>
-KD_FN V cross_entropy(const Params& params, const Stats& a, V relative) {
-  const V sum = a.v[Sums::two ? 3 : 0];
-  const Split<V> p = Split<V>::of(relative, 1, sum);
-  if constexpr (Sums::smooth) {
-    const Smoothed<V> x = Smoothed<V>::of(p, relative, sum, a.v[Sums::count - 2], a.v[Sums::count - 1]);
-    const V smoothing = Ops<V>::splat(params.label_smoothing);
-    return weighted(lit<V>(1) - smoothing, -p.log_p) + weighted(smoothing, x.mean);
-  }
-  return -p.log_p;
-}
 
 // ce_weight * CE(student, target) at temperature 1, and `own` * -log p_y of a loss that has such a term itself, on top
 // of a loss and its coefficients; and the CE as a part. Returns -log p_y. relative: the target's logit minus the pivot.
@@ -65,14 +49,13 @@ KD_FN V add_cross_entropy(const Params& params, V own, const Stats& a, V relativ
   const V sum = a.v[Sums::two ? 3 : 0], ce_weight = Ops<V>::splat(params.ce_weight);
   const Split<V> p = Split<V>::of(relative, 1, sum);
   V weight = kOwn ? own + ce_weight : ce_weight, both = weight;
-  loss[2] = -p.log_p;
   if constexpr (Sums::smooth) {
     const Smoothed<V> x = Smoothed<V>::of(p, relative, sum, a.v[Sums::count - 2], a.v[Sums::count - 1]);
     const V smoothing = Ops<V>::splat(params.label_smoothing), sharp = lit<V>(1) - smoothing;
     weight = own + ce_weight * sharp;
     const V spread = ce_weight * smoothing;
     both = weight + spread;
-    loss[2] = weighted(sharp, loss[2]) + weighted(smoothing, x.mean);
+    loss[2] = weighted(sharp, -p.log_p) + weighted(smoothing, x.mean);
     loss[0] += weighted(spread, x.mean);
     coef.c[Sums::kept] = -upstream * spread * x.each;
     coef.y += upstream * spread * x.at_target;
@@ -103,12 +86,10 @@ struct SplitLoss : PairSums<kVariant, false> {
     V distillation, h, beta;
     Loss::combine(params, q, p, nckd, distillation, h, beta);  // nckd comes times T^2
     loss[0] = weighted(kd_weight, distillation);
-    if (params.parts) loss[1] = distillation;
+    if constexpr (Sums::smooth) loss[1] = distillation;
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0] * kd_weight, coef);
-    if (params.ce_weight != 0)
+    if (Sums::smooth || params.ce_weight != 0)
       add_cross_entropy<Sums, false>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
-    else if (params.parts)
-      loss[2] = cross_entropy<Sums>(params, a, relative);
   }
 };
 
