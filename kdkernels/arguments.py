@@ -168,9 +168,7 @@ def _scheduled(
     """A float, or a 0-d tensor, whose value is looked at where that costs nothing. zero: is one."""
     if not isinstance(value, Tensor):
         return number(name, value, low, high, f"{allowed}, or a 0-d tensor")
-    if value.dim() != 0:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}; a tensor must be 0-d")
-    value = tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
+    value = scalar(name, value)
     if is_eager(value) and value.device.type == "cpu" and (low == 0 or value != 0 or not zero):
         number(name, value.item(), low, high, allowed)
     return value

@@ -227,9 +227,10 @@ def _as_divisor(normalizer: Tensor, student: Tensor) -> Tensor:
     if sharded.is_sharded(normalizer):
         normalizer = normalizer.full_tensor()  # type: ignore[attr-defined]
     normalizer = kept(normalizer)
-    # On the CPU it is read by the kernels, and nothing has to be sent.
+    # On the CPU it is read by the kernels, and nothing has to be sent. Elsewhere a cast is a
+    # launch: _run() and divided() make the one that they need.
     here = normalizer.device.type == "cpu"
-    return normalizer.to("cpu" if here else student.device, torch.float64)
+    return normalizer.double() if here else normalizer.to(student.device)
 
 
 def _reduce(value: Tensor, inputs: Inputs, divisor: _Divisor | None) -> Tensor:
