@@ -131,7 +131,11 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+# Plain PyTorch is torch's to compile; it takes its time.
+@pytest.mark.parametrize(
+    "name",
+    [x if x != "reference" else pytest.param(x, marks=pytest.mark.full) for x in BACKENDS],
+)
 @pytest.mark.parametrize("what", SCHEDULES)
 def test_a_schedule_of_numbers_compiles_twice(what, name):
     """Once with a constant, once with a variable, for the 8 values after which torch gives up, and

@@ -527,7 +527,14 @@ def test_every_plan_covers_every_class_once(rows: int, window: int, wide: bool) 
 
 
 @every_regime
-@pytest.mark.parametrize("name", [x for x in OPERATORS if kdkernels.ops.LOSSES[x].teacher])
+@pytest.mark.parametrize(
+    "name",
+    [
+        x if x == SOME.loss else pytest.param(x, marks=pytest.mark.full)
+        for x in OPERATORS
+        if kdkernels.ops.LOSSES[x].teacher
+    ],
+)
 def test_parts(name: str, regime: str, generator: torch.Generator) -> None:
     contracts.check_parts(kdkernels.ops.TRITON, name, 70, (F32, F32), generator, one(regime))
     contracts.check_infinite_distillation(kdkernels.ops.TRITON, name, 70, one(regime))
