@@ -268,7 +268,8 @@ class _Rows(NamedTuple):
             return -log_c
         counted = self.student != _NEG_INF
         log_p = torch.log_softmax(self.student, dim=-1)
-        mean = -torch.where(counted, log_p, 0.0).sum(dim=-1) / counted.sum(dim=-1)
+        share = counted.sum(dim=-1, keepdim=True).to(log_p.dtype).reciprocal()
+        mean = -(torch.where(counted, log_p, 0.0) * share).sum(dim=-1)  # sums of finfo.min overflow
         return _weighted(1 - label_smoothing, -log_c) + _weighted(label_smoothing, mean)
 
     def weigh(

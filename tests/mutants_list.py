@@ -1037,7 +1037,7 @@ MUTANTS = [
     Mutant(
         "cpu-smoothing-without-the-shift",
         "csrc/stats.h",
-        "out[kCount - 2] = v[kCount - 1] * ds + v[kCount - 2];",
+        "out[kCount - 2] = v[kCount - 1] * (ds * lit<V>(kShare)) + v[kCount - 2];",
         "out[kCount - 2] = v[kCount - 2];",
         "the sum of logits keeps the old pivot",
     ),

@@ -7,6 +7,7 @@ probabilities, without log_softmax.
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -156,9 +157,8 @@ def kl(q: Tensor, p: Tensor) -> Tensor:
     return (q * (q / p).log()).sum(1)
 
 
-def author_kd(s, t, y, temperature, ce_weight=0.0):
-    loss = temperature**2 * kl(probabilities(t, temperature), probabilities(s, temperature))
-    return loss + ce_weight * cross_entropy(s, y)
+def author_kd(s, t, y, temperature):
+    return temperature**2 * kl(probabilities(t, temperature), probabilities(s, temperature))
 
 
 def masked_kl(s, t, y, temperature):
@@ -169,13 +169,13 @@ def masked_kl(s, t, y, temperature):
     return torch.nn.functional.kl_div(log_ph, qh, reduction="none").sum(1)
 
 
-def author_dkd(s, t, y, temperature, alpha, beta, ce_weight=0.0):
+def author_dkd(s, t, y, temperature, alpha, beta):
     p, q = probabilities(s, temperature), probabilities(t, temperature)
     tckd, nckd = kl(binary(q, y), binary(p, y)), masked_kl(s, t, y, temperature)
-    return temperature**2 * (alpha * tckd + beta * nckd) + ce_weight * cross_entropy(s, y)
+    return temperature**2 * (alpha * tckd + beta * nckd)
 
 
-def author_nkd(s, t, y, temperature, gamma, ce_weight=0.0):
+def author_nkd(s, t, y, temperature, gamma):
     """cls_KD: the target removed by a boolean mask, what is left renormalised."""
     rest = one_hot(y, s.shape[1]) == 0
     rows = (len(y), s.shape[1] - 1)
@@ -183,13 +183,13 @@ def author_nkd(s, t, y, temperature, gamma, ce_weight=0.0):
     qh = probabilities(t[rest].view(rows), temperature)
     soft = of_target(probabilities(t, 1.0), y) * cross_entropy(s, y)
     distributed = -(qh * ph.log()).sum(1)
-    return soft + gamma * temperature**2 * distributed + ce_weight * cross_entropy(s, y)
+    return soft + gamma * temperature**2 * distributed
 
 
-def author_tf_nkd(s, t, y, ce_weight=0.0, mean_confidence=None):
+def author_tf_nkd(s, t, y, mean_confidence=None):
     c = of_target(probabilities(s, 1.0), y).detach()
     mean = c.mean() if mean_confidence is None else mean_confidence
-    return (c + 1 - mean + ce_weight) * cross_entropy(s, y)
+    return (c + 1 - mean) * cross_entropy(s, y)
 
 
 def explicit(b, c, variant, log_ratio_max):
@@ -207,11 +207,10 @@ def explicit(b, c, variant, log_ratio_max):
     }[variant]
 
 
-def author_aekt(s, t, y, temperature, variant, beta, alpha=1.0, ce_weight=0.0, log_ratio_max=LN_10):
+def author_aekt(s, t, y, temperature, variant, beta, alpha=1.0, log_ratio_max=LN_10):
     b, c = (of_target(probabilities(x, temperature), y) for x in (t, s))
     phi = explicit(b, c, variant, log_ratio_max)
-    loss = temperature**2 * (alpha * phi + beta * masked_kl(s, t, y, temperature))
-    return loss + ce_weight * cross_entropy(s, y)
+    return temperature**2 * (alpha * phi + beta * masked_kl(s, t, y, temperature))
 
 
 def author_target_split(s, t, y, temperature):
@@ -225,8 +224,15 @@ def test_is_the_authors_formula(case: Case, generator: torch.Generator) -> None:
     student, teacher, target = make_inputs("normal", 40, 7, F64, generator)
     formula = globals()[f"author_{case.loss}"]
 
-    def authors(*inputs: Tensor) -> Tensor:
-        return formula(*inputs, **case.options)
+    options = {"kd_weight": 1.0, "ce_weight": 0.0, "label_smoothing": 0.0} | case.all_options
+    kd_weight, ce_weight = options["kd_weight"], options["ce_weight"]
+    smoothing = options["label_smoothing"]
+    own = {x: options[x] for x in inspect.signature(formula).parameters if x in options}
+
+    def authors(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        uniform = -probabilities(student, 1.0).log().mean(1)
+        ce = (1 - smoothing) * cross_entropy(student, target) + smoothing * uniform
+        return kd_weight * formula(student, teacher, target, **own) + ce_weight * ce
 
     truth = authors(student, teacher, target)
     upstream = torch.randn(truth.shape, generator=generator, dtype=F64)

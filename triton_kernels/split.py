@@ -5,7 +5,7 @@ Split in csrc/stats.h and of csrc/losses/pair.h. On one number per row.
 import triton
 import triton.language as tl
 
-from .stats import INF, exp, inverse, log1p, usable, weighted
+from .stats import INF, SHARE, exp, inverse, log1p, usable, weighted
 
 # A split is the tuple (log p, log(1 - p), p, 1 - p) of a target's probability p.
 
@@ -63,7 +63,7 @@ def smoothed(p, relative, total, own, one):
     # log of the sum over all classes: by the one whose probability is not small.
     every = tl.where(p[2] > 0.5, relative - p[0], tl.log(total) - p[1])
     each = inverse(one + tl.where(masked, 0.0, 1.0))
-    mean = every - each * (own + tl.where(masked, 0.0, relative))
+    mean = every - each / SHARE * (own + tl.where(masked, 0.0, relative * SHARE))
     return mean, each, p[2] - tl.where(masked, 0.0, each)
 
 
