@@ -45,8 +45,8 @@ struct Scales {
   explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(static_cast<S>(kLog2e / t)) {}
 };
 
-// Logits are summed times it, so that classes masked by the lowest number of float do not overflow their sum. A power
-// of 2: nothing is rounded.
+// What counts is summed times it, so that classes masked by the lowest number of float do not overflow the sum of
+// logits. A power of 2: nothing is rounded.
 constexpr double kShare = 0x1p-24;
 
 template <int kKept, Variant kVariant>
@@ -68,18 +68,18 @@ struct Kept {
   static KD_FN V marked(V e, V ds) {
     return smooth ? select(ds == -infinity<V>(), -e, e) : e;
   }
-  // The sums of what counts: of the logits (times kShare), and of the classes. They are the last two of a variant.
+  // The sums of what counts: of the logits and of the classes, times kShare. They are the last two of a variant.
   template <class V, int kCount>
   static KD_FN void count(V (&v)[kCount], V ds) {
     if constexpr (smooth) {
       v[kCount - 2] = select(ds == -infinity<V>(), lit<V>(0), ds) * lit<V>(kShare) + v[kCount - 2];
-      v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(1));
+      v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(kShare));
     }
   }
   template <class V, int kCount>
   static KD_FN void move_counted(V (&out)[kCount], const V (&v)[kCount], V ds) {
     if constexpr (smooth) {
-      out[kCount - 2] = v[kCount - 1] * (ds * lit<V>(kShare)) + v[kCount - 2];
+      out[kCount - 2] = v[kCount - 1] * ds + v[kCount - 2];
       out[kCount - 1] = v[kCount - 1];
     }
   }
@@ -261,13 +261,12 @@ struct Smoothed {
   V at_target;  // d mean / d logit of the target
 
   static KD_FN Smoothed of(const Split<V>& p, V relative, V sum, V sum_ds, V counted) {
-    const V zero = lit<V>(0), one = lit<V>(1);
+    const V zero = lit<V>(0);
     const auto masked = relative == -infinity<V>();
     // log of the sum over all classes: by the one whose probability is not small.
     const V total = select(p.p > lit<V>(0.5), relative - p.log_p, Ops<V>::log(sum) - p.log_rest);
-    const V each = inverse(counted + select(masked, zero, one));
-    const V all = select(masked, zero, relative) * lit<V>(kShare) + sum_ds;
-    const V mean = total - each * lit<V>(1 / kShare) * all;
+    const V share = lit<V>(kShare), shares = inverse(counted + select(masked, zero, share)), each = shares * share;
+    const V mean = total - shares * (sum_ds + select(masked, zero, relative) * share);
     return {mean, each, p.p - select(masked, zero, each)};
   }
 };

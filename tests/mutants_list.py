@@ -1030,14 +1030,14 @@ MUTANTS = [
     Mutant(
         "cpu-smoothing-counts-masked-classes",
         "csrc/stats.h",
-        "v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(1));",
-        "v[kCount - 1] += lit<V>(1);",
+        "v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(kShare));",
+        "v[kCount - 1] += lit<V>(kShare);",
         "label smoothing spreads over the classes at -inf, too",
     ),
     Mutant(
         "cpu-smoothing-without-the-shift",
         "csrc/stats.h",
-        "out[kCount - 2] = v[kCount - 1] * (ds * lit<V>(kShare)) + v[kCount - 2];",
+        "out[kCount - 2] = v[kCount - 1] * ds + v[kCount - 2];",
         "out[kCount - 2] = v[kCount - 2];",
         "the sum of logits keeps the old pivot",
     ),

@@ -62,8 +62,9 @@ def smoothed(p, relative, total, own, one):
     masked = relative == -INF
     # log of the sum over all classes: by the one whose probability is not small.
     every = tl.where(p[2] > 0.5, relative - p[0], tl.log(total) - p[1])
-    each = inverse(one + tl.where(masked, 0.0, 1.0))
-    mean = every - each / SHARE * (own + tl.where(masked, 0.0, relative * SHARE))
+    shares = inverse(one + tl.where(masked, 0.0, SHARE))
+    mean = every - shares * (own + tl.where(masked, 0.0, relative * SHARE))
+    each = shares * SHARE
     return mean, each, p[2] - tl.where(masked, 0.0, each)
 
 

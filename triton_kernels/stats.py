@@ -24,8 +24,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
-# Logits are summed times it, so that classes masked by the lowest number of float32 do not overflow
-# their sum. A power of 2: nothing is rounded.
+# What counts is summed times it, so that classes masked by the lowest number of float32 do not
+# overflow the sum of logits. A power of 2: nothing is rounded.
 SHARE = tl.constexpr(2.0**-24)
 PLAIN, TWO, SMOOTH = 0, 1, 2
 
@@ -82,9 +82,9 @@ def marked(e, ds):
 
 @triton.jit
 def counted(ds):
-    """What a class adds to the sums."""
+    """What a class adds to the sums of logits and of classes."""
     masked = ds == -INF
-    return tl.where(masked, 0.0, ds * SHARE), tl.where(masked, 0.0, 1.0).to(ds.dtype)
+    return tl.where(masked, 0.0, ds * SHARE), tl.where(masked, 0.0, SHARE).to(ds.dtype)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def divergence_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
     ft = tl.exp2(dt * k)
     x = weighted(ft, sums[2] + weighted(sums[1], dt - ds))
     if VARIANT == 2:
-        own = sums[5] * (ds * SHARE) + sums[4]
+        own = sums[5] * ds + sums[4]
         return sums[0] * fs, sums[1] * ft, x, sums[3] * exp(ds), own, sums[5]
     elif VARIANT == 1:
         return sums[0] * fs, sums[1] * ft, x, sums[3] * exp(ds)
@@ -156,7 +156,7 @@ def cross_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
     ft = tl.exp2(dt * k)
     x = weighted(ft, sums[2] + weighted(sums[1], -ds))
     if VARIANT == 2:
-        own = sums[6] * (ds * SHARE) + sums[5]
+        own = sums[6] * ds + sums[5]
         e1, t1 = sums[3] * exp(ds), sums[4] * exp(dt)
         return sums[0] * fs, sums[1] * ft, x, e1, t1, own, sums[6]
     elif VARIANT == 1:
@@ -193,7 +193,7 @@ def student_stats(ds, dt, k, VARIANT: tl.constexpr):
 @triton.jit
 def student_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
     if VARIANT == 2:
-        return sums[0] * tl.exp2(ds * k), sums[2] * (ds * SHARE) + sums[1], sums[2]
+        return sums[0] * tl.exp2(ds * k), sums[2] * ds + sums[1], sums[2]
     else:
         return (sums[0] * tl.exp2(ds * k),)
 

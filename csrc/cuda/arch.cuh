@@ -286,10 +286,9 @@ template <class T>
 KD_DEVICE T load_written(const T* p) {
   return detail::cast<T>(__ldcg(reinterpret_cast<const detail::Raw<T>*>(p)));
 }
-// By an instruction that says that this is global memory: ptxas forgets it, for sm_100, of a pointer that it chose.
 template <class T>
 KD_DEVICE void store(T* p, const T& v) {
-  __stwb(reinterpret_cast<detail::Raw<T>*>(p), detail::cast<detail::Raw<T>>(v));
+  *reinterpret_cast<detail::Raw<T>*>(p) = detail::cast<detail::Raw<T>>(v);
 }
 // Data that this kernel does not need again.
 template <class T>

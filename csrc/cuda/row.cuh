@@ -57,9 +57,13 @@ KD_DEVICE S load_number(const Args<S>& a, const void* from, int64_t i) {
 }
 template <class S>
 KD_DEVICE void store_number(const Args<S>& a, void* to, int64_t i, S x) {
-  if constexpr (sizeof(S) == 8)
-    if (a.narrow) return arch::store(static_cast<float*>(to) + i, static_cast<float>(x));
-  arch::store(static_cast<S*>(to) + i, x);
+  if constexpr (sizeof(S) == 8) {
+    // By instructions that say that this is global memory: ptxas forgets it, for sm_100, of pointers that are chosen.
+    if (a.narrow) return arch::store_streaming(static_cast<float*>(to) + i, static_cast<float>(x));
+    arch::store_streaming(static_cast<S*>(to) + i, x);
+  } else {
+    arch::store(static_cast<S*>(to) + i, x);
+  }
 }
 
 template <class S>
