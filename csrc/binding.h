@@ -96,11 +96,6 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
   while (p.loss < loss_count && loss != losses[p.loss].name) ++p.loss;
   STD_TORCH_CHECK(p.loss < loss_count, "loss: unknown name '", loss, "'");
   const LossFacts& facts = losses[p.loss];
-  STD_TORCH_CHECK(params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous(),
-                  "params: must be a contiguous float64 tensor on the CPU");
-  STD_TORCH_CHECK(params.numel() <= kMaxParams, "params: at most ", kMaxParams, ", got ", params.numel());
-  std::copy_n(static_cast<const double*>(params.data_ptr()), params.numel(), p.params);
-
   p.student = describe(student, "student", place);
   const int64_t dims = student.dim();
   p.outer = dims > 2 ? student.size(0) : 1;
@@ -113,12 +108,16 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
     p.teacher = describe(*teacher, "teacher", place);
     STD_TORCH_CHECK(same_shape(*teacher, student), "teacher: must have the student's shape");
   }
+  STD_TORCH_CHECK(params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous(),
+                  "params: must be a contiguous float64 tensor on the CPU");
+  STD_TORCH_CHECK(params.numel() == facts.params, "params: '", loss, "' has ", facts.params, ", got ", params.numel());
+  std::copy_n(static_cast<const double*>(params.data_ptr()), params.numel(), p.params);
   p.ignore_index = ignore_index;
   if (target) {
     check_rows(*target, "target", p, place, ScalarType::Long);
     p.target = static_cast<const int64_t*>(target->data_ptr());
   } else {
-    STD_TORCH_CHECK(loss == "kd", "target: '", loss, "' needs one");
+    STD_TORCH_CHECK(!facts.target, "target: '", loss, "' needs one");
   }
   if (row_weight) {
     check_rows(*row_weight, "row_weight", p, place, compute_type(p));

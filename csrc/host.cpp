@@ -47,7 +47,9 @@ py::dict losses() {
     const kd::LossFacts& loss = build.losses[i];
     py::dict facts;
     facts["outputs"] = loss.outputs;
+    facts["params"] = loss.params;
     facts["teacher"] = loss.teacher;
+    facts["target"] = loss.target;
     facts["two_temperatures"] = loss.two_temperatures;
     facts["smooths"] = loss.smooths;
     out[loss.name] = facts;

@@ -55,10 +55,13 @@ struct Problem {
   int64_t rows_total() const { return outer * inner; }
 };
 
+// What is known of a loss without its code.
 struct LossFacts {
   const char* name;
-  int outputs;
-  bool teacher, two_temperatures, smooths;  // teacher: it has parts
+  int outputs, params;
+  bool teacher;  // one is needed, and the loss has parts
+  bool target;   // one is needed
+  bool two_temperatures, smooths;
 };
 
 }  // namespace kd

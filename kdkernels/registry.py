@@ -32,9 +32,16 @@ class Loss:
     soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
 
     @cached_property
+    def params(self) -> tuple[str, ...]:
+        """The names of its parameters, in the operators' order."""
+        signature = inspect.signature(self.reference).parameters.values()
+        positional = [x.name for x in signature if x.kind is x.POSITIONAL_OR_KEYWORD]
+        return tuple(positional[3 if self.teacher else 2 :])  # behind the tensors
+
+    @cached_property
     def temperature(self) -> bool:
         """Whether its first parameter is one."""
-        return "temperature" in inspect.signature(self.reference).parameters
+        return self.params[0] == "temperature"
 
 
 # The list of losses: one line each.

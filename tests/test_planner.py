@@ -318,8 +318,15 @@ def test_the_cuda_planner_shows_its_table() -> None:
 
 
 def test_lists_of_losses_agree() -> None:
-    in_cpp = {name: (x["teacher"], x["outputs"]) for name, x in _host.losses().items()}
-    in_python = {name: (x.teacher, x.outputs) for name, x in ops.LOSSES.items()}
+    shared = ("outputs", "teacher", "target")
+    in_cpp = {
+        name: (facts["params"], *(facts[x] for x in shared))
+        for name, facts in _host.losses().items()
+    }
+    in_python = {
+        name: (len(facts.params), *(getattr(facts, x) for x in shared))
+        for name, facts in ops.LOSSES.items()
+    }
     assert in_cpp == in_python
     assert _host.stats_width() == ops.STATS_WIDTH
     assert _host.large_temperature() == reference.LARGE_TEMPERATURE

@@ -228,8 +228,9 @@ def _check_operands(
     _check(
         params.device.type == "cpu"
         and params.dtype == torch.float64
-        and params.numel() <= _MOST_PARAMS,
-        f"params: must be at most {_MOST_PARAMS} float64 numbers on the CPU, got {params.numel()}",
+        and params.numel() == len(entry.params),
+        f"params: must be {len(entry.params)} float64 numbers on the CPU for {loss!r}, got"
+        f" {params.numel()}",
     )
 
 

@@ -14,16 +14,8 @@ bool run_in(const Problem& p, Plan plan, int64_t begin, int64_t end) {
 }
 
 bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
-  int index = 0;
-#define KD_RUN(name, ...)                                    \
-  if (p.loss == index++)                                     \
-    return __VA_ARGS__::chosen(p.params, p.parts != nullptr, \
-                               [&](auto tag) { return run_in<typename decltype(tag)::type>(p, plan, begin, end); });
-  KD_LOSSES(KD_RUN)
-  return false;
+  return Losses::chosen(p, [&](auto tag) { return run_in<typename decltype(tag)::type>(p, plan, begin, end); });
 }
-
-constexpr LossFacts facts[] = {KD_LOSSES(KD_FACTS)};
 
 template <class S, Vec<S> (*kFunction)(Vec<S>)>
 void map(const S* x, S* y, int64_t n) {
@@ -34,8 +26,8 @@ extern const Kernels kernels_of_this_isa;
 const Kernels kernels_of_this_isa = {
     KD_TEXT(KD_ISA),
     kVectorBytes,
-    facts,
-    static_cast<int>(sizeof(facts) / sizeof(facts[0])),
+    Losses::facts,
+    Losses::size,
     run,
     map<float, Ops<VecF>::exp2>,
     map<double, Ops<VecD>::exp2>,

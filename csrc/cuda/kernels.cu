@@ -149,14 +149,7 @@ int run_one(const Call& c, const Plan& plan) {
 
 template <class F>
 int run_loss(const Call& c, const Plan& plan) {
-  int index = 0;
-  const Problem& p = c.problem;
-#define KD_RUN(name, ...)                                    \
-  if (p.loss == index++)                                     \
-    return __VA_ARGS__::chosen(p.params, p.parts != nullptr, \
-                               [&](auto tag) { return run_one<typename decltype(tag)::type, F>(c, plan); });
-  KD_LOSSES(KD_RUN)
-  return 1;
+  return Losses::chosen(c.problem, [&](auto tag) { return run_one<typename decltype(tag)::type, F>(c, plan); });
 }
 
 template <class T, class S>

@@ -246,16 +246,18 @@ KD_DEVICE void finish_variants(Tag<Variants<Losses...>>, const char* params, con
                                const Pivots<S>& pivots, S s_y, S t_y, const S* g, S* loss, Coef& coef) {
   (finish_variant<Sums, Losses>(params, stats, pivots, s_y, t_y, g, loss, coef), ...);
 }
+template <class Sums, class... Entries, class S, class Stats, class Coef>
+KD_DEVICE void finish_numbered(Tag<List<Entries...>>, int number, const char* params, const Stats& stats,
+                               const Pivots<S>& pivots, S s_y, S t_y, const S* g, S* loss, Coef& coef) {
+  ((number-- == 0 ? finish_variants<Sums>(Tag<Entries>(), params, stats, pivots, s_y, t_y, g, loss, coef) : void()),
+   ...);
+}
 
 // loss[k] and the coefficients from the sums of a row, by the loss of this call.
 template <class Sums, class S, class Stats, class Coef>
 KD_DEVICE void finish_loss(const Args<S>& a, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
                            S* loss, Coef& coef) {
-  int index = 0;
-#define KD_FINISH(name, ...) \
-  if (a.loss == index++) finish_variants<Sums>(Tag<__VA_ARGS__>(), a.params, stats, pivots, s_y, t_y, g, loss, coef);
-  KD_LOSSES(KD_FINISH)
-#undef KD_FINISH
+  finish_numbered<Sums>(Tag<Losses>(), a.loss, a.params, stats, pivots, s_y, t_y, g, loss, coef);
 }
 
 // Statistics: of a row, for the backward pass, and of a part of a row.

@@ -41,18 +41,12 @@ int scale_f16(const ScaleCall&);
 int scale_bf16(const ScaleCall&);
 int scale_f64(const ScaleCall&);
 
-constexpr LossFacts kLosses[] = {KD_LOSSES(KD_FACTS)};
-constexpr int kLossCount = sizeof(kLosses) / sizeof(kLosses[0]);
+constexpr const LossFacts* kLosses = Losses::facts;
+constexpr int kLossCount = Losses::size;
 
 // Exponentials kept per class by a call.
 inline int kept_by(const Problem& p) {
-  int index = 0;
-#define KD_KEPT(name, ...) \
-  if (p.loss == index++)   \
-    return __VA_ARGS__::chosen(p.params, p.parts != nullptr, [](auto tag) { return decltype(tag)::type::kept; });
-  KD_LOSSES(KD_KEPT)
-#undef KD_KEPT
-  return 0;
+  return Losses::chosen(p, [](auto tag) { return decltype(tag)::type::kept; });
 }
 
 // Whether every row of two tensors begins at the same place between two 16-byte boundaries.

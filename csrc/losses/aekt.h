@@ -11,6 +11,10 @@ KD_NAMESPACE_BEGIN
 
 template <Variant kVariant>
 struct Aekt : SplitLoss<Aekt<kVariant>, kVariant> {
+  static constexpr const char* name = "aekt";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count + 4;
+  static constexpr bool needs_target = true;
+
   enum Form {  // in the order of kdkernels.reference.AEKT_VARIANTS
     kRatioWeightedTckd,
     kRatioWeightedCe,

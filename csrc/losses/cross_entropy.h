@@ -9,7 +9,9 @@ KD_NAMESPACE_BEGIN
 template <Variant kVariant>
 struct CrossEntropy : StudentSums<kVariant> {
   using Sums = StudentSums<kVariant>;
-  static constexpr int outputs = 1;
+  static constexpr const char* name = "cross_entropy";
+  static constexpr int outputs = 1, param_count = 1;
+  static constexpr bool needs_target = true;
   static Variant wanted(const double* params, bool) { return params[0] != 0 ? Variant::smooth : Variant::plain; }
 
   template <class S>

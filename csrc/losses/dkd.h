@@ -7,6 +7,10 @@ KD_NAMESPACE_BEGIN
 
 template <Variant kVariant>
 struct Dkd : SplitLoss<Dkd<kVariant>, kVariant> {
+  static constexpr const char* name = "dkd";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count + 2;
+  static constexpr bool needs_target = true;
+
   template <class S>
   struct Params : PairParams<S> {
     S alpha, beta;

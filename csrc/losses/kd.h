@@ -8,6 +8,10 @@ KD_NAMESPACE_BEGIN
 
 template <Variant kVariant>
 struct Kd : SplitLoss<Kd<kVariant>, kVariant> {
+  static constexpr const char* name = "kd";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count;
+  static constexpr bool needs_target = false;
+
   template <class S>
   using Params = PairParams<S>;
 

@@ -1,4 +1,4 @@
-// The one list of losses: an include, and KD_LOSS(name in Python, its variants).
+// The one list of losses: an include, and a place in `Losses`.
 #pragma once
 
 #include "aekt.h"
@@ -18,14 +18,14 @@ struct Tag {
 // A loss, built once for every variant that its calls may want; the plain one first.
 template <class Plain, class... Others>
 struct Variants {
-  static constexpr int outputs = Plain::outputs;
-  static constexpr bool teacher = Plain::Sums::teacher;
   static constexpr bool has(Variant x) { return Plain::variant == x || ((Others::variant == x) || ...); }
+  static constexpr LossFacts facts = {Plain::name,         Plain::outputs,    Plain::param_count,  Plain::Sums::teacher,
+                                      Plain::needs_target, has(Variant::two), has(Variant::smooth)};
 
-  // What use(Tag<Loss>()) makes of the one that a call with these parameters wants; parts: whether it asks for them.
+  // What use(Tag<Loss>()) makes of the one that the call wants.
   template <class Use>
-  static auto chosen(const double* params, bool parts, Use use) {
-    return pick<Plain, Others...>(Plain::wanted(params, parts), use);
+  static auto chosen(const Problem& p, Use use) {
+    return pick<Plain, Others...>(Plain::wanted(p.params, p.parts != nullptr), use);
   }
 
  private:
@@ -39,17 +39,28 @@ struct Variants {
 template <template <Variant> class Loss>
 using PairVariants = Variants<Loss<Variant::plain>, Loss<Variant::two>, Loss<Variant::smooth>>;
 
+// Losses, each with its variants. The place of one in the list is its number.
+template <class... Entries>
+struct List {
+  static constexpr int size = sizeof...(Entries);
+  static constexpr LossFacts facts[] = {Entries::facts...};
+
+  // What use(Tag<Loss>()) makes of the loss and variant that the call wants.
+  template <class Use>
+  static auto chosen(const Problem& p, Use use) {
+    return pick<Entries...>(p.loss, p, use);
+  }
+
+ private:
+  template <class Entry, class... Rest, class Use>
+  static auto pick(int number, const Problem& p, Use use) {
+    if constexpr (sizeof...(Rest) > 0)
+      if (number > 0) return pick<Rest...>(number - 1, p, use);
+    return Entry::chosen(p, use);
+  }
+};
+
+using Losses = List<PairVariants<Kd>, PairVariants<Dkd>, PairVariants<Nkd>, PairVariants<Aekt>,
+                    Variants<CrossEntropy<Variant::plain>, CrossEntropy<Variant::smooth>>, Variants<TargetSplit>>;
+
 KD_NAMESPACE_END
-
-#define KD_LOSSES(KD_LOSS)                                                                      \
-  KD_LOSS(kd, PairVariants<Kd>)                                                                 \
-  KD_LOSS(dkd, PairVariants<Dkd>)                                                               \
-  KD_LOSS(nkd, PairVariants<Nkd>)                                                               \
-  KD_LOSS(aekt, PairVariants<Aekt>)                                                             \
-  KD_LOSS(cross_entropy, Variants<CrossEntropy<Variant::plain>, CrossEntropy<Variant::smooth>>) \
-  KD_LOSS(target_split, Variants<TargetSplit>)
-
-// What is known of each without its code: LossFacts.
-#define KD_FACTS(name, ...)                                                           \
-  {#name, __VA_ARGS__::outputs, __VA_ARGS__::teacher, __VA_ARGS__::has(Variant::two), \
-   __VA_ARGS__::has(Variant::smooth)},

@@ -9,7 +9,9 @@ KD_NAMESPACE_BEGIN
 template <Variant kVariant>
 struct Nkd : PairSums<kVariant, true> {
   using Sums = PairSums<kVariant, true>;
-  static constexpr int outputs = 1;
+  static constexpr const char* name = "nkd";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count + 1;
+  static constexpr bool needs_target = true;
   static Variant wanted(const double* params, bool parts) { return PairParams<double>::wanted(params, parts, true); }
 
   template <class S>

@@ -25,13 +25,14 @@ KD_FN void pair_gradient(ScalarOf<V> temperature, V inverse_s, V inverse_t, V h,
 // What the parameters of every pair loss begin with, in the order of its reference; its own come after them.
 template <class S>
 struct PairParams : Scales<S> {
+  static constexpr int count = 4;
   S kd_weight, ce_weight, label_smoothing;
   explicit KD_FN PairParams(const double* p)
       : Scales<S>(p),
         kd_weight(static_cast<S>(p[1])),
         ce_weight(static_cast<S>(p[2])),
         label_smoothing(static_cast<S>(p[3])) {}
-  static KD_FN const double* own(const double* p) { return p + 4; }
+  static KD_FN const double* own(const double* p) { return p + count; }
 
   // always_two: the loss itself has a term at temperature 1.
   static Variant wanted(const double* p, bool parts, bool always_two) {
@@ -71,7 +72,6 @@ KD_FN V add_cross_entropy(const Params& params, V own, const Stats& a, V relativ
 template <class Loss, Variant kVariant>
 struct SplitLoss : PairSums<kVariant, false> {
   using Sums = PairSums<kVariant, false>;
-  static constexpr int outputs = 1;
   static Variant wanted(const double* params, bool parts) { return PairParams<double>::wanted(params, parts, false); }
 
   template <class Params, class V>

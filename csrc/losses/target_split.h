@@ -8,7 +8,9 @@ KD_NAMESPACE_BEGIN
 
 struct TargetSplit : StudentSums<Variant::plain> {
   using Sums = StudentSums<Variant::plain>;
-  static constexpr int outputs = 3;
+  static constexpr const char* name = "target_split";
+  static constexpr int outputs = 3, param_count = 1;
+  static constexpr bool needs_target = true;
 
   template <class S>
   using Params = Scales<S>;
