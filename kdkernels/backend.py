@@ -156,16 +156,25 @@ def _warn_downgrade(name: str, device_type: str) -> None:
 
 
 def warn_once(kind: str, message: str) -> None:
-    """One warning of a kind in a process, at the line that called this package. None while a graph
-    is traced, which a warning would break.
+    """One warning of a kind in a process, at the line that called this package; under torch.compile
+    it comes while the graph is traced, at the line that called the compiled function.
     """
-    if torch.compiler.is_compiling() or kind in _warned:
+    if kind in _warned:
         return
     _warned.add(kind)
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("kdkernels"):
+    while frame.f_back is not None and _is_ours_or_torchs(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _is_ours_or_torchs(module: str) -> bool:
+    return module.partition(".")[0] in ("kdkernels", "torch")
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo for it: that would
+# make this package slow to import. Dynamo then calls the function, and no graph holds it.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def checks_targets(device: torch.device) -> bool:

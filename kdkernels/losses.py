@@ -49,12 +49,11 @@ def kd_loss(
     With one class every softmax is 1: the loss is 0, and so is the gradient; of every loss.
 
     The student's gradient is fused and comes in the student's dtype. Every other derivative is
-    right, and the reference's: the teacher's gradient (with a warning, once, outside of compiled
-    graphs), those of weights and temperature, second derivatives. Transforms of torch.func (grad,
-    vjp, jvp, jacrev, jacfwd, hessian, vmap and their compositions) and forward mode work, with the
-    kernels where they give what is asked for. A teacher made under torch.inference_mode() is taken;
-    it is copied where it is kept for backward (reduction "none", float16 students, or weights that
-    are learned).
+    right, and the reference's: the teacher's gradient (with a warning, once), those of weights
+    and temperature, second derivatives. Transforms of torch.func (grad, vjp, jvp, jacrev, jacfwd,
+    hessian, vmap and their compositions) and forward mode work, with the kernels where they give
+    what is asked for. A teacher made under torch.inference_mode() is taken; it is copied where it
+    is kept for backward (reduction "none", float16 students, or weights that are learned).
 
     DTensors may be sharded or replicated over their rows, never over the classes.
 

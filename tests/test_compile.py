@@ -4,8 +4,10 @@ Tracing and the split into forward and backward graphs are what can go wrong wit
 backend "aot_eager" does all of that; the tests with inductor see what its code generation adds.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 
+import cases
 import pytest
 import torch
 from cases import CPU, MAIN_CASES, USUAL, assert_same, evaluate, make_inputs, needs_cpu
@@ -69,18 +71,24 @@ def test_row_weight_and_normalizer(name):
 
 
 @needs_cpu
-def test_teacher_gradient():
+def test_fall_backs_warn_while_the_graph_is_traced(monkeypatch):
     inputs = make_inputs("normal", 6, 7)
     function, _ = compiled(kdkernels.dkd_loss)
 
     def teachers(loss):
         return lambda teacher, student, target: loss(student, teacher, target)
 
-    ours, theirs = (
-        evaluate(teachers(loss), inputs[1], inputs[0], inputs[2])
-        for loss in (function, kdkernels.dkd_loss)
-    )
+    monkeypatch.setattr(backend, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="the teacher requires a gradient") as warned:
+        ours, theirs = (
+            evaluate(teachers(loss), inputs[1], inputs[0], inputs[2])
+            for loss in (function, kdkernels.dkd_loss)
+        )
     assert_close(ours, theirs)
+    assert len(warned) == 1
+    transformed = torch.func.vmap(lambda *rows: kdkernels.dkd_loss(*rows))
+    with pytest.warns(RuntimeWarning, match="computes torch.func under torch.compile in the refer"):
+        torch.testing.assert_close(compiled(transformed)[0](*inputs), transformed(*inputs))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -220,15 +228,22 @@ def test_a_target_out_of_range_is_refused_by_the_kernel():
 
 
 def test_without_the_fast_backend(monkeypatch):
-    # A pure Python installation that asks for no backend: its warning must not break the graph.
+    # A pure Python installation that asks for no backend: its warning comes while the graph is
+    # traced, and does not break it.
     monkeypatch.setattr(
         backend, "_available", {**backend._available, "cpu": backend.Availability(False, "gone")}
     )
     monkeypatch.setattr(backend, "_warned", set())
     inputs = make_inputs("normal", 6, 7)
     function, _ = compiled(KD)
-    value = evaluate(function, *inputs)
+    with pytest.warns(RuntimeWarning, match="slower backend 'reference'") as warned:
+        value = evaluate(function, *inputs)
     assert_close(value, evaluate(KD, *inputs, backend="reference"))
+    assert [x.filename for x in warned] == [cases.__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(function, *inputs)
+        evaluate(compiled(KD)[0], *inputs)
 
 
 # ---- inductor -------------------------------------------------------------------------------
