@@ -150,7 +150,7 @@ mutants: $(PACKAGE)
 TORCH ?= 2.10.0
 BESIDE := .venv-torch-$(TORCH)
 VERSIONS_TESTS := build equivalence autograd compile
-VERSIONS_CHOICE := loads or layouts or opcheck or any_upstream or fall_backs_warn or (every_loss and cpu])
+VERSIONS_CHOICE := loads or layouts or opcheck or any_upstream or fall_backs_warn or without_the_fast or (every_loss and cpu])
 $(BESIDE)/.tools: constraints.txt
 	test -x $(BESIDE)/bin/python || $(PYTHON) -m venv $(BESIDE)
 	sed -E '/^(torch|triton|setuptools)==/d' constraints.txt > $(BESIDE)/constraints.txt

@@ -108,8 +108,9 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
     p.teacher = describe(*teacher, "teacher", place);
     STD_TORCH_CHECK(same_shape(*teacher, student), "teacher: must have the student's shape");
   }
-  STD_TORCH_CHECK(params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous(),
-                  "params: must be a contiguous float64 tensor on the CPU");
+  STD_TORCH_CHECK(
+      params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous() && params.dim() == 1,
+      "params: must be a contiguous float64 tensor of one dimension on the CPU");
   STD_TORCH_CHECK(params.numel() == facts.params, "params: '", loss, "' has ", facts.params, ", got ", params.numel());
   std::copy_n(static_cast<const double*>(params.data_ptr()), params.numel(), p.params);
   p.ignore_index = ignore_index;

@@ -50,8 +50,6 @@ py::dict losses() {
     facts["params"] = loss.params;
     facts["teacher"] = loss.teacher;
     facts["target"] = loss.target;
-    facts["two_temperatures"] = loss.two_temperatures;
-    facts["smooths"] = loss.smooths;
     out[loss.name] = facts;
   }
   return out;

@@ -105,8 +105,8 @@ def choose(backend: str | None, device: torch.device) -> str:
     """The backend that a call on `device` uses.
 
     `None` takes the fastest one available there; when that is not the fastest one there is, the
-    first call of the process that meets this warns (not while it is traced, for a warning would
-    break the graph). A backend asked for by name is used or refused.
+    first call of the process that meets this warns. A backend asked for by name is used or
+    refused.
     """
     if backend is not None:
         return _named(backend, device)
@@ -161,11 +161,11 @@ def warn_once(kind: str, message: str) -> None:
     """
     if kind in _warned:
         return
-    _warned.add(kind)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_ours_or_torchs(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, RuntimeWarning, stacklevel=level)
+    _warned.add(kind)  # not of a warning that was made an error
 
 
 def _is_ours_or_torchs(module: str) -> bool:

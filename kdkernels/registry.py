@@ -41,7 +41,7 @@ class Loss:
     @cached_property
     def temperature(self) -> bool:
         """Whether its first parameter is one."""
-        return self.params[0] == "temperature"
+        return self.params[:1] == ("temperature",)
 
 
 # The list of losses: one line each.
@@ -119,6 +119,10 @@ def reference_rows(
 ) -> Tensor:
     """The reference under the operators' signature."""
     entry = LOSSES[loss]
+    if params.shape != (len(entry.params),):
+        raise RuntimeError(
+            f"params: {loss!r} has {len(entry.params)}, got shape {tuple(params.shape)}"
+        )
     logits = (student, teacher) if entry.teacher else (student,)
     # As numbers where they are numbers: a term of weight 0 is then left out.
     plain = is_eager(params) and not params.requires_grad

@@ -23,6 +23,7 @@ LAYERS = {
 
 # The file and the test that caught a fault last time, which are tried first.
 FIRST: dict[str, str] = {
+    "python-fall-backs-silent-while-traced": "compile fall_backs_warn",
     "python-float16-in-one-sweep": "autograd a_float16_gradient_is_rounded",
     "python-nan-in-the-mean-confidence": "edges nan_stays_in_its_row",
     "python-weight-0-in-the-mean-confidence": "edges rows_of_weight_zero",
@@ -101,6 +102,7 @@ FIRST: dict[str, str] = {
     "triton-teacher-at-the-wrong-temperature": "triton shapes",
     "triton-ratio-of-nothing": "triton infinite_logits",
     "triton-split-without-temperature": "triton shapes",
+    "triton-smoothing-sums-whole-logits": "triton label_smoothing_is_torchs",
     "bindings-any-factor": "fuzz operators_check_what_memory_safety_needs",
     "bindings-float-accumulator": "fuzz any_input",
     "bindings-loss-in-the-students-dtype": "autograd opcheck_of_dtypes",
@@ -108,6 +110,7 @@ FIRST: dict[str, str] = {
     "bindings-rows-are-dense": "autograd dtype_and_layout_of_the_gradient",
     "bindings-gradient-is-contiguous": "autograd dtype_and_layout_of_the_gradient",
     "bindings-rows-of-any-dtype": "fuzz operators_check_what_memory_safety_needs",
+    "cpu-smoothing-sums-whole-logits": "parts label_smoothing_is_torchs",
     "cpu-difference-cancels": "edges saturated_target_of_dkd",
     "cpu-student-without-mass": "edges infinite_logits",
     "cpu-teacher-without-others": "equivalence shapes",
@@ -1089,5 +1092,26 @@ MUTANTS = [
         "        if target is not None:\n            tl.store(ce,",
         "        if True:\n            tl.store(ce,",
         "without a target its logit is -inf, and the cross-entropy infinite",
+    ),
+    Mutant(
+        "cpu-smoothing-sums-whole-logits",
+        "csrc/stats.h",
+        "constexpr double kShare = 0x1p-24;",
+        "constexpr double kShare = 1;",
+        "the sum of logits at the lowest float overflows",
+    ),
+    Mutant(
+        "triton-smoothing-sums-whole-logits",
+        "triton_kernels/stats.py",
+        "SHARE = tl.constexpr(2.0**-24)",
+        "SHARE = tl.constexpr(1.0)",
+        "the sum of logits at the lowest float overflows",
+    ),
+    Mutant(
+        "python-fall-backs-silent-while-traced",
+        "kdkernels/backend.py",
+        "    if kind in _warned:",
+        "    if torch.compiler.is_compiling() or kind in _warned:",
+        "no warning under torch.compile",
     ),
 ]

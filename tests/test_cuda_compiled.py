@@ -622,8 +622,9 @@ MOST_IN_DOUBLE = 128  # the sums of few and strided: unrolled over warps, twice
 
 def opcodes(x: Kernel) -> Iterator[str]:
     # For sm_100, ptxas forgets of which kind the pointer to the losses of a row is.
-    losses = MOST_OUTPUTS if x.sums and x.name != "part_stats" else 0
-    if (n := x.count(r"ST\.E(\.64)?")) > losses or x.count(r"(LD|ST|ATOM)(\..*)?") > n:
+    losses = MOST_OUTPUTS if x.arch == "100" and x.sums and x.name != "part_stats" else 0
+    n, stores = x.count(r"(LD|ST|ATOM)(\..*)?"), x.count(r"ST\.E")
+    if n > stores or stores > losses:
         yield f"{n} accesses of an address of any kind"
     atomics = {op for op in x.ops if re.match(r"(RED|ATOM[GS]?)\b", op)}
     if others := {op for op in atomics if not re.fullmatch(r"ATOMG?\.E\.INC\..*GPU", op)}:
@@ -722,6 +723,8 @@ FAULTS: list[tuple[Check, dict[str, Any]]] = [
     (opcodes, {"ops": {"ATOMG.E.ADD.F64.RN.STRONG.GPU": 1}}),
     (opcodes, {"ops": {"DFMA": 1}}),
     (opcodes, {"ops": {"LD.E": 1}}),
+    (opcodes, {"ops": {"ST.E": 1}}),
+    (opcodes, {"arch": "100", "ops": {"ST.E": MOST_OUTPUTS + 1}}),
 ]
 
 

@@ -188,8 +188,6 @@ def test_common_offset_changes_no_bit(case: Case, isa: str, generator: torch.Gen
 def test_finite_logits_give_finite_results(
     case: Case, kind: str, backend: str, generator: torch.Generator
 ) -> None:
-    if kind == "masked_lowest" and case not in PLAIN:
-        pytest.skip("the sum of the lowest numbers is no finite one")
     for classes in CLASSES:
         student, teacher, target = make_inputs(kind, 9, classes, F32, generator)
         if kind == "masked_lowest":  # in both: what one alone masks costs 3e38 T

@@ -33,6 +33,7 @@ LOSSES: dict[str, ModuleType] = {
 
 assert row.WIDTH.value == ops.STATS_WIDTH
 _MOST_PARAMS = 8  # p0 to p7 of the kernels
+assert all(len(x.params) <= _MOST_PARAMS for x in ops.LOSSES.values())
 INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
 
@@ -228,9 +229,9 @@ def _check_operands(
     _check(
         params.device.type == "cpu"
         and params.dtype == torch.float64
-        and params.numel() == len(entry.params),
-        f"params: must be {len(entry.params)} float64 numbers on the CPU for {loss!r}, got"
-        f" {params.numel()}",
+        and params.shape == (len(entry.params),),
+        f"params: must be {len(entry.params)} float64 numbers on the CPU for {loss!r}, got shape"
+        f" {tuple(params.shape)}",
     )
 
 

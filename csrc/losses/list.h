@@ -19,6 +19,7 @@ struct Tag {
 template <class Plain, class... Others>
 struct Variants {
   static constexpr bool has(Variant x) { return Plain::variant == x || ((Others::variant == x) || ...); }
+  static_assert(Plain::param_count <= kMaxParams, "a call has room for so many");
   static constexpr LossFacts facts = {Plain::name,         Plain::outputs,    Plain::param_count,  Plain::Sums::teacher,
                                       Plain::needs_target, has(Variant::two), has(Variant::smooth)};
 
