@@ -102,6 +102,7 @@ FIRST: dict[str, str] = {
     "triton-teacher-at-the-wrong-temperature": "triton shapes",
     "triton-ratio-of-nothing": "triton infinite_logits",
     "triton-split-without-temperature": "triton shapes",
+    "triton-parts-without-a-target": "triton parts",
     "triton-smoothing-sums-whole-logits": "triton label_smoothing_is_torchs",
     "bindings-any-factor": "fuzz operators_check_what_memory_safety_needs",
     "bindings-float-accumulator": "fuzz any_input",
