@@ -321,11 +321,10 @@ def check_registers(target: str, job: Job, launches: Launches, spared: int = 0) 
 @needs_cuobjdump
 @pytest.mark.parametrize(("target", "job"), SIZES, ids=str)
 def test_no_kernel_spills_registers(compiled, target, job):
-    # A division in float64 is a subroutine. Around its calls a number of the row may be spilled,
-    # which costs nothing; a tile that does not fit spills hundreds of bytes. Code of older Tritons
-    # leads ptxas to spill a few numbers of the row to keep to 64 registers.
-    spared = 32 if OLD else 8 if "float64" in (job.student, job.teacher) else 0
-    check_registers(target, job, compiled(target, job), spared)
+    # A few numbers of the row may be spilled, once a row, to keep to the registers of its warps:
+    # aekt's most of all, those that label smoothing sums, and in float64 around the subroutine that
+    # divides. A tile that does not fit spills hundreds of bytes.
+    check_registers(target, job, compiled(target, job), spared=32 if OLD else 16)
 
 
 @needs_cuobjdump
@@ -480,7 +479,8 @@ def check_cluster(target: str, job: Job, launches: Launches) -> None:
     # finish of a row, most of all aekt's with its variants, needs their registers.
     (x,) = launches
     many = x["block"] == 32 * 32 * x["warps"] * x["ctas"]
-    check_registers(target, job, launches, spared=96 if many else 8)
+    smooth = variant(job.loss, job.params) == SMOOTH
+    check_registers(target, job, launches, spared=96 if many else 32 if smooth else 8)
     what = says(target, job, x)
     used = x["registers"] * x["warps"] * 32 * (2 if x["warps"] == 8 else 1)
     assert used <= 65536, f"{what}: {used} registers of a multiprocessor"
@@ -499,11 +499,13 @@ def test_clusters_fit_as_planned(compiled, target, job):
     )
     check_cluster(target, job, launches)
     assert x["cluster"] == [x["ctas"]], says(target, job, x)
-    # The maxima are one reduction, the sums another one; a fifth sum is one of its own. Each passes
-    # a barrier when its numbers are written, and one when they have been read. A tile that is not
-    # stored as it was loaded passes one more.
-    sums, _ = EXPONENTIALS[job.loss, variant(job.loss, job.params)]
-    reductions = 3 if sums > 3 else 2
+    # The maxima are one reduction, four sums another one; each further sum is one of its own: those
+    # of exponentials, of the mean, and for label smoothing two. Each passes a barrier when its
+    # numbers are written, and one when they have been read. A tile that is not stored as it was
+    # loaded passes one more.
+    which = variant(job.loss, job.params)
+    sums = EXPONENTIALS[job.loss, which][0] + (3 if which == SMOOTH else 1)
+    reductions = 2 + max(sums - 4, 0)
     barriers = 2 * reductions + (x["aligned"] != 2)
     assert (x["remote"], x["barriers"]) == (reductions, barriers), says(target, job, x)
 
