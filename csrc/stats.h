@@ -107,6 +107,8 @@ struct PairSums : Kept<kVariant == Variant::plain ? 2 : 3, kVariant> {
   static constexpr bool teacher = true;
   static constexpr bool has_parts = Base::smooth;  // finish gives them behind the loss
   static constexpr bool two = kTwo;
+  template <class S>
+  using Scales = kd::Scales<S>;
   static constexpr int count = 3 + (kTwo ? (kCross ? 2 : 1) : 0) + (Base::smooth ? 2 : 0);
   enum { sum_s, sum_t, mean_x, sum_s1, sum_t1 };
 
@@ -177,6 +179,8 @@ struct StudentSums : Kept<1, kVariant> {
   static constexpr bool teacher = false;
   static constexpr bool has_parts = false;
   static constexpr bool two = false;
+  template <class S>
+  using Scales = kd::Scales<S>;
   static constexpr int count = Base::smooth ? 3 : 1;
   enum { sum_s };
 
@@ -215,7 +219,7 @@ struct StudentSums : Kept<1, kVariant> {
 
 // a takes over b, a disjoint set of classes.
 template <class Sums, class V, class Stats>
-KD_FN void merge(const Scales<ScalarOf<V>>& scales, Stats& a, Pivots<V>& pa, const Stats& b, const Pivots<V>& pb) {
+KD_FN void merge(const typename Sums::template Scales<ScalarOf<V>>& scales, Stats& a, Pivots<V>& pa, const Stats& b, const Pivots<V>& pb) {
   const Pivots<V> p = {max_of(pa.s, pb.s), max_of(pa.t, pb.t)};
   const Stats sum = Sums::moved_to(scales, b, pb, p);
   a = Sums::moved_to(scales, a, pa, p);

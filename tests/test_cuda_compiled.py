@@ -59,7 +59,7 @@ def number(name: str) -> int:
 
 NVCC_FLAGS = fact("setup.py", r'NVCC_COMPILE = "([^"]*)"').split()
 KD_TYPES = re.findall(r"\w+", fact("setup.py", r"KD_TYPES = \(([^)]*)\)"))
-MOST_OUTPUTS = int(fact("csrc/cuda/row.cuh", r"kMostOutputs = (\d+);"))
+MOST_OUTPUTS = int(fact("csrc/losses/list.h", r"kMostValues = (\d+);"))
 MANY_CLASSES, FEW_CLASSES = number("kManyRowsClasses"), number("kFewRowsClasses")  # of a lane
 LANES, MIDDLE, MANY_MOST, FEW_MOST = map(
     int, facts(PLAN, r"int lanes : \{(\d+), (\d+), many \? (\d+) : (\d+)\}")

@@ -1,5 +1,4 @@
 // Compiled once per instruction set, with its flags and KD_ISA=<name>: all losses, regimes and compute types.
-#include "../losses/list.h"
 #include "row.h"
 
 #define KD_TEXT_(x) #x
@@ -7,14 +6,14 @@
 
 KD_NAMESPACE_BEGIN
 
-template <class Loss>
+template <class Sums>
 bool run_in(const Problem& p, Plan plan, int64_t begin, int64_t end) {
-  return p.computes_in_double() ? Rows<Loss, double>::run(p, plan, begin, end)
-                                : Rows<Loss, float>::run(p, plan, begin, end);
+  return p.computes_in_double() ? Rows<Sums, double>::run(p, plan, begin, end)
+                                : Rows<Sums, float>::run(p, plan, begin, end);
 }
 
 bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
-  return Losses::chosen(p, [&](auto tag) { return run_in<typename decltype(tag)::type>(p, plan, begin, end); });
+  return Losses::chosen(p, [&](auto tag) { return run_in<typename decltype(tag)::type::Sums>(p, plan, begin, end); });
 }
 
 template <class S, Vec<S> (*kFunction)(Vec<S>)>

@@ -1,4 +1,5 @@
-// The generic row loops: the same for every loss. A loss comes in as its struct, the compute type as S.
+// The generic row loops: the same for every loss. A loss comes in as its Sums (losses that sum alike share their loops),
+// the compute type as S.
 //
 // lanes_are_classes: a row is walked in tiles. Per tile: load (convert, find the maxima), then the exponentials
 // relative to the tile's own maxima, kept in a scratch row, and the statistics, merged into the row's. When the row is
@@ -18,6 +19,8 @@
 
 #include "cpu.h"
 #include "simd.h"
+// The losses come after the lanes.
+#include "../losses/list.h"
 
 KD_NAMESPACE_BEGIN
 
@@ -107,7 +110,7 @@ struct Ahead {  // what the sweep asks the memory for meanwhile: the next tile
 };
 
 template <class Sums, class S, bool kKeep>
-typename Sums::template Stats<Vec<S>> sweep(const Scales<S>& scales, const S* s, const S* t, int64_t n,
+typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales<S>& scales, const S* s, const S* t, int64_t n,
                                             Pivots<S> pivots, S* kept, int64_t kept_stride, Ahead ahead) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
@@ -331,15 +334,13 @@ void gradient_short(T* out, const Padding<S>& padding, const S* kept, int64_t ke
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-template <class Loss, class S>
+template <class Sums, class S>
 struct Rows {
-  using Sums = typename Loss::Sums;
+  using Scales = typename Sums::template Scales<S>;
   using V = Vec<S>;
   using StatsD = typename Sums::template Stats<double>;
   using CoefD = typename Sums::template Coef<double>;
-  using Params = typename Loss::template Params<double>;
   static constexpr int L = kLanes<S>;
-  static constexpr int kValues = Loss::outputs + (Sums::has_parts ? 2 : 0);  // what finish gives
   static_assert(Sums::count + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
 
   // One of the numbers of rows. Where these are in double so is S; the reverse is not true.
@@ -360,21 +361,21 @@ struct Rows {
   static double weight_of(const Problem& p, int64_t row) { return p.row_weight ? number(p, p.row_weight, row) : 1.; }
 
   // The gradient that finish multiplies its coefficients with.
-  static void upstream(const Problem& p, int64_t row, double* g) {
+  static void upstream(const Problem& p, int outputs, int64_t row, double* g) {
     const double weight = weight_of(p, row);
-    for (int k = 0; k < Loss::outputs; ++k)
+    for (int k = 0; k < outputs; ++k)
       g[k] = p.pass == Pass::backward ? weight * number(p, p.grad_rows, k * p.rows_total() + row) : weight * p.scale;
   }
 
-  // loss: what finish gave, the parts behind the outputs.
-  static void write_rows(const Problem& p, int64_t row, const double* loss, const double* g) {
+  // loss: what finish gave; parts are behind the one output of their losses.
+  static void write_rows(const Problem& p, int outputs, int64_t row, const double* loss, const double* g) {
     if (p.scaled_rows) p.scaled_rows[row] = loss ? loss[0] * g[0] : 0.;
-    for (int k = 0; p.rows && k < Loss::outputs; ++k)
+    for (int k = 0; p.rows && k < outputs; ++k)
       put_number(p, p.rows, k * p.rows_total() + row, loss ? loss[k] * g[k] : 0.);
     if constexpr (Sums::has_parts)
       for (int k = 0; p.parts && k < 2; ++k) {
         const bool there = loss && (k == 0 || p.target);  // without a target there is no cross-entropy
-        put_number(p, p.parts, k * p.rows_total() + row, there ? loss[Loss::outputs + k] * weight_of(p, row) : 0.);
+        put_number(p, p.parts, k * p.rows_total() + row, there ? loss[1 + k] * weight_of(p, row) : 0.);
       }
   }
 
@@ -395,15 +396,15 @@ struct Rows {
     S *s_buffer = memory, *t_buffer = s_buffer + kTile, *kept = t_buffer + kTile;
     auto* tile_pivots = reinterpret_cast<Pivots<S>*>(kept + Sums::kept * kept_stride);
 
-    const Params params(p.params);
-    const Scales<S> scales(params.temperature);
+    const Chosen<double> chosen(p);
+    const Scales scales = Chosen<S>(p).template scales<Sums>();
     const int64_t s_bytes = bytes_of(p.student.dtype), t_bytes = Sums::teacher ? bytes_of(p.teacher.dtype) : 0;
 
     for (int64_t row = begin; row < end; ++row) {
       const int64_t outer = row / p.inner, inner = row % p.inner;
       char* grad = p.grad.data ? row_start(p.grad, outer, inner) : nullptr;
       if (skipped(p, row)) {
-        write_rows(p, row, nullptr, nullptr);
+        write_rows(p, chosen.outputs, row, nullptr, nullptr);
         if (p.stats) memset(stats_of(p, row), 0, sizeof(double) * kStatsWidth);
         if (grad) memset(grad, 0, classes * bytes_of(p.grad.dtype));
         continue;
@@ -418,14 +419,14 @@ struct Rows {
       const double s_y = target < 0 ? -infinity<double>() : get<double>(p.student, s, target);
       const double t_y = target < 0 || !Sums::teacher ? -infinity<double>() : get<double>(p.teacher, t, target);
 
-      double g[Loss::outputs], loss[kValues] = {};
-      upstream(p, row, g);
+      double g[kMostValues] = {}, loss[kMostValues] = {};
+      upstream(p, chosen.outputs, row, g);
       StatsD stats = {};
       Pivots<double> pivots = {-infinity<double>(), -infinity<double>()};
       CoefD coef = {};
       if (back) {
         load_stats(stats_of(p, row), pivots, stats);
-        Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
+        chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
       }
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = i * kTile;
@@ -450,12 +451,12 @@ struct Rows {
         StatsD part;
         for (int k = 0; k < Sums::count; ++k) part.v[k] = sum_lanes<S>(lanes.v[k]);
         tile_pivots[i] = at;
-        merge<Sums>(Scales<double>(params), stats, pivots, part, Pivots<double>{at.s, at.t});
+        merge<Sums>(chosen.template scales<Sums>(), stats, pivots, part, Pivots<double>{at.s, at.t});
       }
       if (!back) {
-        Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
+        chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
         for (double& x : loss) x += nan_of<Sums>(stats, s_y, t_y);
-        write_rows(p, row, loss, g);
+        write_rows(p, chosen.outputs, row, loss, g);
         if (p.stats) store_stats(stats_of(p, row), pivots, stats);
       }
       if (keep) {
@@ -464,7 +465,7 @@ struct Rows {
             const int64_t first = i * kTile;
             const int n = static_cast<int>(classes - first < kTile ? classes - first : kTile);
             CoefD c = coef;
-            Sums::rebase(Scales<double>(params), c, pivots, Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
+            Sums::rebase(chosen.template scales<Sums>(), c, pivots, Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
             gradient_tile<Sums::kept, S>(out + first, n, kept + first, padded, c.c);
           }
         });
@@ -489,12 +490,11 @@ struct Rows {
 
   struct Batch {  // up to L rows, one per lane, and all that is one number per row
     Block<S> block;
-    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[Loss::outputs][L];
-    alignas(kVectorBytes) double loss[kValues][L];
+    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[kMostValues][L], loss[kMostValues][L];
     alignas(kVectorBytes) S maxima[2][L], coef[Sums::coefs][L], coef_y[L];
   };
 
-  static void open(const Problem& p, int64_t first, int64_t end, Batch& b) {
+  static void open(const Problem& p, const Chosen<double>& chosen, int64_t first, int64_t end, Batch& b) {
     b.block.lanes = static_cast<int>(end - first < L ? end - first : L);
     memset(b.sums, 0, sizeof(b.sums));
     memset(b.g, 0, sizeof(b.g));
@@ -509,9 +509,9 @@ struct Rows {
       b.s_y[lane] = b.t_y[lane] = -infinity<double>();
       for (int tensor = 0; tensor < 2; ++tensor) b.maxima[tensor][lane] = -infinity<S>();
       if (!b.block.active[lane]) continue;
-      double g[Loss::outputs];
-      upstream(p, row, g);
-      for (int k = 0; k < Loss::outputs; ++k) b.g[k][lane] = g[k];
+      double g[kMostValues] = {};
+      upstream(p, chosen.outputs, row, g);
+      for (int k = 0; k < chosen.outputs; ++k) b.g[k][lane] = g[k];
     }
     if (p.pass != Pass::backward) return;
     for (int lane = 0; lane < L; ++lane) {
@@ -526,21 +526,21 @@ struct Rows {
   }
 
   // From maxima and sums to losses (written) and coefficients. Rows that are skipped get coefficients of 0.
-  static void close(const Problem& p, const Params& params, int64_t first, Batch& b) {
+  static void close(const Problem& p, const Chosen<double>& chosen, int64_t first, Batch& b) {
     for (int part = 0; part < kParts<S> && part * kLanes<double> < b.block.lanes; ++part) {
       const int at = part * kLanes<double>;
       typename Sums::template Stats<VecD> stats;
-      typename Sums::template Coef<VecD> coef;
-      VecD g[Loss::outputs], loss[kValues] = {};
+      typename Sums::template Coef<VecD> coef = {};
+      VecD g[kMostValues], loss[kMostValues] = {};
       const Pivots<VecD> pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
       store_bits(b.pivots[0] + at, pivots.s);
       store_bits(b.pivots[1] + at, pivots.t);
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
-      for (int k = 0; k < Loss::outputs; ++k) g[k] = load_bits<VecD>(b.g[k] + at);
+      for (int k = 0; k < kMostValues; ++k) g[k] = load_bits<VecD>(b.g[k] + at);
       const VecD s_y = load_bits<VecD>(b.s_y + at), t_y = load_bits<VecD>(b.t_y + at);
-      Loss::finish(params, stats, pivots, s_y, t_y, g, loss, coef);
+      chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
       const VecD nan = nan_of<Sums>(stats, s_y, t_y);
-      for (int k = 0; k < kValues; ++k) store_bits(b.loss[k] + at, loss[k] + nan);
+      for (int k = 0; k < kMostValues; ++k) store_bits(b.loss[k] + at, loss[k] + nan);
       for (int k = 0; k < Sums::coefs; ++k) narrow(b.coef[k], part, coef.c[k]);
       narrow(b.coef_y, part, coef.y);
     }
@@ -550,10 +550,9 @@ struct Rows {
     if (p.pass == Pass::backward) return;
     for (int lane = 0; lane < b.block.lanes; ++lane) {
       const int64_t row = first + lane;
-      double loss[kValues], g[Loss::outputs];
-      for (int k = 0; k < kValues; ++k) loss[k] = b.loss[k][lane];
-      for (int k = 0; k < Loss::outputs; ++k) g[k] = b.g[k][lane];
-      write_rows(p, row, b.block.active[lane] ? loss : nullptr, g);
+      double loss[kMostValues], g[kMostValues];
+      for (int k = 0; k < kMostValues; ++k) loss[k] = b.loss[k][lane], g[k] = b.g[k][lane];
+      write_rows(p, chosen.outputs, row, b.block.active[lane] ? loss : nullptr, g);
       if (!p.stats) continue;
       StatsD stats;
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = b.sums[k][lane];
@@ -577,13 +576,13 @@ struct Rows {
     const bool back = p.pass == Pass::backward;
     S* kept = static_cast<S*>(scratch(sizeof(S) * planes * plane));  // logits first, their exponentials afterwards
     if (!kept) return false;
-    const Params params(p.params);
-    const Scales<S> scales(params.temperature);
+    const Chosen<double> chosen(p);
+    const Scales scales = Chosen<S>(p).template scales<Sums>();
     const int64_t s_step = L * bytes_of(p.student.dtype), t_step = Sums::teacher ? L * bytes_of(p.teacher.dtype) : 0;
 
     for (int64_t first = begin; first < end; first += size) {
       Batch b;
-      open(p, first, end - first < size ? end : first + size, b);
+      open(p, chosen, first, end - first < size ? end : first + size, b);
       for (int lane = 0; lane < b.block.lanes; ++lane) {
         if (!b.block.active[lane]) continue;
         const int64_t outer = b.block.outer[lane], inner = b.block.inner[lane], target = b.block.target[lane];
@@ -605,7 +604,7 @@ struct Rows {
         if (!back)
           for (int k = 0; k < Sums::count; ++k) b.sums[k][lane] = sum_lanes<S>(lanes.v[k]);
       }
-      close(p, params, first, b);
+      close(p, chosen, first, b);
       if (!p.grad.data) continue;
       for (int lane = 0; lane < b.block.lanes; ++lane) {
         char* const out = row_start(p.grad, b.block.outer[lane], b.block.inner[lane]);
@@ -640,7 +639,7 @@ struct Rows {
   }
 
   // From n classes' logits in `kept` to their exponentials, and, with `sums`, what these sum to.
-  static void sweep_block(const Scales<S>& scales, const Pivots<V>& pivots, int64_t n, S* const* kept,
+  static void sweep_block(const Scales& scales, const Pivots<V>& pivots, int64_t n, S* const* kept,
                           double (*sums)[L]) {
     constexpr int kChunk = 64;  // classes summed in S before the sum goes to double
     const V ms = usable(pivots.s), mt = usable(pivots.t);
@@ -679,7 +678,7 @@ struct Rows {
   }
 
   // More classes of a block's rows, by their sums and pivots.
-  static void merge_into(Batch& b, const Scales<double>& scales, const Pivots<V>& pivots,
+  static void merge_into(Batch& b, const typename Sums::template Scales<double>& scales, const Pivots<V>& pivots,
                          const double (&sums)[Sums::count][L]) {
     for (int part = 0; part < kParts<S>; ++part) {
       const int at = part * kLanes<double>;
@@ -719,8 +718,8 @@ struct Rows {
     if (!memory) return false;
     S* kept[planes];  // logits first, their exponentials afterwards
     for (int k = 0; k < planes; ++k) kept[k] = memory + k * plane;
-    const Params params(p.params);
-    const Scales<S> scales(params.temperature);
+    const Chosen<double> chosen(p);
+    const Scales scales = Chosen<S>(p).template scales<Sums>();
     const auto load_logits = [&](Batch& b, int64_t from, int64_t n) {
       load_block<S>(part_of(p.student, from), b.block, n, kept[0]);
       if constexpr (Sums::teacher) load_block<S>(part_of(p.teacher, from), b.block, n, kept[1]);
@@ -736,12 +735,12 @@ struct Rows {
 
     for (int64_t first = begin; first < end; first += L) {
       Batch b;
-      open(p, first, end, b);
+      open(p, chosen, first, end, b);
       if (whole) {
         load_logits(b, 0, classes);
         if (!back) set_pivots(b, maxima(classes));
         sweep_block(scales, pivots_of(b), classes, kept, back ? nullptr : b.sums);
-        close(p, params, first, b);
+        close(p, chosen, first, b);
         if (!p.grad.data) continue;
         gradient_block(b, classes, kept);
         store_block<S>(p.grad, b.block, classes, kept[0]);
@@ -757,9 +756,9 @@ struct Rows {
           alignas(kVectorBytes) double sums[Sums::count][L] = {};
           const Pivots<V> pivots = maxima(n);
           sweep_block(scales, pivots, n, kept, sums);
-          merge_into(b, Scales<double>(params), pivots, sums);
+          merge_into(b, chosen.template scales<Sums>(), pivots, sums);
         });
-      close(p, params, first, b);
+      close(p, chosen, first, b);
       if (!p.grad.data) continue;
       each_tile([&](int64_t from, int64_t n) {
         load_logits(b, from, n);

@@ -318,7 +318,7 @@ struct Cluster {
     pivots = {fields[0], fields[1]};
     KD_UNROLL
     for (int k = 0; k < Sums::count; ++k) stats.v[k] = fields[4 + k];
-    lanes_merge<Sums, kMostClusterBlocks>(a.scales, stats, pivots);
+    lanes_merge<Sums, kMostClusterBlocks>(scales_of<Sums>(a), stats, pivots);
     y = {lanes_sum<kMostClusterBlocks>(fields[2]), lanes_sum<kMostClusterBlocks>(fields[3])};
   }
 
@@ -391,19 +391,19 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
         for (int k = 0; k < kVectors; ++k) {
           c.logits(x, stage, at, rank + k * size, s, t);
           KD_UNROLL
-          for (int e = 0; e < E; ++e) add_and_keep<Sums>(a.scales, s[e] - from_s, t[e] - from_t, stats, kept.x[k][e]);
+          for (int e = 0; e < E; ++e) add_and_keep<Sums>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t, stats, kept.x[k][e]);
         }
         for (int i = rank + kVectors * size; i < at.count; i += size) {
           c.logits(x, stage, at, i, s, t);
           KD_UNROLL
-          for (int e = 0; e < E; ++e) Sums::add(stats, Sums::template exps<S>(a.scales, s[e] - from_s, t[e] - from_t));
+          for (int e = 0; e < E; ++e) Sums::add(stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
         }
         const int edge = first_warp ? c.edge(x, rank) : -1;
         if (edge >= 0) {
           TargetLogits<S> logits = {lowest<S>(), lowest<S>()};
           if (edge != x.target) logits = c.logits_at(x, stage, edge);
           S edge_x[Sums::kept];
-          add_and_keep<Sums>(a.scales, logits.s - from_s, logits.t - from_t, stats, edge_x);
+          add_and_keep<Sums>(scales_of<Sums>(a), logits.s - from_s, logits.t - from_t, stats, edge_x);
           KD_UNROLL
           for (int i = 0; i < Sums::kept; ++i) c.scratch.edges.st(i * kMostEdges + rank, edge_x[i]);
         }
@@ -426,7 +426,7 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
       if (a.grad.data) {
         const Job x = c.job(n);
         const Row<F> at = c.row_of(x);
-        Sums::rebase(a.scales, slope, slope.pivots, pivots);
+        Sums::rebase(scales_of<Sums>(a), slope, slope.pivots, pivots);
         slope.pivots = {from_s, from_t};
         kept.write(fs, at, rank, size, at.count, slope);
         for (int i = rank + kVectors * size; i < at.count; i += size) {

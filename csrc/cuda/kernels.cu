@@ -22,11 +22,9 @@ struct Formats {
   using f64 = AnyFormat<double>;
 };
 
-template <class Loss, class S>
+template <class Sums, class S>
 Args<S> arguments(const Call& c, const Plan& plan) {
   const Problem& p = c.problem;
-  using Params = typename Loss::template Params<S>;
-  const Params params(p.params);
   Args<S> a;
   a.student = p.student;
   a.teacher = p.teacher;
@@ -34,18 +32,13 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.inner = p.inner;
   a.rows = p.rows_total();
   a.classes = static_cast<int>(p.classes);
-  a.loss = p.loss;
-  a.outputs = Loss::outputs;
+  a.loss = Chosen<S>(p);
   a.backward = p.pass == Pass::backward;
   a.mean = c.mean;
   a.target = p.target;
   a.ignore_index = p.ignore_index;
-  a.scales = params;
-  static_assert(sizeof(Params) <= sizeof(a.params), "room for every loss's parameters");
-  static_assert(std::is_trivially_copyable_v<Params>, "they are copied to the device");
-  memcpy(a.params, &params, sizeof(params));
   // Finite, so that -inf and the margin make -inf.
-  a.margin = static_cast<S>(std::min(1e30, 8 / std::max<double>(params.k, Loss::Sums::two ? kLog2e : 0)));
+  a.margin = static_cast<S>(std::min(1e30, 8 / std::max<double>(scales_of<Sums>(a).k, Sums::two ? kLog2e : 0)));
   a.narrow = !p.in_double();
   a.row_weight = p.row_weight;
   a.upstream = p.grad_rows;
@@ -135,21 +128,21 @@ int launch(const Call& c, const Plan& plan, const Args<typename F::S>& a) {
   }
 }
 
-template <class Loss, class F>
+template <class Sums, class F>
 int run_one(const Call& c, const Plan& plan) {
-  const Args<typename F::S> a = arguments<Loss, typename F::S>(c, plan);
+  const Args<typename F::S> a = arguments<Sums, typename F::S>(c, plan);
   if (a.count_blocks) {
     const CountArgs count_args = {a.target, a.rows, a.ignore_index, static_cast<double*>(c.scratch)};
     constexpr int kThreads = kCountThreads;
     const arch::Launch how = {a.count_blocks, kThreads, count_bytes(), c.stream};
     if (const int error = arch::launch<count<kThreads>>(how, count_args)) return error;
   }
-  return launch<typename Loss::Sums, F>(c, plan, a);
+  return launch<Sums, F>(c, plan, a);
 }
 
 template <class F>
 int run_loss(const Call& c, const Plan& plan) {
-  return Losses::chosen(c.problem, [&](auto tag) { return run_one<typename decltype(tag)::type, F>(c, plan); });
+  return Losses::chosen(c.problem, [&](auto tag) { return run_one<typename decltype(tag)::type::Sums, F>(c, plan); });
 }
 
 template <class T, class S>

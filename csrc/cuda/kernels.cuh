@@ -15,7 +15,7 @@ using namespace gpu;
 
 // One class in the sums, and its exponentials in x.
 template <class Sums, class S, class Stats>
-KD_DEVICE void add_and_keep(const Scales<S>& scales, S ds, S dt, Stats& stats, S (&x)[Sums::kept]) {
+KD_DEVICE void add_and_keep(const typename Sums::template Scales<S>& scales, S ds, S dt, Stats& stats, S (&x)[Sums::kept]) {
   const auto exps = Sums::template exps<S>(scales, ds, dt);
   Sums::add(stats, exps);
   KD_UNROLL
@@ -98,7 +98,7 @@ struct Tile {
     return out;
   }
 
-  KD_DEVICE typename Sums::template Stats<S> sweep(const Scales<S>& scales, const Pivots<S>& pivots) {
+  KD_DEVICE typename Sums::template Stats<S> sweep(const typename Sums::template Scales<S>& scales, const Pivots<S>& pivots) {
     typename Sums::template Stats<S> stats = {};
     const S from_s = usable(pivots.s), from_t = usable(pivots.t);
     KD_UNROLL
@@ -153,7 +153,7 @@ few(KD_ARGUMENT(Args<typename F::S>) a) {
     } else {
       pivots = lanes_max<kLanes>(tile.top(), Sums::teacher);
     }
-    auto stats = tile.sweep(a.scales, pivots);
+    auto stats = tile.sweep(scales_of<Sums>(a), pivots);
     KD_UNROLL
     for (int k = 0; k < Sums::count; ++k) stats.v[k] = a.backward ? known.v[k] : lanes_sum<kLanes>(stats.v[k]);
     if (!exists) continue;
@@ -199,18 +199,18 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
     typename Sums::template Stats<S> stats;
     if (a.backward) {
       load_row_stats<Sums>(a, row, pivots, stats);
-      tile.sweep(a.scales, pivots);
+      tile.sweep(scales_of<Sums>(a), pivots);
       if (arch::thread() >= 32) stats = {};
     } else {
       pivots = lanes_max<32>(tile.top(), Sums::teacher);
-      stats = tile.sweep(a.scales, pivots);
+      stats = tile.sweep(scales_of<Sums>(a), pivots);
       KD_UNROLL
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
     }
     Slope<Sums, S> slope;
     sum += finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope);
     if (!at.g) continue;
-    Sums::rebase(a.scales, slope, slope.pivots, pivots);
+    Sums::rebase(scales_of<Sums>(a), slope, slope.pivots, pivots);
     tile.write(f, at, opened.target, arch::thread(), arch::threads(), slope);
   }
   if (!a.total) return;
@@ -254,7 +254,7 @@ KD_DEVICE void write_vector(const Args<S>& a, const F& f, const Row<F>& row, int
                             const S (&t)[F::kVector], const Slope<Sums, S>& slope) {
   S out[F::kVector];
   KD_UNROLL
-  for (int e = 0; e < F::kVector; ++e) out[e] = slope_at<Sums>(a.scales, slope, s[e], t[e]);
+  for (int e = 0; e < F::kVector; ++e) out[e] = slope_at<Sums>(scales_of<Sums>(a), slope, s[e], t[e]);
   if (vector == row.hot_vector) row.at_target(out, slope.y);
   f.put_vector(row.g_base, vector, out);
 }
@@ -276,7 +276,7 @@ struct Edge {
     if (c >= 0) running.add(a, s1, t1);
   }
   KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int target, const Slope<Sums, S>& slope) const {
-    if (c >= 0) f.put(row.g, c, c == target ? slope.y : slope_at<Sums>(a.scales, slope, s, t));
+    if (c >= 0) f.put(row.g, c, c == target ? slope.y : slope_at<Sums>(scales_of<Sums>(a), slope, s, t));
   }
 };
 
@@ -311,7 +311,7 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
       stride.each(fs, ft, at, i, size, at.count,
                   [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
     }
-    lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
+    lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
     Slope<Sums, S> slope;
     sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
     if (!at.g) continue;
@@ -390,7 +390,7 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
         values(n, s, t);
         running.add(a, s, t);
       }
-      lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
+      lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
       Slope<Sums, S> slope;
       sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
       if (at.g) {
@@ -449,7 +449,7 @@ part_stats(KD_ARGUMENT(Args<typename F::S>) a) {
     stride.each(fs, ft, at, i, size, end,
                 [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
   }
-  lanes_merge<Sums, 32>(a.scales, running.stats, running.pivots);
+  lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
   warps_merge<Sums>(a, scratch, running.stats, running.pivots);
   if (rank == 0) store_stats<Sums>(a.part_stats + arch::block() * kStatsWidth, running.pivots, running.stats);
 }
@@ -488,9 +488,9 @@ part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
         Pivots<S> part_pivots;
         typename Sums::template Stats<S> part_sums;
         load_stats<Sums>(a.part_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
-        merge<Sums>(a.scales, stats, pivots, part_sums, part_pivots);
+        merge<Sums>(scales_of<Sums>(a), stats, pivots, part_sums, part_pivots);
       }
-      lanes_merge<Sums, 32>(a.scales, stats, pivots);
+      lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
     }
     Slope<Sums, S> slope;
     sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, part == 0);
@@ -566,7 +566,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
           fetch(c, s, t);
           running.add(a, s, t);
         }
-        merge<Sums>(a.scales, stats, pivots, running.stats, running.pivots);
+        merge<Sums>(scales_of<Sums>(a), stats, pivots, running.stats, running.pivots);
       }
     }
     typename Sums::template Coef<S> coef;
@@ -583,7 +583,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
       for (int k = 0; k < U; ++k)
         if (c + k < a.classes)
           fs.put(g_row, (c + k) * g_step,
-                 c + k == opened.target ? coef.y : slope_at<Sums>(a.scales, slope, s[k], t[k]));
+                 c + k == opened.target ? coef.y : slope_at<Sums>(scales_of<Sums>(a), slope, s[k], t[k]));
     }
   }
   if (!a.total) return;

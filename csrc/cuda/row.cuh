@@ -9,20 +9,17 @@ KD_NAMESPACE_BEGIN
 
 namespace cuda {
 
-constexpr int kMostOutputs = 3;  // or one, and two parts
-
 // A call as the kernels see it. S is the compute type.
 template <class S>
 struct Args {
   Logits student, teacher, grad;
   int64_t inner = 0, rows = 0;
-  int classes = 0, loss = 0, outputs = 0;
+  int classes = 0;
   bool backward = false, mean = false;
   const int64_t* target = nullptr;
   int64_t ignore_index = 0;
-  Scales<S> scales = Scales<S>(1.0);
-  alignas(8) char params[80] = {};  // the loss's own Params<S>
-  S margin = 0;                     // how far a logit may rise above a running pivot
+  Chosen<S> loss;
+  S margin = 0;  // how far a logit may rise above a running pivot
   // Numbers in memory that are no logits: by load_number and store_number. narrow: they are float, whatever S is.
   bool narrow = false;
   const void* row_weight = nullptr;
@@ -66,6 +63,11 @@ KD_DEVICE void store_number(const Args<S>& a, void* to, int64_t i, S x) {
   }
 }
 
+template <class Sums, class S>
+KD_DEVICE const typename Sums::template Scales<S>& scales_of(const Args<S>& a) {
+  return a.loss.template scales<Sums>();
+}
+
 template <class S>
 KD_DEVICE S lowest() {
   return -infinity<S>();
@@ -92,7 +94,7 @@ KD_DEVICE Pivots<V> lanes_max(const Pivots<V>& p, bool teacher) {
 }
 // From each lane's statistics, relative to its own pivots, to those of all lanes.
 template <class Sums, int kLanes, class S, class Stats>
-KD_DEVICE void lanes_merge(const Scales<S>& scales, Stats& stats, Pivots<S>& pivots) {
+KD_DEVICE void lanes_merge(const typename Sums::template Scales<S>& scales, Stats& stats, Pivots<S>& pivots) {
   const Pivots<S> all = lanes_max<kLanes>(pivots, Sums::teacher);
   stats = Sums::template moved_to<S>(scales, stats, pivots, all);
   pivots = all;
@@ -233,33 +235,6 @@ KD_DEVICE void values_of(const F& fs, const F& ft, const Row<F>& row, int vector
   for (int e = 0; e < F::kVector; ++e) t[e] = Sums::teacher ? t[e] : s[e];
 }
 
-// Of the variants of the call's loss the one that sums so.
-template <class Sums, class Loss, class S, class Stats, class Coef>
-KD_DEVICE void finish_variant(const char* params, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
-                              S* loss, Coef& coef) {
-  if constexpr (std::is_same_v<typename Loss::Sums, Sums>)
-    Loss::finish(*reinterpret_cast<const typename Loss::template Params<S>*>(params), stats, pivots, s_y, t_y, g, loss,
-                 coef);
-}
-template <class Sums, class... Losses, class S, class Stats, class Coef>
-KD_DEVICE void finish_variants(Tag<Variants<Losses...>>, const char* params, const Stats& stats,
-                               const Pivots<S>& pivots, S s_y, S t_y, const S* g, S* loss, Coef& coef) {
-  (finish_variant<Sums, Losses>(params, stats, pivots, s_y, t_y, g, loss, coef), ...);
-}
-template <class Sums, class... Entries, class S, class Stats, class Coef>
-KD_DEVICE void finish_numbered(Tag<List<Entries...>>, int number, const char* params, const Stats& stats,
-                               const Pivots<S>& pivots, S s_y, S t_y, const S* g, S* loss, Coef& coef) {
-  ((number-- == 0 ? finish_variants<Sums>(Tag<Entries>(), params, stats, pivots, s_y, t_y, g, loss, coef) : void()),
-   ...);
-}
-
-// loss[k] and the coefficients from the sums of a row, by the loss of this call.
-template <class Sums, class S, class Stats, class Coef>
-KD_DEVICE void finish_loss(const Args<S>& a, const Stats& stats, const Pivots<S>& pivots, S s_y, S t_y, const S* g,
-                           S* loss, Coef& coef) {
-  finish_numbered<Sums>(Tag<Losses>(), a.loss, a.params, stats, pivots, s_y, t_y, g, loss, coef);
-}
-
 // Statistics: of a row, for the backward pass, and of a part of a row.
 template <class Sums, class S, class T>
 KD_DEVICE void load_stats(const T* from, Pivots<S>& pivots, typename Sums::template Stats<S>& stats) {
@@ -293,7 +268,7 @@ KD_DEVICE void store_row_stats(const Args<S>& a, int64_t row, const Pivots<S>& p
 // Nothing learned from a row that is not read.
 template <class S>
 KD_DEVICE void write_nothing(const Args<S>& a, int64_t row) {
-  for (int k = 0; k < a.outputs; ++k)
+  for (int k = 0; k < a.loss.outputs; ++k)
     if (a.losses) store_number(a, a.losses, k * a.rows + row, S(0));
   for (int k = 0; k < 2; ++k)
     if (a.parts_out) store_number(a, a.parts_out, k * a.rows + row, S(0));
@@ -320,20 +295,20 @@ KD_DEVICE TargetLogits<S> target_logits(const F& fs, const F& ft, const char* s,
 template <class Sums, class S, class Stats, class Coef>
 KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t row, S weight, const Pivots<S>& pivots,
                             const Stats& stats, bool writes, Coef& coef) {
-  S g[kMostOutputs], loss[kMostOutputs] = {};
+  S g[kMostValues], loss[kMostValues] = {};
   KD_UNROLL
-  for (int k = 0; k < kMostOutputs; ++k) {
+  for (int k = 0; k < kMostValues; ++k) {
     g[k] = weight;
-    if (a.upstream && k < a.outputs) g[k] *= load_number(a, a.upstream, k * a.rows + row);
+    if (a.upstream && k < a.loss.outputs) g[k] *= load_number(a, a.upstream, k * a.rows + row);
   }
-  finish_loss<Sums>(a, stats, pivots, y.s, y.t, g, loss, coef);
+  a.loss.template finish<Sums>(stats, pivots, y.s, y.t, g, loss, coef);
   if (!writes || a.backward) return 0;
   const S nan = nan_of<Sums>(stats, y.s, y.t);
   KD_UNROLL
-  for (int k = 0; k < kMostOutputs; ++k) loss[k] += nan;
+  for (int k = 0; k < kMostValues; ++k) loss[k] += nan;
   KD_UNROLL
-  for (int k = 0; k < kMostOutputs; ++k)
-    if (a.losses && k < a.outputs) store_number(a, a.losses, k * a.rows + row, loss[k] * g[k]);
+  for (int k = 0; k < kMostValues; ++k)
+    if (a.losses && k < a.loss.outputs) store_number(a, a.losses, k * a.rows + row, loss[k] * g[k]);
   if (a.stats_out) store_row_stats<Sums>(a, row, pivots, stats);
   if (Sums::has_parts && a.parts_out) {
     const S own = open(a, row).weight;  // without what multiplies the rows of a reduction
@@ -353,7 +328,7 @@ struct Slope {
 };
 
 template <class Sums, class S>
-KD_DEVICE S slope_at(const Scales<S>& scales, const Slope<Sums, S>& slope, S s, S t) {
+KD_DEVICE S slope_at(const typename Sums::template Scales<S>& scales, const Slope<Sums, S>& slope, S s, S t) {
   const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
   S e[Sums::kept];
   KD_UNROLL
@@ -402,7 +377,7 @@ KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, St
     KD_UNROLL
     for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.warps.ld(lane * kFields + 2 + k);
   }
-  lanes_merge<Sums, 32>(a.scales, stats, pivots);
+  lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
 }
 
 struct Alone {
@@ -460,12 +435,12 @@ struct Running {
     for (int e = 1; e < kCount; ++e) top = {max_of(top.s, s[e]), max_of(top.t, t[e])};
     if (top.s > pivots.s + a.margin || top.t > pivots.t + a.margin) {
       top = {max_of(pivots.s, top.s), max_of(pivots.t, top.t)};
-      stats = Sums::template moved_to<S>(a.scales, stats, pivots, top);
+      stats = Sums::template moved_to<S>(scales_of<Sums>(a), stats, pivots, top);
       pivots = top;
     }
     const S from_s = usable(pivots.s), from_t = usable(pivots.t);
     KD_UNROLL
-    for (int e = 0; e < kCount; ++e) Sums::add(stats, Sums::template exps<S>(a.scales, s[e] - from_s, t[e] - from_t));
+    for (int e = 0; e < kCount; ++e) Sums::add(stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
   }
 };
 

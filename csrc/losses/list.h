@@ -1,6 +1,9 @@
 // The one list of losses: an include, and a place in `Losses`.
 #pragma once
 
+#include <new>
+#include <type_traits>
+
 #include "aekt.h"
 #include "cross_entropy.h"
 #include "dkd.h"
@@ -63,5 +66,58 @@ struct List {
 
 using Losses = List<PairVariants<Kd>, PairVariants<Dkd>, PairVariants<Nkd>, PairVariants<Aekt>,
                     Variants<CrossEntropy<Variant::plain>, CrossEntropy<Variant::smooth>>, Variants<TargetSplit>>;
+
+// The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So losses
+// that sum alike share their kernels.
+template <class S>
+class Chosen {
+ public:
+  int outputs = 1;
+
+  Chosen() = default;
+  explicit Chosen(const Problem& p) : outputs(Losses::facts[p.loss].outputs), number_(p.loss) {
+    Losses::chosen(p, [&](auto tag) {
+      using Params = typename decltype(tag)::type::template Params<S>;
+      using Scales = typename decltype(tag)::type::Sums::template Scales<S>;
+      static_assert(sizeof(Params) <= kRoom, "room for every loss's parameters");
+      static_assert(std::is_trivially_copyable_v<Params>, "they are copied to the device");
+      static_assert(std::is_base_of_v<Scales, Params> || std::is_same_v<Scales, Params>, "they begin with the scales");
+      new (params_) Params(p.params);
+    });
+  }
+
+  template <class Sums>
+  KD_FN const typename Sums::template Scales<S>& scales() const {
+    return *reinterpret_cast<const typename Sums::template Scales<S>*>(params_);
+  }
+
+  // values[k] and the coefficients, by the loss of this call. Of its variants it is the one that sums so.
+  template <class Sums, class V, class Stats, class Coef>
+  KD_FN void finish(const Stats& stats, const Pivots<V>& pivots, V s_y, V t_y, const V* upstream, V* values,
+                    Coef& coef) const {
+    in_list<Sums>(Tag<Losses>(), number_, stats, pivots, s_y, t_y, upstream, values, coef);
+  }
+
+ private:
+  template <class Sums, class... Entries, class... Arguments>
+  KD_FN void in_list(Tag<List<Entries...>>, int number, Arguments&&... arguments) const {
+    ((number-- == 0 ? in_variants<Sums>(Tag<Entries>(), arguments...) : void()), ...);
+  }
+  template <class Sums, class... Losses, class... Arguments>
+  KD_FN void in_variants(Tag<Variants<Losses...>>, Arguments&&... arguments) const {
+    (in_one<Sums, Losses>(arguments...), ...);
+  }
+  template <class Sums, class Loss, class... Arguments>
+  KD_FN void in_one(Arguments&&... arguments) const {
+    if constexpr (std::is_same_v<typename Loss::Sums, Sums>)
+      Loss::finish(*reinterpret_cast<const typename Loss::template Params<S>*>(params_), arguments...);
+  }
+
+  static constexpr size_t kRoom = 96;
+  int number_ = 0;
+  alignas(8) char params_[kRoom] = {};
+};
+
+constexpr int kMostValues = 3;  // of a row: outputs, or a loss and its two parts
 
 KD_NAMESPACE_END
