@@ -93,9 +93,10 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
                              const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
                              const Tensor& params, int64_t ignore_index) {
   Problem p;
-  while (p.loss < loss_count && loss != losses[p.loss].name) ++p.loss;
-  STD_TORCH_CHECK(p.loss < loss_count, "loss: unknown name '", loss, "'");
-  const LossFacts& facts = losses[p.loss];
+  int number = 0;
+  while (number < loss_count && loss != losses[number].name) ++number;
+  STD_TORCH_CHECK(number < loss_count, "loss: unknown name '", loss, "'");
+  const LossFacts& facts = losses[number];
   p.student = describe(student, "student", place);
   const int64_t dims = student.dim();
   p.outer = dims > 2 ? student.size(0) : 1;
@@ -112,7 +113,7 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
       params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous() && params.dim() == 1,
       "params: must be a contiguous float64 tensor of one dimension on the CPU");
   STD_TORCH_CHECK(params.numel() == facts.params, "params: '", loss, "' has ", facts.params, ", got ", params.numel());
-  std::copy_n(static_cast<const double*>(params.data_ptr()), params.numel(), p.params);
+  p.set_loss(number, facts, static_cast<const double*>(params.data_ptr()));
   p.ignore_index = ignore_index;
   if (target) {
     check_rows(*target, "target", p, place, ScalarType::Long);

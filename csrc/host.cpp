@@ -7,10 +7,12 @@
 #include <map>
 #include <sstream>
 #include <string>
+#include <typeinfo>
 #include <vector>
 
 #include "cpu/cpu.h"
 #include "cuda/plan_dict.h"
+#include "losses/list.h"
 
 namespace py = pybind11;
 
@@ -53,6 +55,18 @@ py::dict losses() {
     out[loss.name] = facts;
   }
   return out;
+}
+
+// What a call of a loss sums, by a name that only serves comparison: calls of one name share their kernels.
+std::string sums(const std::string& loss, const std::vector<double>& params) {
+  int number = 0;
+  while (number < kd::Losses::size && loss != kd::Losses::facts[number].name) ++number;
+  if (number == kd::Losses::size) throw py::value_error("loss: unknown name '" + loss + "'");
+  const kd::LossFacts& facts = kd::Losses::facts[number];
+  if (static_cast<int>(params.size()) != facts.params) throw py::value_error("params: wrong number");
+  kd::Problem p;
+  p.set_loss(number, facts, params.data());
+  return kd::Losses::chosen(p, [](auto tag) { return typeid(typename decltype(tag)::type::Sums).name(); });
 }
 
 // The regime for contiguous logits, or for logits with the class dimension in the middle.
@@ -126,6 +140,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Facts about the build and the planners, and the CPU's lane functions, for tests.";
   m.def("isas", &isas, "Instruction sets built in and supported by this processor, best last.");
   m.def("losses", &losses, "The C++ list of losses: name -> what LossFacts says.");
+  m.def("sums", &sums, py::arg("loss"), py::arg("params"), "What a call sums: calls of one name share their kernels.");
   m.def("plan", &plan, py::arg("isa"), py::arg("rows"), py::arg("classes"), py::arg("class_strided") = false,
         "The regime the planner picks.");
   m.def(

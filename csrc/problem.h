@@ -21,14 +21,23 @@ enum class Pass : int32_t {
   forward_grad,  // row losses times weights and scale, and their gradient, in one go
 };
 
-constexpr int kMaxParams = 8;
+constexpr int kMaxParams = 10;
 constexpr double kLargeTemperature = 32;  // kdkernels.reference.LARGE_TEMPERATURE
-constexpr int kStatsWidth = 9;            // two pivots and up to seven sums
+constexpr int kStatsWidth = 10;           // two pivots and up to eight sums
 
 // What is summed beside what every call of a loss needs, each a build of its own: `two`, the sums at temperature 1;
 // `smooth`, these, at any temperature, and those of the logits themselves, for label smoothing. It also gives the
-// parts.
-enum class Variant : int32_t { plain, two, smooth };
+// parts. `apart` and `apart_smooth` are plain and smooth with a temperature of the teacher's own.
+enum class Variant : int32_t { plain, two, smooth, apart, apart_smooth };
+
+// What is known of a loss without its code.
+struct LossFacts {
+  const char* name;
+  int outputs, params;
+  bool teacher;      // one is needed, and the loss has parts
+  bool target;       // one is needed
+  bool temperature;  // the first parameter is one
+};
 
 struct Problem {
   int loss = 0;  // index in losses/list.h
@@ -37,7 +46,8 @@ struct Problem {
   Logits student, teacher, grad;    // teacher is absent for losses on one tensor, grad in a forward pass
   const int64_t* target = nullptr;  // (rows), contiguous; or null: no class is set apart
   int64_t ignore_index = 0;
-  double params[kMaxParams] = {};
+  double params[kMaxParams] = {};  // by set_loss()
+  double temperature = 1;          // of the student, the first of them where the loss has one
   // Numbers of a row, and of the call: in double where student or teacher is double, else in float.
   const void* row_weight = nullptr;  // (rows), or null: all 1. A row of weight 0 is not read.
   const void* grad_rows = nullptr;   // (outputs, rows), backward
@@ -51,17 +61,15 @@ struct Problem {
   // By the dtypes alone: tensors of no rows have no data.
   bool in_double() const { return student.dtype == DType::f64 || teacher.dtype == DType::f64; }
   // T^2 times a difference of logarithms: of float, little is left of it at large T.
-  bool computes_in_double() const { return in_double() || (teacher.data && params[0] > kLargeTemperature); }
+  bool computes_in_double() const { return in_double() || (teacher.data && temperature > kLargeTemperature); }
   int64_t rows_total() const { return outer * inner; }
-};
 
-// What is known of a loss without its code.
-struct LossFacts {
-  const char* name;
-  int outputs, params;
-  bool teacher;  // one is needed, and the loss has parts
-  bool target;   // one is needed
-  bool two_temperatures, smooths;
+  // The loss of this number and so many parameters as it has.
+  void set_loss(int number, const LossFacts& facts, const double* numbers) {
+    loss = number;
+    for (int i = 0; i < facts.params; ++i) params[i] = numbers[i];
+    temperature = facts.temperature ? params[0] : 1;
+  }
 };
 
 }  // namespace kd

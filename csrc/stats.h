@@ -8,11 +8,13 @@
 //   Sums::add(stats, exps)       statistics of one more class
 //   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes
 //   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots
-//   gradient(e, coef)            d loss / d logit of a class: no new exponential
+//   Sums::gradient(e, coef)      d loss / d logit of a class: no new exponential
 //
 // With Variant::smooth every class whose logit is not -inf counts, and adds a constant to its
 // gradient. Which ones do is told by the sign of their first exponential: -0.0 of a class at -inf, which no sum sees.
 #pragma once
+
+#include <type_traits>
 
 #include "lane.h"
 #include "problem.h"
@@ -41,8 +43,31 @@ KD_FN V moved(V from, V to) {
 template <class S>
 struct Scales {
   S temperature, k;
-  explicit KD_FN Scales(const double* params) : Scales(params[0]) {}  // the first parameter of a loss is T
   explicit KD_FN Scales(double t) : temperature(static_cast<S>(t)), k(static_cast<S>(kLog2e / t)) {}
+  KD_FN S of_teacher() const { return temperature; }
+  KD_FN S k_teacher() const { return k; }
+  // A difference t - s of logits, in units of the student's.
+  template <class V>
+  KD_FN V apart(V ds, V dt) const {
+    return dt - ds;
+  }
+};
+
+// The same with a temperature of the teacher's own.
+template <class S>
+struct ApartScales : Scales<S> {
+  S temperature_t, k_t, ratio;
+  KD_FN ApartScales(double t, double teacher)
+      : Scales<S>(t),
+        temperature_t(static_cast<S>(teacher)),
+        k_t(static_cast<S>(kLog2e / teacher)),
+        ratio(static_cast<S>(t / teacher)) {}
+  KD_FN S of_teacher() const { return temperature_t; }
+  KD_FN S k_teacher() const { return k_t; }
+  template <class V>
+  KD_FN V apart(V ds, V dt) const {
+    return dt * ratio - ds;
+  }
 };
 
 // What counts is summed times it, so that classes masked by the lowest number of float do not overflow the sum of
@@ -52,15 +77,25 @@ constexpr double kShare = 0x1p-24;
 template <int kKept, Variant kVariant>
 struct Kept {
   static constexpr Variant variant = kVariant;
-  static constexpr bool smooth = kVariant == Variant::smooth;
+  static constexpr bool smooth = kVariant == Variant::smooth || kVariant == Variant::apart_smooth;
+  static constexpr bool apart = kVariant == Variant::apart || kVariant == Variant::apart_smooth;
+  static constexpr bool two = kVariant == Variant::two || smooth;
+  static constexpr bool loses = false;              // classes that the teacher lacks are summed apart
+  static constexpr bool crowded = smooth || apart;  // more sums and numbers per row than features tell of
+  static constexpr int held = kKept;                // what a kernel makes room for in registers, per class
   static constexpr int kept = kKept, coefs = kKept + smooth;
-  // Which variant a call takes; the losses that have several say so.
-  static Variant wanted(const double*, bool) { return kVariant; }
   template <class V>
   struct Coef {
     V c[coefs];  // gradient of a class: sum of c[i] * e[i], and the last one by itself where classes count
     V y;         // gradient of the target class
   };
+  template <class V, int kCoefs>
+  static KD_FN V gradient(const V (&e)[kKept], const V (&c)[kCoefs]) {
+    V sum = c[0] * e[0];
+    for (int i = 1; i < kKept; ++i) sum = c[i] * e[i] + sum;
+    if constexpr (smooth) sum += select(Ops<V>::negative(e[0]), lit<V>(0), c[kKept]);
+    return sum;
+  }
 
  protected:
   // The first exponential of a class.
@@ -85,32 +120,26 @@ struct Kept {
   }
 };
 
-template <class V, int kKept, int kCoefs>
-KD_FN V gradient(const V (&e)[kKept], const V (&c)[kCoefs]) {
-  V sum = c[0] * e[0];
-  for (int i = 1; i < kKept; ++i) sum = c[i] * e[i] + sum;
-  if constexpr (kCoefs > kKept) sum += select(Ops<V>::negative(e[0]), lit<V>(0), c[kKept]);
-  return sum;
-}
-
 // Student and teacher. kCross chooses what is averaged over the teacher's non-target softmax: t - s (for a divergence)
 // or -s (for a cross-entropy). All variants but the plain one add the sums at temperature 1 that cross-entropy
 // (student) and NKD (both) need beside those at the row's temperature. The sums of a variant begin with those of a
 // smaller one: a forward pass that was asked for parts leaves more than its backward pass reads.
 template <Variant kVariant, bool kCross>
-struct PairSums : Kept<kVariant == Variant::plain ? 2 : 3, kVariant> {
+struct PairSums : Kept<kVariant == Variant::plain || kVariant == Variant::apart ? 2 : 3, kVariant> {
  private:
-  using Base = Kept<kVariant == Variant::plain ? 2 : 3, kVariant>;
-  static constexpr bool kTwo = kVariant != Variant::plain;
+  using Base = Kept<kVariant == Variant::plain || kVariant == Variant::apart ? 2 : 3, kVariant>;
+  static constexpr bool kTwo = Base::two;
 
  public:
   static constexpr bool teacher = true;
   static constexpr bool has_parts = Base::smooth;  // finish gives them behind the loss
-  static constexpr bool two = kTwo;
   template <class S>
-  using Scales = kd::Scales<S>;
+  using Scales = std::conditional_t<Base::apart, ApartScales<S>, kd::Scales<S>>;
+  static constexpr int held = Base::kept + Base::apart;  // one more: the numbers of the second temperature
   static constexpr int count = 3 + (kTwo ? (kCross ? 2 : 1) : 0) + (Base::smooth ? 2 : 0);
   enum { sum_s, sum_t, mean_x, sum_s1, sum_t1 };
+  // The student's sum and exponential at temperature 1, where one is asked for: without `two` that is the row's.
+  static constexpr int at_one = kTwo ? sum_s1 : sum_s, kept_at_one = kTwo ? 2 : 0;
 
   template <class V>
   struct Exps {
@@ -126,10 +155,10 @@ struct PairSums : Kept<kVariant == Variant::plain ? 2 : 3, kVariant> {
   static KD_FN Exps<V> exps(const Scales<ScalarOf<V>>& scales, V ds, V dt) {
     Exps<V> out;
     out.e[0] = Base::marked(Ops<V>::exp2(ds * scales.k), ds);
-    out.e[1] = Ops<V>::exp2(dt * scales.k);
+    out.e[1] = Ops<V>::exp2(dt * scales.k_teacher());
     if constexpr (kTwo) out.e[2] = Ops<V>::exp2(ds * lit<V>(kLog2e));
     if constexpr (kTwo && kCross) out.t1 = Ops<V>::exp2(dt * lit<V>(kLog2e));
-    out.x = kCross ? -ds : dt - ds;
+    out.x = kCross ? -ds : scales.apart(ds, dt);
     if constexpr (Base::smooth) out.ds = ds;
     return out;
   }
@@ -149,11 +178,11 @@ struct PairSums : Kept<kVariant == Variant::plain ? 2 : 3, kVariant> {
   static KD_FN Stats<V> moved_to(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& from,
                                  const Pivots<V>& to) {
     const V ds = moved(from.s, to.s), dt = moved(from.t, to.t);
-    const V ft = Ops<V>::exp2(dt * scales.k);
+    const V ft = Ops<V>::exp2(dt * scales.k_teacher());
     Stats<V> out;
     out.v[sum_s] = a.v[sum_s] * Ops<V>::exp2(ds * scales.k);
     out.v[sum_t] = a.v[sum_t] * ft;
-    out.v[mean_x] = weighted(ft, a.v[mean_x] + weighted(a.v[sum_t], kCross ? -ds : dt - ds));
+    out.v[mean_x] = weighted(ft, a.v[mean_x] + weighted(a.v[sum_t], kCross ? -ds : scales.apart(ds, dt)));
     if constexpr (kTwo) out.v[sum_s1] = a.v[sum_s1] * Ops<V>::exp2(ds * lit<V>(kLog2e));
     if constexpr (kTwo && kCross) out.v[sum_t1] = a.v[sum_t1] * Ops<V>::exp2(dt * lit<V>(kLog2e));
     Base::move_counted(out.v, a.v, ds);
@@ -164,7 +193,7 @@ struct PairSums : Kept<kVariant == Variant::plain ? 2 : 3, kVariant> {
   static KD_FN void rebase(const Scales<ScalarOf<V>>& scales, Coef& coef, const Pivots<V>& row, const Pivots<V>& part) {
     const V ds = moved(part.s, row.s), dt = moved(part.t, row.t);
     coef.c[0] *= Ops<V>::exp2(ds * scales.k);
-    coef.c[1] *= Ops<V>::exp2(dt * scales.k);
+    coef.c[1] *= Ops<V>::exp2(dt * scales.k_teacher());
     if constexpr (kTwo) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));
   }
 };
@@ -178,7 +207,7 @@ struct StudentSums : Kept<1, kVariant> {
  public:
   static constexpr bool teacher = false;
   static constexpr bool has_parts = false;
-  static constexpr bool two = false;
+  static constexpr bool two = false;  // its one temperature is whatever the loss says
   template <class S>
   using Scales = kd::Scales<S>;
   static constexpr int count = Base::smooth ? 3 : 1;
@@ -219,7 +248,8 @@ struct StudentSums : Kept<1, kVariant> {
 
 // a takes over b, a disjoint set of classes.
 template <class Sums, class V, class Stats>
-KD_FN void merge(const typename Sums::template Scales<ScalarOf<V>>& scales, Stats& a, Pivots<V>& pa, const Stats& b, const Pivots<V>& pb) {
+KD_FN void merge(const typename Sums::template Scales<ScalarOf<V>>& scales, Stats& a, Pivots<V>& pa, const Stats& b,
+                 const Pivots<V>& pb) {
   const Pivots<V> p = {max_of(pa.s, pb.s), max_of(pa.t, pb.t)};
   const Stats sum = Sums::moved_to(scales, b, pb, p);
   a = Sums::moved_to(scales, a, pa, p);
@@ -233,6 +263,7 @@ template <class Sums, class V, class Stats>
 KD_FN V nan_of(const Stats& a, V s_y, V t_y) {
   V all = a.v[Sums::sum_s] + s_y;
   if constexpr (Sums::teacher) all += a.v[Sums::sum_t] + t_y;
+  if constexpr (Sums::loses) all += a.v[Sums::lost];
   return select(all == all, lit<V>(0), all);
 }
 
@@ -256,6 +287,12 @@ struct Split {
   }
 };
 
+// log of the sum over all classes at temperature 1, relative to the pivot: by the one whose probability is not small.
+template <class V>
+KD_FN V log_total(const Split<V>& p, V relative, V sum) {
+  return select(p.p > lit<V>(0.5), relative - p.log_p, Ops<V>::log(sum) - p.log_rest);
+}
+
 // Cross-entropy at temperature 1 with a share `smoothing` of the target spread over the classes that count, those that
 // are not at -inf. What it is of: the target's logit minus the pivot, and the other classes' sums, at temperature 1.
 template <class V>
@@ -267,9 +304,8 @@ struct Smoothed {
   static KD_FN Smoothed of(const Split<V>& p, V relative, V sum, V sum_ds, V counted) {
     const V zero = lit<V>(0);
     const auto masked = relative == -infinity<V>();
-    // log of the sum over all classes: by the one whose probability is not small.
-    const V total = select(p.p > lit<V>(0.5), relative - p.log_p, Ops<V>::log(sum) - p.log_rest);
-    const V share = lit<V>(kShare), shares = inverse(counted + select(masked, zero, share)), each = shares * share;
+    const V total = log_total(p, relative, sum), share = lit<V>(kShare),
+            shares = inverse(counted + select(masked, zero, share)), each = shares * share;
     const V mean = total - shares * (sum_ds + select(masked, zero, relative) * share);
     return {mean, each, p.p - select(masked, zero, each)};
   }

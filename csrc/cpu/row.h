@@ -1,5 +1,5 @@
-// The generic row loops: the same for every loss. A loss comes in as its Sums (losses that sum alike share their loops),
-// the compute type as S.
+// The generic row loops: the same for every loss. A loss comes in as its Sums (losses that sum alike share their
+// loops), the compute type as S.
 //
 // lanes_are_classes: a row is walked in tiles. Per tile: load (convert, find the maxima), then the exponentials
 // relative to the tile's own maxima, kept in a scratch row, and the statistics, merged into the row's. When the row is
@@ -110,8 +110,8 @@ struct Ahead {  // what the sweep asks the memory for meanwhile: the next tile
 };
 
 template <class Sums, class S, bool kKeep>
-typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales<S>& scales, const S* s, const S* t, int64_t n,
-                                            Pivots<S> pivots, S* kept, int64_t kept_stride, Ahead ahead) {
+typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales<S>& scales, const S* s, const S* t,
+                                            int64_t n, Pivots<S> pivots, S* kept, int64_t kept_stride, Ahead ahead) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   const V ms = Ops<V>::splat(usable(pivots.s)), mt = Ops<V>::splat(usable(pivots.t));
@@ -131,20 +131,20 @@ typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales
   return stats;
 }
 
-template <int kKept, class S, class T, int kCoefs>
+template <class Sums, class S, class T, int kCoefs>
 void gradient_tile(T* out, int n, const S* kept, int64_t kept_stride, const double (&coef)[kCoefs]) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
-  V c[kCoefs], e[kKept];
+  V c[kCoefs], e[Sums::kept];
   for (int k = 0; k < kCoefs; ++k) c[k] = Ops<V>::splat(static_cast<S>(coef[k]));
   int i = 0;
   for (; i + L <= n; i += L) {
-    for (int k = 0; k < kKept; ++k) e[k] = load<S>(kept + k * kept_stride + i);
-    store<S>(out + i, gradient(e, c));
+    for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept + k * kept_stride + i);
+    store<S>(out + i, Sums::gradient(e, c));
   }
   if (i < n) {
-    for (int k = 0; k < kKept; ++k) e[k] = load<S>(kept + k * kept_stride + i);
-    const V g = gradient(e, c);
+    for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept + k * kept_stride + i);
+    const V g = Sums::gradient(e, c);
     for (int j = i; j < n; ++j) from_float(out[j], g[j - i]);
   }
 }
@@ -318,15 +318,15 @@ ShortRow<S> load_short(DType dtype, char* row, const Padding<S>& padding, int64_
   });
 }
 
-template <int kKept, class S, class T, int kCoefs>
+template <class Sums, class S, class T, int kCoefs>
 void gradient_short(T* out, const Padding<S>& padding, const S* kept, int64_t kept_stride, const S (&coef)[kCoefs]) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
-  V c[kCoefs], e[kKept];
+  V c[kCoefs], e[Sums::kept];
   for (int k = 0; k < kCoefs; ++k) c[k] = Ops<V>::splat(coef[k]);
   const auto vector = [&](int64_t v) {
-    for (int k = 0; k < kKept; ++k) e[k] = load<S>(kept + k * kept_stride + v * L);
-    store<S>(out + padding.first_class(v), gradient(e, c));
+    for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept + k * kept_stride + v * L);
+    store<S>(out + padding.first_class(v), Sums::gradient(e, c));
   };
   vector(padding.vectors - 1);
   for (int64_t v = 0; v < padding.vectors - 1; ++v) vector(v);
@@ -441,7 +441,7 @@ struct Rows {
           const Pivots<S> at = {static_cast<S>(pivots.s), static_cast<S>(pivots.t)};
           sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
           with_type(p.grad.dtype, grad,
-                    [&](auto* out) { gradient_tile<Sums::kept, S>(out + first, n, kept, kTile, coef.c); });
+                    [&](auto* out) { gradient_tile<Sums, S>(out + first, n, kept, kTile, coef.c); });
           continue;
         }
         const Pivots<S> at = {s_tile.max, t_tile.max};
@@ -466,7 +466,7 @@ struct Rows {
             const int n = static_cast<int>(classes - first < kTile ? classes - first : kTile);
             CoefD c = coef;
             Sums::rebase(chosen.template scales<Sums>(), c, pivots, Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
-            gradient_tile<Sums::kept, S>(out + first, n, kept + first, padded, c.c);
+            gradient_tile<Sums, S>(out + first, n, kept + first, padded, c.c);
           }
         });
       }
@@ -490,7 +490,8 @@ struct Rows {
 
   struct Batch {  // up to L rows, one per lane, and all that is one number per row
     Block<S> block;
-    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[kMostValues][L], loss[kMostValues][L];
+    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[kMostValues][L],
+        loss[kMostValues][L];
     alignas(kVectorBytes) S maxima[2][L], coef[Sums::coefs][L], coef_y[L];
   };
 
@@ -615,7 +616,7 @@ struct Rows {
         S coef[Sums::coefs];
         for (int k = 0; k < Sums::coefs; ++k) coef[k] = b.coef[k][lane];
         with_type(p.grad.dtype, out,
-                  [&](auto* to) { gradient_short<Sums::kept, S>(to, padding, kept + lane * padded, plane, coef); });
+                  [&](auto* to) { gradient_short<Sums, S>(to, padding, kept + lane * padded, plane, coef); });
       }
       put_targets(p, b);
     }
@@ -639,8 +640,7 @@ struct Rows {
   }
 
   // From n classes' logits in `kept` to their exponentials, and, with `sums`, what these sum to.
-  static void sweep_block(const Scales& scales, const Pivots<V>& pivots, int64_t n, S* const* kept,
-                          double (*sums)[L]) {
+  static void sweep_block(const Scales& scales, const Pivots<V>& pivots, int64_t n, S* const* kept, double (*sums)[L]) {
     constexpr int kChunk = 64;  // classes summed in S before the sum goes to double
     const V ms = usable(pivots.s), mt = usable(pivots.t);
     const S* const t = kept[Sums::teacher ? 1 : 0];
@@ -667,7 +667,7 @@ struct Rows {
     for (int k = 0; k < Sums::coefs; ++k) c[k] = load<S>(b.coef[k]);
     for (int64_t i = 0; i < n; ++i) {
       for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + i * L);
-      store<S>(kept[0] + i * L, gradient(e, c));
+      store<S>(kept[0] + i * L, Sums::gradient(e, c));
     }
   }
 

@@ -346,8 +346,8 @@ KD_KERNEL(kClusterThreads, 1)
 cluster(KD_ARGUMENT(Args<typename F::S>) a) {
   if constexpr (arch::kHasClusters) {
     using S = typename F::S;
-    constexpr int E = F::kVector, kLess = (arch::kFewerRegisters ? 2 : F::wide) + Sums::smooth;
-    constexpr int kVectors = kClusterClasses<Sums::kept, kLess> / E;
+    constexpr int E = F::kVector, kLess = (arch::kFewerRegisters ? 2 : F::wide) + Sums::crowded;
+    constexpr int kVectors = kClusterClasses<Sums::held, kLess> / E;
     const Cluster<Sums, F, kSkewed> c(a, arch::shared());
     const F& fs = c.fs;
     const int rank = arch::thread(), size = arch::threads();
@@ -391,12 +391,14 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
         for (int k = 0; k < kVectors; ++k) {
           c.logits(x, stage, at, rank + k * size, s, t);
           KD_UNROLL
-          for (int e = 0; e < E; ++e) add_and_keep<Sums>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t, stats, kept.x[k][e]);
+          for (int e = 0; e < E; ++e)
+            add_and_keep<Sums>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t, stats, kept.x[k][e]);
         }
         for (int i = rank + kVectors * size; i < at.count; i += size) {
           c.logits(x, stage, at, i, s, t);
           KD_UNROLL
-          for (int e = 0; e < E; ++e) Sums::add(stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
+          for (int e = 0; e < E; ++e)
+            Sums::add(stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
         }
         const int edge = first_warp ? c.edge(x, rank) : -1;
         if (edge >= 0) {
@@ -440,7 +442,7 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
           KD_UNROLL
           for (int i = 0; i < Sums::kept; ++i) edge_x[i] = c.scratch.edges.ld(i * kMostEdges + rank);
           fs.put(static_cast<char*>(a.grad.data) + x.row_g, edge,
-                 edge == x.target ? slope.y : gradient(edge_x, slope.c));
+                 edge == x.target ? slope.y : Sums::gradient(edge_x, slope.c));
         }
         if (again) {
           arch::sync_block();

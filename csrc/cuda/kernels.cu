@@ -37,8 +37,10 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.mean = c.mean;
   a.target = p.target;
   a.ignore_index = p.ignore_index;
+  const auto& scales = a.loss.template scales<Sums>();  // scales_of() is for the device alone
+  const double steepest = std::max<double>({scales.k, scales.k_teacher(), Sums::two ? kLog2e : 0});
   // Finite, so that -inf and the margin make -inf.
-  a.margin = static_cast<S>(std::min(1e30, 8 / std::max<double>(scales_of<Sums>(a).k, Sums::two ? kLog2e : 0)));
+  a.margin = static_cast<S>(std::min(1e30, 8 / steepest));
   a.narrow = !p.in_double();
   a.row_weight = p.row_weight;
   a.upstream = p.grad_rows;
@@ -118,7 +120,7 @@ int launch(const Call& c, const Plan& plan, const Args<typename F::S>& a) {
                                                                  sizeof(Granule) * (Sums::teacher ? 2 : 1);
       return arch::launch<staged<Sums, F>>(how, a);
     }
-    if constexpr (Sums::kept < 3)
+    if constexpr (Sums::held < 3)
       if (plan.lane_classes == kManyRowsClasses)
         return plan.lanes == 8 ? arch::launch<few<Sums, F, 8, kManyRowsClasses>>(how, a)
                                : arch::launch<few<Sums, F, 16, kManyRowsClasses>>(how, a);

@@ -15,7 +15,8 @@ using namespace gpu;
 
 // One class in the sums, and its exponentials in x.
 template <class Sums, class S, class Stats>
-KD_DEVICE void add_and_keep(const typename Sums::template Scales<S>& scales, S ds, S dt, Stats& stats, S (&x)[Sums::kept]) {
+KD_DEVICE void add_and_keep(const typename Sums::template Scales<S>& scales, S ds, S dt, Stats& stats,
+                            S (&x)[Sums::kept]) {
   const auto exps = Sums::template exps<S>(scales, ds, dt);
   Sums::add(stats, exps);
   KD_UNROLL
@@ -39,7 +40,7 @@ struct Exponentials {
       if (i >= end) continue;
       S out[E];
       KD_UNROLL
-      for (int e = 0; e < E; ++e) out[e] = gradient(x[k][e], coef.c);
+      for (int e = 0; e < E; ++e) out[e] = Sums::gradient(x[k][e], coef.c);
       if (row.first + i == row.hot_vector) row.at_target(out, coef.y);
       f.put_vector(row.g_base, row.first + i, out);
     }
@@ -98,7 +99,8 @@ struct Tile {
     return out;
   }
 
-  KD_DEVICE typename Sums::template Stats<S> sweep(const typename Sums::template Scales<S>& scales, const Pivots<S>& pivots) {
+  KD_DEVICE typename Sums::template Stats<S> sweep(const typename Sums::template Scales<S>& scales,
+                                                   const Pivots<S>& pivots) {
     typename Sums::template Stats<S> stats = {};
     const S from_s = usable(pivots.s), from_t = usable(pivots.t);
     KD_UNROLL
@@ -119,14 +121,14 @@ struct Tile {
     KD_UNROLL
     for (int j = 0; j < kEdgeCount; ++j) {
       const int c = rank + j * size < 2 * E ? row.edge(edge_of(rank + j * size)) : -1;
-      if (c >= 0) f.put(row.g, c, c == target ? coef.y : gradient(edge_x[j], coef.c));
+      if (c >= 0) f.put(row.g, c, c == target ? coef.y : Sums::gradient(edge_x[j], coef.c));
     }
   }
 };
 
 // Several rows per warp, kLanes lanes each, that keep kClasses classes each.
 template <class Sums, class F, int kLanes, int kClasses>
-KD_KERNEL(kFewThreads, 2)
+KD_KERNEL(kFewThreads, few_blocks(Sums::held))
 few(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
   constexpr int E = F::kVector, kVectors = kClasses / E, kEdgeCount = (2 * E + kLanes - 1) / kLanes;
@@ -178,7 +180,7 @@ template <class Sums, class F>
 KD_KERNEL(kBlockThreads, 2)
 block(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
-  constexpr int E = F::kVector, kVectors = kKeptClasses<Sums::kept, E> / E;
+  constexpr int E = F::kVector, kVectors = kKeptClasses<Sums::held, E> / E;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F f(a.student);
@@ -336,7 +338,7 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
 // reads: no barrier, and the next row arrives as slots are free, the first ones beside the current row, the others as
 // its granules are used for the last time.
 template <class Sums, class F>
-KD_KERNEL(kStagedThreads, 1)
+KD_KERNEL(staged_threads(Sums::held), 1)
 staged(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
   constexpr int E = F::kVector;

@@ -58,7 +58,7 @@ struct Shape {
   int64_t rows, classes;
   int vector;      // logits that a thread handles at a time
   int pair_bytes;  // of one student and one teacher logit
-  int kept;        // exponentials that are kept per class
+  int kept;        // features that are kept per class, as registers count them: Sums::held
   bool alike;      // student, teacher and gradient are of one type and begin at the same place in their granules
   bool strided;    // classes are apart
   bool wide;       // computed in double, or of mixed types: fewer threads for more registers
@@ -100,19 +100,23 @@ constexpr Wish kWishes[] = {{"parts", &Override::parts, &Plan::parts},
 constexpr Regime kOnRequest[] = {Regime::cluster, Regime::staged, Regime::sweeps, Regime::split};
 constexpr const char* kOverrideVariable = "KDKERNELS_PLAN";
 
-// Registers hold the exponentials of so many classes per thread.
-constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;  // in regime lanes
-constexpr int kept_classes(int kept, int vector) { return (kept > 2 ? 24 : 32) - (vector == 4 ? 8 : 0); }
+// Registers hold the features of so many classes per thread.
+constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;        // in regime lanes
+constexpr int few_blocks(int kept) { return kept > 4 ? 1 : 2; }  // of regime lanes on a multiprocessor
+constexpr int kept_classes(int kept, int vector) {
+  return (kept > 3 ? 16 : kept > 2 ? 24 : 32) - (vector == 4 ? 8 : 0);
+}
 template <int kKept, int kVector>
 constexpr int kKeptClasses = kept_classes(kKept, kVector);
 
 // Less for tensors of several types, and where the compiler needs more registers for itself: in vectors of 8.
-constexpr int cluster_classes(int kept, int less) { return (kept > 2 ? 32 : 48) - 8 * less; }
+constexpr int cluster_classes(int kept, int less) { return (kept > 3 ? 24 : kept > 2 ? 32 : 48) - 8 * less; }
 template <int kKept, int kLess>
 constexpr int kClusterClasses = cluster_classes(kKept, kLess);
 
 // Threads that a kernel is compiled for, and how many warps of them a multiprocessor's registers hold.
-constexpr int kFewThreads = 256, kBlockThreads = 192, kLongThreads = 384, kStagedThreads = 768, kWideThreads = 192;
+constexpr int kFewThreads = 256, kBlockThreads = 192, kLongThreads = 384, kWideThreads = 192;
+constexpr int staged_threads(int kept) { return kept > 3 ? 640 : 768; }
 constexpr int kPartThreads = 192, kStridedThreads = 128, kScaleThreads = 256, kCountThreads = 256;
 constexpr int kClusterThreads = 384;
 constexpr int kBlockWarps = 12;
@@ -141,7 +145,7 @@ inline std::string override_allowed() {
   for (int i = 0; i < kClusterSizes; ++i) out << (i ? ", " : " ") << (1 << i);
   out << "; with split 1 to " << kMostParts << ". stages: of a cluster 1 to " << kMostStages
       << ", as shared memory has room. threads: multiples of 32, times per_multiprocessor (cluster and staged: 1 or 2) "
-      << "at most " << kStagedThreads << " with staged, " << kClusterThreads << " with cluster, " << kLongThreads
+      << "at most " << staged_threads(0) << " with staged, " << kClusterThreads << " with cluster, " << kLongThreads
       << " with sweeps, " << kPartThreads << " with split, and " << kWideThreads
       << " with sweeps and split of mixed types or float64";
   return out.str();
@@ -183,7 +187,8 @@ struct Rule {
 constexpr Rule kTable[] = {
     {Regime::strided, "classes are not adjacent"},
     {Regime::lanes, "alike, classes <= 64, 128, 256: 8, 16, 32 lanes per row; many rows: <= 128, 256: 8, 16 lanes"},
-    {Regime::block, "alike, classes <= 192 threads x 32 (24 where 3 exponentials are kept, 8 less in float32)"},
+    {Regime::block,
+     "alike, classes <= 192 threads x 32 (24 and 16 where 3 and 4 features are kept, 8 less in float32)"},
     {Regime::split, "backward: slices of every row"},
     {Regime::cluster,
      "clusters, alike or classes > 4096, not float64: the smallest cluster that holds two rows, else the smallest that "
@@ -248,7 +253,8 @@ inline Plan staged_plan(const Shape& x, const Device& d, const Override& o) {
   for (const int per_multiprocessor : {2, 1}) {
     if (o.per_multiprocessor && o.per_multiprocessor != per_multiprocessor) continue;
     out.per_multiprocessor = per_multiprocessor;
-    out.threads = threads_of(o, kStagedThreads / per_multiprocessor, kStagedThreads / per_multiprocessor);
+    const int most = staged_threads(x.kept) / per_multiprocessor;
+    out.threads = threads_of(o, most, most);
     const int64_t shared = shared_of(d, per_multiprocessor);
     out.stage_slots = static_cast<int>(std::max<int64_t>(0, shared - kRowOverhead) / (16 * tensors * out.threads));
     if (int64_t(out.stage_slots) * out.threads >= vectors) break;
@@ -319,7 +325,7 @@ inline Plan choose(const Shape& x, const Device& d, const Override& o) {
     const int classes = many ? kManyRowsClasses : kFewRowsClasses;
     for (int lanes : {8, 16, many ? 16 : 32}) {
       if (vectors * x.vector > lanes * classes) continue;
-      Plan out = {Regime::lanes, kFewThreads, grid(ceil_div(x.rows, kFewThreads / lanes), 2)};
+      Plan out = {Regime::lanes, kFewThreads, grid(ceil_div(x.rows, kFewThreads / lanes), few_blocks(x.kept))};
       out.lanes = lanes;
       out.lane_classes = classes;
       return out;

@@ -333,7 +333,7 @@ KD_DEVICE S slope_at(const typename Sums::template Scales<S>& scales, const Slop
   S e[Sums::kept];
   KD_UNROLL
   for (int k = 0; k < Sums::kept; ++k) e[k] = x.e[k];
-  return gradient(e, slope.c);
+  return Sums::gradient(e, slope.c);
 }
 
 template <class F>
@@ -440,7 +440,8 @@ struct Running {
     }
     const S from_s = usable(pivots.s), from_t = usable(pivots.t);
     KD_UNROLL
-    for (int e = 0; e < kCount; ++e) Sums::add(stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
+    for (int e = 0; e < kCount; ++e)
+      Sums::add(stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
   }
 };
 

@@ -44,9 +44,9 @@ int scale_f64(const ScaleCall&);
 constexpr const LossFacts* kLosses = Losses::facts;
 constexpr int kLossCount = Losses::size;
 
-// Exponentials kept per class by a call.
+// Features kept per class by a call, as registers count them.
 inline int kept_by(const Problem& p) {
-  return Losses::chosen(p, [](auto tag) { return decltype(tag)::type::kept; });
+  return Losses::chosen(p, [](auto tag) { return decltype(tag)::type::Sums::held; });
 }
 
 // Whether every row of two tensors begins at the same place between two 16-byte boundaries.

@@ -39,7 +39,8 @@ struct Spec {
   bool large = false;  // temperature, where there is one that is not 1
 };
 constexpr const char* kPasses[] = {"forward", "backward", "forward_grad"};
-constexpr const char* kVariants[] = {"plain", "two", "smooth"};
+constexpr const char* kVariants[] = {"plain", "two", "smooth", "apart", "apart_smooth"};
+constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 constexpr const char* kLies[] = {"aligned", "shifted", "skewed", "strided"};
 constexpr const char* kTypes[] = {"float32", "float64", "float16", "bfloat16"};
 
@@ -70,11 +71,29 @@ std::string shown(const gpu::Plan& x) {
 // Addresses only: nothing is read.
 char* memory(int tensor) { return reinterpret_cast<char*>(uintptr_t(tensor + 1) << 44); }
 
+// Parameters of a loss by which a call takes this variant, at a temperature that is computed in double or not. False if
+// it has none.
+bool set_params(Problem& p, int loss, Variant variant, bool large) {
+  const LossFacts& facts = gpu::kLosses[loss];
+  for (const double temperature : {1., large ? 2 * kLargeTemperature : 4.})
+    for (const double of_others : {0., 0.5, 1.})          // weights, smoothing
+      for (const double last : {0.5, 1., temperature}) {  // the teacher's temperature is a loss's last parameter
+        double numbers[kMaxParams];
+        std::fill(numbers, numbers + kMaxParams, of_others);
+        if (facts.temperature) numbers[0] = temperature;
+        numbers[facts.params - 1] = facts.params > 1 ? last : numbers[0];
+        p.set_loss(loss, facts, numbers);
+        const bool found = Losses::chosen(p, [&](auto tag) { return decltype(tag)::type::variant == variant; });
+        if (found && large == (p.temperature > kLargeTemperature)) return true;
+      }
+  return false;
+}
+
 gpu::Call call_of(const Spec& x, void* stream) {
   gpu::Call c;
   c.stream = stream;
   Problem& p = c.problem;
-  p.loss = x.loss;
+  if (!set_params(p, x.loss, x.variant, x.large)) throw py::value_error("variant: none of this loss");
   p.pass = x.pass;
   p.outer = 1;
   p.inner = x.rows;
@@ -95,13 +114,6 @@ gpu::Call call_of(const Spec& x, void* stream) {
   if (x.pass != Pass::forward_grad) p.stats = memory(4);
   if (x.pass == Pass::backward) p.grad_rows = memory(5);
   p.target = reinterpret_cast<const int64_t*>(memory(6));
-  std::fill(p.params, p.params + kMaxParams, 1.0);
-  // What the parameters begin with: of losses with a teacher temperature, weights and label_smoothing, which is all of
-  // those of a loss that smooths without one.
-  const LossFacts& facts = gpu::kLosses[x.loss];
-  const bool smooth = x.variant == Variant::smooth;
-  if (facts.two_temperatures && x.variant != Variant::plain) p.params[0] = x.large ? 2 * kLargeTemperature : 4;
-  if (facts.smooths) p.params[facts.teacher ? 3 : 0] = smooth ? 0.5 : 0;
   if (x.pass == Pass::forward_grad) c.total = memory(7), c.mean = x.mean;
   return c;
 }
@@ -263,18 +275,19 @@ py::dict sweep(std::vector<int64_t> classes, std::vector<int64_t> rows, bool lar
         for (int loss = 0; loss < gpu::kLossCount; ++loss)
           for_types(loss, dtypes, [&](DType student, DType teacher) {
             for (int pass = 0; pass < 3; ++pass)
-              for (Variant variant : {Variant::plain, Variant::two, Variant::smooth})
+              for (int variant = 0; variant < kVariantCount; ++variant)
                 for (int lie = 0; lie < 4; ++lie)
                   for (bool mean : {false, true})
                     for (bool large : {false, true}) {
                       if (mean && Pass(pass) != Pass::forward_grad) continue;
-                      if (large && (variant == Variant::plain || !gpu::kLosses[loss].two_temperatures)) continue;
-                      if (variant == Variant::two && !gpu::kLosses[loss].two_temperatures) continue;
-                      if (variant == Variant::smooth && !gpu::kLosses[loss].smooths) continue;
+                      Problem any;
+                      if (large && Variant(variant) == Variant::plain) continue;
+                      if (!set_params(any, loss, Variant(variant), large)) continue;
                       // Reductions have one output to reduce.
                       if (Pass(pass) == Pass::forward_grad && gpu::kLosses[loss].outputs > 1) continue;
-                      sweep_one({loss, Pass(pass), student, teacher, r, n, variant, Spec::Lie(lie), mean, large},
-                                device, wanted, seen, out);
+                      sweep_one(
+                          {loss, Pass(pass), student, teacher, r, n, Variant(variant), Spec::Lie(lie), mean, large},
+                          device, wanted, seen, out);
                     }
           });
       }

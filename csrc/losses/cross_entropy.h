@@ -1,5 +1,5 @@
-// Cross-entropy of the student with the target, -log c at temperature 1, with label smoothing as torch's: the row term
-// of tf-NKD (arXiv 2208.10139).
+// Cross-entropy of the student with the target, -log c at temperature 1, with label smoothing as torch's, plus z_weight
+// times the square of the logsumexp (the z-loss of PaLM, arXiv 2204.02311). The row term of tf-NKD (arXiv 2208.10139).
 #pragma once
 
 #include "../stats.h"
@@ -10,14 +10,15 @@ template <Variant kVariant>
 struct CrossEntropy : StudentSums<kVariant> {
   using Sums = StudentSums<kVariant>;
   static constexpr const char* name = "cross_entropy";
-  static constexpr int outputs = 1, param_count = 1;
-  static constexpr bool needs_target = true;
-  static Variant wanted(const double* params, bool) { return params[0] != 0 ? Variant::smooth : Variant::plain; }
+  static constexpr int outputs = 1, param_count = 2;
+  static constexpr bool needs_target = true, has_temperature = false;
+  static bool serves(const double* params, bool) { return !Sums::smooth || params[0] != 0; }
 
   template <class S>
   struct Params : Scales<S> {
-    S label_smoothing;
-    explicit KD_FN Params(const double* p) : Scales<S>(1.0), label_smoothing(static_cast<S>(p[0])) {}
+    S label_smoothing, z_weight;
+    explicit KD_FN Params(const double* p)
+        : Scales<S>(1.0), label_smoothing(static_cast<S>(p[0])), z_weight(static_cast<S>(p[1])) {}
   };
 
   template <class V>
@@ -35,6 +36,13 @@ struct CrossEntropy : StudentSums<kVariant> {
       loss[0] = weighted(sharp, loss[0]) + weighted(smoothing, x.mean);
       coef.c[Sums::kept] = -upstream[0] * smoothing * x.each;
       coef.y = sharp * coef.y + upstream[0] * smoothing * x.at_target;
+    }
+    if (params.z_weight != 0) {
+      const V z = Ops<V>::splat(params.z_weight), total = log_total(p, relative, sum) + usable(pivots.s);
+      const V slope = upstream[0] * (lit<V>(2) * z * total);
+      loss[0] += z * (total * total);
+      coef.c[0] += slope * p.rest * inverse(sum);
+      coef.y += slope * p.p;
     }
   }
 };

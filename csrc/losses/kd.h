@@ -9,11 +9,28 @@ KD_NAMESPACE_BEGIN
 template <Variant kVariant>
 struct Kd : SplitLoss<Kd<kVariant>, kVariant> {
   static constexpr const char* name = "kd";
-  static constexpr int outputs = 1, param_count = PairParams<double>::count;
+  static constexpr int outputs = 1, param_count = PairParams<double>::count + 1;
   static constexpr bool needs_target = false;
+  static bool serves(const double* p, bool parts) {
+    const double of_teacher = *PairParams<double>::own(p);
+    return pair_serves<kVariant>(p, parts || (PairSums<kVariant, false>::apart && p[2] != 0)) &&
+           PairSums<kVariant, false>::apart == (of_teacher != p[0]);
+  }
 
+  // Its own parameter is the teacher's temperature.
   template <class S>
-  using Params = PairParams<S>;
+  struct Params : PairParams<S, typename PairSums<kVariant, false>::template Scales<S>> {
+    using Base = PairParams<S, typename PairSums<kVariant, false>::template Scales<S>>;
+    explicit KD_FN Params(const double* p) : Base(p, scales_of(p)) {}
+
+   private:
+    static KD_FN auto scales_of(const double* p) {
+      if constexpr (PairSums<kVariant, false>::apart)
+        return ApartScales<S>(p[0], *Base::own(p));
+      else
+        return Scales<S>(p[0]);
+    }
+  };
 
   // The chain rule of KL over (target, not target): binary KL + (1 - b) * non-target KL.
   template <class V>

@@ -8,7 +8,9 @@
 #include "cross_entropy.h"
 #include "dkd.h"
 #include "kd.h"
+#include "mixed_kl.h"
 #include "nkd.h"
+#include "reverse_kl.h"
 #include "target_split.h"
 
 KD_NAMESPACE_BEGIN
@@ -18,30 +20,30 @@ struct Tag {
   using type = Loss;
 };
 
-// A loss, built once for every variant that its calls may want; the plain one first.
+// A loss, built for every kind of call that it has: the plain one first, then those that serve what it does not. A call
+// is taken by the last one that serves it.
 template <class Plain, class... Others>
 struct Variants {
-  static constexpr bool has(Variant x) { return Plain::variant == x || ((Others::variant == x) || ...); }
   static_assert(Plain::param_count <= kMaxParams, "a call has room for so many");
-  static constexpr LossFacts facts = {Plain::name,         Plain::outputs,    Plain::param_count,  Plain::Sums::teacher,
-                                      Plain::needs_target, has(Variant::two), has(Variant::smooth)};
+  static constexpr LossFacts facts = {Plain::name,          Plain::outputs,      Plain::param_count,
+                                      Plain::Sums::teacher, Plain::needs_target, Plain::has_temperature};
 
-  // What use(Tag<Loss>()) makes of the one that the call wants.
+  // What use(Tag<Loss>()) makes of the one that takes the call.
   template <class Use>
   static auto chosen(const Problem& p, Use use) {
-    return pick<Plain, Others...>(Plain::wanted(p.params, p.parts != nullptr), use);
+    return pick<Plain, Others...>(p, use);
   }
 
  private:
   template <class Loss, class... Rest, class Use>
-  static auto pick(Variant wanted, Use use) {
+  static auto pick(const Problem& p, Use use) {
     if constexpr (sizeof...(Rest) > 0)
-      if (wanted != Loss::variant) return pick<Rest...>(wanted, use);
+      if ((Rest::serves(p.params, p.parts != nullptr) || ...)) return pick<Rest...>(p, use);
     return use(Tag<Loss>());
   }
 };
-template <template <Variant> class Loss>
-using PairVariants = Variants<Loss<Variant::plain>, Loss<Variant::two>, Loss<Variant::smooth>>;
+template <template <Variant> class Loss, Variant... kMore>
+using Of = Variants<Loss<Variant::plain>, Loss<kMore>...>;
 
 // Losses, each with its variants. The place of one in the list is its number.
 template <class... Entries>
@@ -64,11 +66,13 @@ struct List {
   }
 };
 
-using Losses = List<PairVariants<Kd>, PairVariants<Dkd>, PairVariants<Nkd>, PairVariants<Aekt>,
-                    Variants<CrossEntropy<Variant::plain>, CrossEntropy<Variant::smooth>>, Variants<TargetSplit>>;
+using Losses = List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
+                    Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
+                    Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>,
+                    Of<MixedKl, Variant::smooth>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
 
-// The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So losses
-// that sum alike share their kernels.
+// The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So
+// losses that sum alike share their kernels.
 template <class S>
 class Chosen {
  public:
@@ -78,17 +82,21 @@ class Chosen {
   explicit Chosen(const Problem& p) : outputs(Losses::facts[p.loss].outputs), number_(p.loss) {
     Losses::chosen(p, [&](auto tag) {
       using Params = typename decltype(tag)::type::template Params<S>;
-      using Scales = typename decltype(tag)::type::Sums::template Scales<S>;
+      using OwnScales = typename decltype(tag)::type::Sums::template Scales<S>;
       static_assert(sizeof(Params) <= kRoom, "room for every loss's parameters");
       static_assert(std::is_trivially_copyable_v<Params>, "they are copied to the device");
-      static_assert(std::is_base_of_v<Scales, Params> || std::is_same_v<Scales, Params>, "they begin with the scales");
-      new (params_) Params(p.params);
+      static_assert(std::is_base_of_v<OwnScales, Params>, "they begin with the scales");
+      scales_ = *new (params_) Params(p.params);
     });
   }
 
   template <class Sums>
   KD_FN const typename Sums::template Scales<S>& scales() const {
-    return *reinterpret_cast<const typename Sums::template Scales<S>*>(params_);
+    // Plain ones from a member of their type: taken from bytes they cost the cluster kernel registers that it has not.
+    if constexpr (std::is_same_v<typename Sums::template Scales<S>, Scales<S>>)
+      return scales_;
+    else
+      return *reinterpret_cast<const typename Sums::template Scales<S>*>(params_);
   }
 
   // values[k] and the coefficients, by the loss of this call. Of its variants it is the one that sums so.
@@ -101,7 +109,13 @@ class Chosen {
  private:
   template <class Sums, class... Entries, class... Arguments>
   KD_FN void in_list(Tag<List<Entries...>>, int number, Arguments&&... arguments) const {
-    ((number-- == 0 ? in_variants<Sums>(Tag<Entries>(), arguments...) : void()), ...);
+    // Where one loss alone sums so, nothing is asked.
+    constexpr bool kAlone = (users<Sums>(Tag<Entries>()) + ...) == 1;
+    ((kAlone || number-- == 0 ? in_variants<Sums>(Tag<Entries>(), arguments...) : void()), ...);
+  }
+  template <class Sums, class... Losses>
+  static constexpr KD_FN int users(Tag<Variants<Losses...>>) {
+    return (std::is_same_v<typename Losses::Sums, Sums> + ...);
   }
   template <class Sums, class... Losses, class... Arguments>
   KD_FN void in_variants(Tag<Variants<Losses...>>, Arguments&&... arguments) const {
@@ -115,6 +129,7 @@ class Chosen {
 
   static constexpr size_t kRoom = 96;
   int number_ = 0;
+  Scales<S> scales_ = Scales<S>(1.0);
   alignas(8) char params_[kRoom] = {};
 };
 

@@ -23,31 +23,45 @@ KD_FN void pair_gradient(ScalarOf<V> temperature, V inverse_s, V inverse_t, V h,
 }
 
 // What the parameters of every pair loss begin with, in the order of its reference; its own come after them.
-template <class S>
-struct PairParams : Scales<S> {
-  static constexpr int count = 4;
+template <class S, class Scales = Scales<S>>
+struct PairParams : Scales {
+  static constexpr int count = 5;
   S kd_weight, ce_weight, label_smoothing;
-  explicit KD_FN PairParams(const double* p)
-      : Scales<S>(p),
+  // Distillations come times T^2; without t_squared that is taken back. gained: kd_weight * gain.
+  S gain, gained;
+  explicit KD_FN PairParams(const double* p) : PairParams(p, Scales(p[0])) {}
+  KD_FN PairParams(const double* p, const Scales& scales)
+      : Scales(scales),
         kd_weight(static_cast<S>(p[1])),
         ce_weight(static_cast<S>(p[2])),
-        label_smoothing(static_cast<S>(p[3])) {}
+        label_smoothing(static_cast<S>(p[3])),
+        gain(static_cast<S>(gain_of(p))),
+        gained(static_cast<S>(p[1] * gain_of(p))) {}
+  static KD_FN double gain_of(const double* p) { return p[4] != 0 ? 1 : 1 / (p[0] * p[0]); }
   static KD_FN const double* own(const double* p) { return p + count; }
-
-  // always_two: the loss itself has a term at temperature 1.
-  static Variant wanted(const double* p, bool parts, bool always_two) {
-    if (parts || (p[2] != 0 && p[3] != 0)) return Variant::smooth;
-    return p[0] != 1 && (always_two || p[2] != 0) ? Variant::two : Variant::plain;
-  }
 };
+
+// Whether a variant of a pair loss serves a call; any does more than a plain one. always_two: the loss itself has a
+// term at temperature 1. Where there is no `two`, `smooth` has its sums.
+template <Variant kVariant, bool kHasTwo = true>
+bool pair_serves(const double* p, bool parts, bool always_two = false) {
+  const bool ce = p[2] != 0;
+  switch (kVariant) {
+    case Variant::two:
+      return p[0] != 1 && (always_two || ce);
+    case Variant::smooth:
+    case Variant::apart_smooth:
+      return parts || (kHasTwo ? ce && p[3] != 0 : ce);
+    default:
+      return true;
+  }
+}
 
 // ce_weight * CE(student, target) at temperature 1, and `own` * -log p_y of a loss that has such a term itself, on top
 // of a loss and its coefficients; and the CE as a part. Returns -log p_y. relative: the target's logit minus the pivot.
-// A loss that sums at two temperatures keeps the exponentials at temperature 1 as its third; otherwise the row's
-// temperature is 1.
 template <class Sums, bool kOwn, class V, class Params, class Stats, class Coef>
 KD_FN V add_cross_entropy(const Params& params, V own, const Stats& a, V relative, V upstream, V* loss, Coef& coef) {
-  const V sum = a.v[Sums::two ? 3 : 0], ce_weight = Ops<V>::splat(params.ce_weight);
+  const V sum = a.v[Sums::at_one], ce_weight = Ops<V>::splat(params.ce_weight);
   const Split<V> p = Split<V>::of(relative, 1, sum);
   V weight = kOwn ? own + ce_weight : ce_weight, both = weight;
   if constexpr (Sums::smooth) {
@@ -62,7 +76,7 @@ KD_FN V add_cross_entropy(const Params& params, V own, const Stats& a, V relativ
     coef.y += upstream * spread * x.at_target;
   }
   loss[0] += weighted(weight, -p.log_p);
-  coef.c[Sums::two ? 2 : 0] += upstream * both * p.rest * inverse(sum);
+  coef.c[Sums::kept_at_one] += upstream * both * p.rest * inverse(sum);
   coef.y -= upstream * weight * p.rest;
   return -p.log_p;
 }
@@ -72,7 +86,8 @@ KD_FN V add_cross_entropy(const Params& params, V own, const Stats& a, V relativ
 template <class Loss, Variant kVariant>
 struct SplitLoss : PairSums<kVariant, false> {
   using Sums = PairSums<kVariant, false>;
-  static Variant wanted(const double* params, bool parts) { return PairParams<double>::wanted(params, parts, false); }
+  static constexpr bool has_temperature = true;
+  static bool serves(const double* params, bool parts) { return pair_serves<kVariant>(params, parts); }
 
   template <class Params, class V>
   static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
@@ -80,14 +95,14 @@ struct SplitLoss : PairSums<kVariant, false> {
     const V relative = s_y - usable(pivots.s), sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
     const V inverse_s = inverse(sum_s), inverse_t = inverse(sum_t);
     const Split<V> p = Split<V>::of(relative, params.temperature, sum_s);
-    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, sum_t);
+    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.of_teacher(), sum_t);
     const V nckd = non_target<V>(params.temperature, sum_s, sum_t, a.v[Sums::mean_x] * inverse_t, Ops<V>::log(sum_t));
-    const V kd_weight = Ops<V>::splat(params.kd_weight);
+    const V weight = Ops<V>::splat(params.gained);
     V distillation, h, beta;
     Loss::combine(params, q, p, nckd, distillation, h, beta);  // nckd comes times T^2
-    loss[0] = weighted(kd_weight, distillation);
-    if constexpr (Sums::smooth) loss[1] = distillation;
-    pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0] * kd_weight, coef);
+    loss[0] = weighted(weight, distillation);
+    if constexpr (Sums::smooth) loss[1] = distillation * Ops<V>::splat(params.gain);
+    pair_gradient<V>(params.temperature, inverse_s, inverse_t, h, beta, upstream[0] * weight, coef);
     if (Sums::smooth || params.ce_weight != 0)
       add_cross_entropy<Sums, false>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
   }

@@ -10,13 +10,15 @@ struct TargetSplit : StudentSums<Variant::plain> {
   using Sums = StudentSums<Variant::plain>;
   static constexpr const char* name = "target_split";
   static constexpr int outputs = 3, param_count = 1;
-  static constexpr bool needs_target = true;
+  static constexpr bool needs_target = true, has_temperature = true;
 
   template <class S>
-  using Params = Scales<S>;
+  struct Params : Scales<S> {
+    explicit KD_FN Params(const double* p) : Scales<S>(p[0]) {}
+  };
 
   template <class V>
-  static KD_FN void finish(const Scales<ScalarOf<V>>& params, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
+  static KD_FN void finish(const Params<ScalarOf<V>>& params, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
                            const V* upstream, V* out, Coef<V>& coef) {
     const V per_t = Ops<V>::splat(1 / params.temperature);
     const Split<V> p = Split<V>::of(s_y - usable(pivots.s), params.temperature, a.v[sum_s]);

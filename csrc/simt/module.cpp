@@ -141,8 +141,11 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
   Run r;
   gpu::Call& c = r.call;
   Problem& p = c.problem;
-  while (p.loss < gpu::kLossCount && loss != gpu::kLosses[p.loss].name) ++p.loss;
-  if (p.loss == gpu::kLossCount) throw py::value_error("loss: unknown name '" + loss + "'");
+  int number = 0;
+  while (number < gpu::kLossCount && loss != gpu::kLosses[number].name) ++number;
+  if (number == gpu::kLossCount) throw py::value_error("loss: unknown name '" + loss + "'");
+  if (static_cast<int>(params.size()) != gpu::kLosses[number].params) throw py::value_error("params: wrong number");
+  p.set_loss(number, gpu::kLosses[number], params.data());
   p.pass = pass == "backward" ? Pass::backward : pass == "forward" ? Pass::forward : Pass::forward_grad;
   p.outer = student.shape(0);
   p.inner = student.shape(1);
@@ -159,7 +162,6 @@ py::dict run(const std::string& loss, const std::string& pass, const py::array& 
   }
   p.target = r.input<const int64_t>("target", target);
   p.ignore_index = ignore_index;
-  std::copy(params.begin(), params.end(), p.params);
   p.row_weight = r.input<void>("row_weight", row_weight);
   p.grad_rows = r.input<void>("upstream", upstream);
   p.rows = r.output("rows", rows);
