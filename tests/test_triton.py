@@ -26,8 +26,10 @@ from cases import (
     F32,
     F64,
     IGNORED,
+    KERNEL_CASES,
     LAYOUTS,
     MAIN_CASES,
+    MAIN_KERNEL_CASES,
     MAIN_SCALARS,
     OPERATORS,
     SCALAR_CASES,
@@ -126,7 +128,7 @@ def test_shapes(
 
 
 @pytest.mark.full
-@pairwise(case=MAIN_CASES, dtypes=DTYPE_PAIRS, regime=REGIMES)
+@pairwise(case=MAIN_KERNEL_CASES, dtypes=DTYPE_PAIRS, regime=REGIMES)
 def test_types(case: Case, dtypes: Dtypes, regime: str, generator: torch.Generator) -> None:
     inputs = make_inputs("masked", 2, 103, dtypes, generator)
     check_rows(case, *inputs, generator, backend="triton", variants=one(regime))
@@ -134,7 +136,7 @@ def test_types(case: Case, dtypes: Dtypes, regime: str, generator: torch.Generat
 
 @pytest.mark.full
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+@pytest.mark.parametrize("case", MAIN_KERNEL_CASES, ids=str)
 def test_large_vocabulary(case: Case, rows: int, generator: torch.Generator) -> None:
     """As planned: two sweeps for 5 rows on 4 multiprocessors, a split row for one."""
     inputs = make_inputs("normal", rows, 16411, BF16, generator)
@@ -182,7 +184,7 @@ def test_no_two_ctas_of_a_cluster_write_one_element(
 
 
 @pairwise(
-    student_layout=[*LAYOUTS], teacher_layout=[*LAYOUTS], case=CASES, dtypes=DTYPE_PAIRS,
+    student_layout=[*LAYOUTS], teacher_layout=[*LAYOUTS], case=KERNEL_CASES, dtypes=DTYPE_PAIRS,
     regime=REGIMES,
 )  # fmt: skip
 def test_layouts(
@@ -222,7 +224,7 @@ def test_rows_that_reach_into_one_more_block(
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+@pytest.mark.parametrize("case", MAIN_KERNEL_CASES, ids=str)
 def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
     student, teacher, target = make_inputs("normal", (2, 3, 2), 4, F32, generator)
     inputs = (*(x.movedim(-1, dim).contiguous() for x in (student, teacher)), target)
@@ -253,7 +255,7 @@ def test_no_rows(case: Case, classes: int, generator: torch.Generator) -> None:
 
 
 @every_regime
-@pytest.mark.parametrize("case", MAIN_CASES, ids=str)
+@pytest.mark.parametrize("case", MAIN_KERNEL_CASES, ids=str)
 def test_rows_that_do_not_count_are_not_read(
     case: Case, regime: str, generator: torch.Generator
 ) -> None:
@@ -267,7 +269,7 @@ def test_nan_stays_in_its_row(case: Case, regime: str, generator: torch.Generato
     contracts.check_that_nan_stays_in_its_row(case, generator, "triton", one(regime))
 
 
-@pairwise(case=CASES, regime=REGIMES)
+@pairwise(case=KERNEL_CASES, regime=REGIMES)
 def test_nan_wins_over_infinities_and_weights_of_0(case: Case, regime: str) -> None:
     contracts.check_that_nan_wins(case, 9, "triton", one(regime), step=5)
 
@@ -283,7 +285,7 @@ def test_large_temperatures(
     check(case, temperature, 37, dtype, "triton", one(regime), generator)
 
 
-@pairwise(case=CASES, pattern=[*PATTERNS], regime=REGIMES)
+@pairwise(case=KERNEL_CASES, pattern=[*PATTERNS], regime=REGIMES)
 def test_infinite_logits(case: Case, pattern: str, regime: str, generator: torch.Generator) -> None:
     for _ in in_regime(regime):
         check_infinite_logits(case, pattern, 9, "triton", generator)

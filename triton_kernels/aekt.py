@@ -3,14 +3,14 @@ arXiv 2409.01679: the preprint is public, but its full text was not available wh
 The forms of phi are ours, derived from a published summary of it.
 
 The twin of csrc/losses/aekt.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
-alpha, beta, variant (its position in kdkernels.reference.AEKT_VARIANTS), log_ratio_max.
+t_squared, alpha, beta, variant (its position in kdkernels.reference.AEKT_VARIANTS), log_ratio_max.
 """
 
 import triton
 import triton.language as tl
 
-from .kd import variant
-from .split import add_cross_entropy, binary_kl, both_splits, difference, pair_coef
+from .kd import pair_variant as variant
+from .split import add_cross_entropy, binary_kl, both_splits, difference, gain, pair_coef
 from .stats import INF, exp, weighted
 from .stats import divergence_merge as merge
 from .stats import divergence_stats as stats
@@ -50,9 +50,12 @@ def target_term(p, q, variant, bound):
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
-    temperature, kd_weight, alpha, beta = params[0], params[1], params[4], params[5]
-    p, q, nckd, inverse_s, inverse_t, relative = both_splits(sums, ps, pt, s_y, t_y, temperature)
-    phi, h = target_term(p, q, params[6], params[7])
+    temperature, kd_weight = params[0], params[1]
+    alpha, beta = params[5] * gain(params), params[6] * gain(params)
+    p, q, nckd, inverse_s, inverse_t, relative = both_splits(
+        sums, ps, pt, s_y, t_y, temperature, temperature
+    )
+    phi, h = target_term(p, q, params[7], params[8])
     loss = weighted(alpha, temperature * (temperature * phi)) + weighted(beta, nckd)
     h = weighted(alpha, h)
     c0, c1, y = pair_coef(temperature, inverse_s, inverse_t, h, beta, g[0] * kd_weight)

@@ -18,8 +18,8 @@ from torch import Tensor
 from kdkernels import ops
 from kdkernels.reference import LARGE_TEMPERATURE
 
-from . import aekt, cross_entropy, dkd, kd, nkd, row, target_split
-from .stats import PLAIN
+from . import aekt, cross_entropy, dkd, kd, mixed_kl, nkd, reverse_kl, row, target_split
+from .stats import PLAIN, pair_grad, student_grad
 
 # The list of losses: one line each.
 LOSSES: dict[str, ModuleType] = {
@@ -27,13 +27,15 @@ LOSSES: dict[str, ModuleType] = {
     "dkd": dkd,
     "nkd": nkd,
     "aekt": aekt,
+    "reverse_kl": reverse_kl,
+    "mixed_kl": mixed_kl,
     "cross_entropy": cross_entropy,
     "target_split": target_split,
 }
 
 assert row.WIDTH.value == ops.STATS_WIDTH
-_MOST_PARAMS = 8  # p0 to p7 of the kernels
-assert all(len(x.params) <= _MOST_PARAMS for x in ops.LOSSES.values())
+_MOST_PARAMS = 10  # p0 to p9 of the kernels; the first is a temperature
+assert all(len(x.params) + (not x.temperature) <= _MOST_PARAMS for x in ops.LOSSES.values())
 INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
 
@@ -79,16 +81,17 @@ RESIDENT = (
     (8192, 1, 16),
     (16384, 1, 16),
 )
-# The largest of RESIDENT: at one temperature with 16-bit logits, otherwise, in float64.
+# The largest of RESIDENT: with 16-bit logits at one temperature, of which nothing but exponentials
+# is kept; otherwise; in float64.
 LARGEST, LARGEST_ELSE, LARGEST_WIDE = 16384, 8192, 2048
-# (tile indices, warps) of a CTA in a cluster, at one temperature with 16-bit logits and otherwise:
+# (tile indices, warps) of a CTA in a cluster, for the same calls and otherwise:
 # two to a multiprocessor, where one waits while the other computes, and one that fills it.
 CLUSTER, CLUSTER_ELSE = ((8192, 8), (16384, 16)), ((4096, 8), (8192, 16))
 # (block, warps) of rows that are walked in chunks. A whole row: fills a multiprocessor. A slice of
 # a row: several programs share one.
 CHUNK, CHUNK_WIDE = (8192, 16), (1024, 8)
-# Chunks of a whole row that are under way: 64 KiB of shared memory for the two tensors, with 16-bit
-# logits at one temperature and otherwise; in float64 nothing waits for memory.
+# Chunks of a whole row that are under way: 64 KiB of shared memory for the two tensors, for the
+# same calls and otherwise; in float64 nothing waits for memory.
 STAGES, STAGES_ELSE, STAGES_WIDE = 3, 2, 1
 SLICE, SLICE_WIDE = (4096, 8), (1024, 8)
 MOST_PARTS = 64  # of a split row: their statistics are merged by every program
@@ -97,7 +100,8 @@ MOST_PARTS = 64  # of a split row: their statistics are merged by every program
 def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> Plan:
     """The plan for rows of `window` tile indices. A pure function.
 
-    small: 16-bit logits at one temperature; wide: computed in float64.
+    small: 16-bit logits at one temperature, of which nothing but exponentials is kept; wide:
+    computed in float64.
     """
     if window <= (LARGEST_WIDE if wide else LARGEST if small else LARGEST_ELSE):
         block, tile, warps = next(x for x in RESIDENT if x[0] >= window)
@@ -316,7 +320,9 @@ class Call:
 
     @property
     def small(self) -> bool:
-        return self.itemsize == 2 and self.variant == PLAIN
+        # Moments need the registers that would hold a larger tile.
+        light = self.loss.grad in (pair_grad, student_grad)
+        return self.itemsize == 2 and self.variant == PLAIN and light
 
     @property
     def wide(self) -> bool:

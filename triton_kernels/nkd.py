@@ -3,14 +3,14 @@ at temperature T; b and c are teacher's and student's probability of the target.
 arXiv 2208.10139 and 2303.13005 (eq. 7).
 
 The twin of csrc/losses/nkd.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
-gamma.
+t_squared, gamma.
 """
 
 import triton
 import triton.language as tl
 
 from . import kd
-from .split import add_cross_entropy, non_target, pair_coef, split
+from .split import add_cross_entropy, gain, non_target, pair_coef, split
 from .stats import PLAIN, TWO, inverse, usable, weighted
 from .stats import cross_merge as merge
 from .stats import cross_stats as stats
@@ -20,13 +20,14 @@ __all__ = ["finish", "grad", "merge", "stats", "variant"]
 
 
 def variant(parts: bool, temperature: float, *params: float) -> int:
-    chosen = kd.variant(parts, temperature, *params)
+    chosen = kd.pair_variant(parts, temperature, *params)
     return TWO if chosen == PLAIN and temperature != 1.0 else chosen
 
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
-    temperature, kd_weight, gamma = params[0], params[1], params[4]
+    temperature, kd_weight = params[0], params[1]
+    gamma = params[5] * gain(params)
     if VARIANT > 0:
         teacher_sum = sums[4]
     else:

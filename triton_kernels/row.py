@@ -29,7 +29,7 @@ import triton.language as tl
 
 from .stats import INF, moved, usable
 
-WIDTH = tl.constexpr(9)  # of a row of statistics, kdkernels.ops.STATS_WIDTH
+WIDTH = tl.constexpr(10)  # of a row of statistics, kdkernels.ops.STATS_WIDTH
 
 
 def _kernel(function):
@@ -50,20 +50,10 @@ def _kernel(function):
 
 @triton.jit
 def _add(a, b):
-    if len(a) == 1:
-        return (a[0] + b[0],)
-    elif len(a) == 3:
-        return a[0] + b[0], a[1] + b[1], a[2] + b[2]
-    else:
-        x0, x1, x2, x3 = a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
-        if len(a) == 4:
-            return x0, x1, x2, x3
-        elif len(a) == 5:
-            return x0, x1, x2, x3, a[4] + b[4]
-        elif len(a) == 6:
-            return x0, x1, x2, x3, a[4] + b[4], a[5] + b[5]
-        else:
-            return x0, x1, x2, x3, a[4] + b[4], a[5] + b[5], a[6] + b[6]
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (a[i] + b[i],)
+    return out
 
 
 @triton.jit
@@ -90,23 +80,10 @@ def _total(x, ROWS: tl.constexpr):
 
 @triton.jit
 def _totals(a, ROWS: tl.constexpr):
-    if len(a) == 1:
-        return (_total(a[0], ROWS),)
-    else:
-        x, y, z = _total(a[0], ROWS), _total(a[1], ROWS), _total(a[2], ROWS)
-        if len(a) == 3:
-            return x, y, z
-        else:
-            u = _total(a[3], ROWS)
-            if len(a) == 4:
-                return x, y, z, u
-            elif len(a) == 5:
-                return x, y, z, u, _total(a[4], ROWS)
-            elif len(a) == 6:
-                return x, y, z, u, _total(a[4], ROWS), _total(a[5], ROWS)
-            else:
-                v, w = _total(a[4], ROWS), _total(a[5], ROWS)
-                return x, y, z, u, v, w, _total(a[6], ROWS)
+    out = ()
+    for i in tl.static_range(len(a)):
+        out = out + (_total(a[i], ROWS),)
+    return out
 
 
 @triton.jit
@@ -114,6 +91,9 @@ def _totals_joined(a):
     """Of a tile of one row, up to four in one reduction."""
     if len(a) == 1:
         return _totals(a, 1)
+    elif len(a) == 2:
+        x, y = tl.split(tl.reshape(tl.sum(tl.join(a[0], a[1]), 1), (2,)))
+        return x, y
     else:
         d = tl.zeros_like(a[0])
         if len(a) > 3:
@@ -122,16 +102,12 @@ def _totals_joined(a):
         x, y = tl.split(tl.reshape(pairs, (2, 2)))
         x0, x1 = tl.split(x)
         y0, y1 = tl.split(y)
-        if len(a) == 3:
-            return x0, x1, y0
-        elif len(a) == 4:
-            return x0, x1, y0, y1
-        elif len(a) == 5:
-            return x0, x1, y0, y1, tl.sum(a[4])
-        elif len(a) == 6:
-            return x0, x1, y0, y1, tl.sum(a[4]), tl.sum(a[5])
-        else:
-            return x0, x1, y0, y1, tl.sum(a[4]), tl.sum(a[5]), tl.sum(a[6])
+        out = (x0, x1, y0)
+        if len(a) > 3:
+            out = out + (y1,)
+            for i in tl.static_range(4, len(a)):
+                out = out + (tl.sum(a[i]),)
+        return out
 
 
 # ---- rows -----------------------------------------------------------------------------------
@@ -199,7 +175,7 @@ def _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUT
 
 
 @triton.jit
-def _params(p0, p1, p2, p3, p4, p5, p6, p7, DTYPE: tl.constexpr):
+def _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE: tl.constexpr):
     return (
         tl.full((), p0, DTYPE),
         tl.full((), p1, DTYPE),
@@ -209,13 +185,21 @@ def _params(p0, p1, p2, p3, p4, p5, p6, p7, DTYPE: tl.constexpr):
         tl.full((), p5, DTYPE),
         tl.full((), p6, DTYPE),
         tl.full((), p7, DTYPE),
+        tl.full((), p8, DTYPE),
+        tl.full((), p9, DTYPE),
     )
 
 
 @triton.jit
-def _scale_of(p0, DTYPE: tl.constexpr):
-    """log2(e) / T"""
-    return tl.full((), 1.4426950408889634 / p0, tl.float64).to(DTYPE)
+def _scale_of(p0, p5, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+    """log2(e) / T; with a temperature of the teacher's own, p5, that one's, too, and their ratio.
+    In float64, because a temperature rounded first would be another one."""
+    k = tl.full((), 1.4426950408889634 / p0, tl.float64).to(DTYPE)
+    if VARIANT >= 4:
+        k_t = tl.full((), 1.4426950408889634 / p5, tl.float64).to(DTYPE)
+        return k, k_t, tl.full((), p0 / p5, tl.float64).to(DTYPE)
+    else:
+        return k
 
 
 @triton.jit
@@ -227,20 +211,10 @@ def _logit(x, start, step, y, read, DTYPE: tl.constexpr):
 @triton.jit
 def _only(read, coef):
     """Rows that are not read have no gradient, whatever their statistics say."""
-    if len(coef) == 1:
-        return (tl.where(read, coef[0], 0.0),)
-    elif len(coef) == 2:
-        return tl.where(read, coef[0], 0.0), tl.where(read, coef[1], 0.0)
-    else:
-        a, b, c = (
-            tl.where(read, coef[0], 0.0),
-            tl.where(read, coef[1], 0.0),
-            tl.where(read, coef[2], 0.0),
-        )
-        if len(coef) == 3:
-            return a, b, c
-        else:
-            return a, b, c, tl.where(read, coef[3], 0.0)
+    out = ()
+    for i in tl.static_range(len(coef)):
+        out = out + (tl.where(read, coef[i], 0.0),)
+    return out
 
 
 @triton.jit
@@ -291,28 +265,10 @@ def _load_stats(stats, row, exists, like):
     at = stats + row * WIDTH
     ps = _stat(at, exists, like, -INF)
     pt = _stat(at + 1, exists, like, -INF)
-    a = _stat(at + 2, exists, like)
-    if len(like) == 1:
-        return ps, pt, (a,)
-    else:
-        b = _stat(at + 3, exists, like)
-        c = _stat(at + 4, exists, like)
-        if len(like) == 3:
-            return ps, pt, (a, b, c)
-        else:
-            d = _stat(at + 5, exists, like)
-            if len(like) == 4:
-                return ps, pt, (a, b, c, d)
-            else:
-                e = _stat(at + 6, exists, like)
-                if len(like) == 5:
-                    return ps, pt, (a, b, c, d, e)
-                else:
-                    f = _stat(at + 7, exists, like)
-                    if len(like) == 6:
-                        return ps, pt, (a, b, c, d, e, f)
-                    else:
-                        return ps, pt, (a, b, c, d, e, f, _stat(at + 8, exists, like))
+    sums = ()
+    for i in tl.static_range(len(like)):
+        sums = sums + (_stat(at + 2 + i, exists, like),)
+    return ps, pt, sums
 
 
 @triton.jit
@@ -326,8 +282,7 @@ def _no_sums(k, STATS: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr)
 def _finish(
     student, s_start, s_class, teacher, t_start, t_class,
     row, rows, y, stored, read, weight, sums, ps, pt,
-    target, upstream, losses, row_parts, stats, scale, normalizer, counted,
-    p0, p1, p2, p3, p4, p5, p6, p7,
+    target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
     FINISH: tl.constexpr, VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """From sums to losses and statistics, stored where asked, and the gradient's coefficients."""
@@ -336,7 +291,6 @@ def _finish(
     if teacher is not None:
         t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
     g = _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUTPUTS)
-    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, DTYPE)
     values, coef, at_target = FINISH(sums, ps, pt, s_y, t_y, g, params, VARIANT)
     # NaN if a logit of the row is, whatever an infinity or a weight of 0 hides.
     nan = s_y + sums[0]
@@ -504,8 +458,8 @@ def resident(
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
     target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
-    p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -516,7 +470,8 @@ def resident(
     exists, read, y, weight, readable, writable = _open(
         row, rows, classes, target, row_weight, ignore_index, DTYPE
     )
-    k = _scale_of(p0, DTYPE)
+    k = _scale_of(p0, p5, VARIANT, DTYPE)
+    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     g_start = _start(row, inner, g_base, g_outer, g_inner)
@@ -547,8 +502,7 @@ def resident(
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists, read, weight, sums, ps, pt,
-        target, upstream, losses, row_parts, stats, scale, normalizer, counted,
-        p0, p1, p2, p3, p4, p5, p6, p7,
+        target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
         FINISH, VARIANT, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:
@@ -594,15 +548,16 @@ def sweeps(
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
     target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
-    p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(ROWS == 1)
-    k = _scale_of(p0, DTYPE)
+    k = _scale_of(p0, p5, VARIANT, DTYPE)
+    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
     for at in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.full((), at, tl.int64)
         exists, read, y, weight, readable, writable = _open(
@@ -620,8 +575,7 @@ def sweeps(
         coef, at_target = _finish(
             student, s_start, s_class, teacher, t_start, t_class,
             row, rows, y, exists, read, weight, sums, ps, pt,
-            target, upstream, losses, row_parts, stats, scale, normalizer, counted,
-        p0, p1, p2, p3, p4, p5, p6, p7,
+            target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
             FINISH, VARIANT, OUTPUTS, DTYPE,
         )  # fmt: skip
         if grad is not None:
@@ -644,7 +598,7 @@ def partial(
     student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
     teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
     target, row_weight, stats,
-    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", p0: "fp64",
+    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", p0: "fp64", p5: "fp64",
     parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -660,7 +614,7 @@ def partial(
     reading = tl.where(read, part_chunks, 0)
     ps, pt, sums = _sweep(
         student, s_start, s_class, teacher, t_start, t_class, part * part_chunks * BLOCK, reading,
-        _shift(s_start, VEC, ALIGNED), readable, y, _scale_of(p0, DTYPE),
+        _shift(s_start, VEC, ALIGNED), readable, y, _scale_of(p0, p5, VARIANT, DTYPE),
         STATS, MERGE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
     )  # fmt: skip
     _store_stats(stats, row * parts + part, exists, ps, pt, sums)
@@ -673,8 +627,8 @@ def gradient(
     grad, g_base: "i64", g_outer: "i64", g_inner: "i64", g_class: "i64",
     target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64",
-    p4: "fp64", p5: "fp64", p6: "fp64", p7: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
     part_stats, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -687,7 +641,8 @@ def gradient(
     exists, read, y, weight, readable, writable = _open(
         row, rows, classes, target, row_weight, ignore_index, DTYPE
     )
-    k = _scale_of(p0, DTYPE)
+    k = _scale_of(p0, p5, VARIANT, DTYPE)
+    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     shift = _shift(s_start, VEC, ALIGNED)
@@ -706,8 +661,7 @@ def gradient(
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists & (place == 0), read, weight, sums, ps, pt,
-        target, upstream, losses, row_parts, stats, scale, normalizer, counted,
-        p0, p1, p2, p3, p4, p5, p6, p7,
+        target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
         FINISH, VARIANT, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:

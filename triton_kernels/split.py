@@ -11,6 +11,12 @@ from .stats import INF, SHARE, exp, inverse, log1p, usable, weighted
 
 
 @triton.jit
+def gain(params):
+    """What a distillation, which has a factor T^2, is multiplied with: 1 / T^2 takes it out."""
+    return tl.where(params[4] != 0.0, 1.0, 1.0 / (params[0] * params[0]))
+
+
+@triton.jit
 def split(relative, temperature, total):
     """relative: the target's logit minus the pivot; total: the others' sum of exp(. / T)."""
     odds = relative / temperature - tl.log(total)
@@ -56,12 +62,18 @@ def pair_coef(temperature, inverse_s, inverse_t, h, beta, g):
 
 
 @triton.jit
+def log_total(p, relative, total):
+    """log of the sum over all classes, relative to the pivot: by the one whose probability is not
+    small."""
+    return tl.where(p[2] > 0.5, relative - p[0], tl.log(total) - p[1])
+
+
+@triton.jit
 def smoothed(p, relative, total, own, one):
     """Of -log p over the classes that count, those that are not at -inf: the mean, one over their
     number, and d mean / d logit of the target. The twin of Smoothed in csrc/stats.h."""
     masked = relative == -INF
-    # log of the sum over all classes: by the one whose probability is not small.
-    every = tl.where(p[2] > 0.5, relative - p[0], tl.log(total) - p[1])
+    every = log_total(p, relative, total)
     shares = inverse(one + tl.where(masked, 0.0, SHARE))
     mean = every - shares * (own + tl.where(masked, 0.0, relative * SHARE))
     each = shares * SHARE
@@ -69,48 +81,57 @@ def smoothed(p, relative, total, own, one):
 
 
 @triton.jit
+def smooth_cross_entropy(params, own, total, sum_ds, counted, relative, g, rest, y):
+    """kd_weight * (rest + own * -log p_y) + ce_weight * CE(student, target) at temperature 1, as
+    the loss and its two parts, and what it adds to the gradient: the coefficient of the
+    exponential at temperature 1, that of a class that counts, and y with the target's share."""
+    kd_weight, ce_weight, smoothing = params[1], params[2], params[3]
+    p = split(relative, 1.0, total)
+    mean, each, at_target = smoothed(p, relative, total, sum_ds, counted)
+    sharp = 1.0 - smoothing
+    spread = ce_weight * smoothing
+    weight = kd_weight * own + ce_weight * sharp
+    distillation = rest + weighted(own, -p[0])
+    ce = weighted(sharp, -p[0]) + weighted(smoothing, mean)
+    loss = weighted(kd_weight, rest) + weighted(spread, mean) + weighted(weight, -p[0])
+    extra = weighted(weight, g * p[3])
+    c2 = weighted(weight + spread, g * p[3]) * inverse(total)
+    y = y - extra + g * spread * at_target
+    return (loss, distillation, ce), c2, -g * spread * each, y
+
+
+@triton.jit
 def add_cross_entropy(params, own, sums, relative, g, rest, c0, c1, y, VARIANT: tl.constexpr):
     """kd_weight * (rest + own * -log p_y) + ce_weight * CE(student, target) at temperature 1;
     SMOOTH gives the two as parts, too. c0, c1 and y are the coefficients of kd_weight * rest.
     Returns what FINISH does."""
-    kd_weight, ce_weight, smoothing = params[1], params[2], params[3]
-    if VARIANT > 0:
-        total = sums[3]
+    if VARIANT % 4 == 2:
+        values, c2, each, y = smooth_cross_entropy(
+            params, own, sums[3], sums[len(sums) - 2], sums[len(sums) - 1], relative, g, rest, y
+        )
+        return values, (c0, c1, c2, each), y
     else:
-        total = sums[0]
-    p = split(relative, 1.0, total)
-    loss = weighted(kd_weight, rest)
-    if VARIANT == 2:
-        if len(sums) == 7:
-            mean, each, at_target = smoothed(p, relative, total, sums[5], sums[6])
+        kd_weight, ce_weight = params[1], params[2]
+        if VARIANT % 4 == 1:
+            total = sums[3]
         else:
-            mean, each, at_target = smoothed(p, relative, total, sums[4], sums[5])
-        sharp = 1.0 - smoothing
-        spread = ce_weight * smoothing
-        weight = kd_weight * own + ce_weight * sharp
-        distillation = rest + weighted(own, -p[0])
-        ce = weighted(sharp, -p[0]) + weighted(smoothing, mean)
-        loss = loss + weighted(spread, mean) + weighted(weight, -p[0])
-        extra = weighted(weight, g * p[3])
-        c2 = weighted(weight + spread, g * p[3]) * inverse(total)
-        y = y - extra + g * spread * at_target
-        return (loss, distillation, ce), (c0, c1, c2, -g * spread * each), y
-    else:
+            total = sums[0]
+        p = split(relative, 1.0, total)
         weight = kd_weight * own + ce_weight
-        loss = loss + weighted(weight, -p[0])
+        loss = weighted(kd_weight, rest) + weighted(weight, -p[0])
         extra = tl.where(weight == 0.0, 0.0, g * weight * p[3])
-        if VARIANT > 0:
+        if VARIANT % 4 == 1:
             return (loss,), (c0, c1, extra * inverse(total)), y - extra
         else:
             return (loss,), (c0 + extra * inverse(total), c1), y - extra
 
 
 @triton.jit
-def both_splits(sums, ps, pt, s_y, t_y, temperature):
+def both_splits(sums, ps, pt, s_y, t_y, temperature, of_teacher):
     """(student's split, teacher's split, T^2 NCKD, 1 / sum_s, 1 / sum_t, s_y - pivot)"""
     relative = s_y - usable(ps)
     inverse_t = inverse(sums[1])
     p = split(relative, temperature, sums[0])
-    q = split(t_y - usable(pt), temperature, sums[1])
+    q = split(t_y - usable(pt), of_teacher, sums[1])
     nckd = non_target(temperature, sums[0], sums[1], sums[2] * inverse_t, tl.log(sums[1]))
     return p, q, nckd, inverse(sums[0]), inverse_t, relative

@@ -3,7 +3,7 @@ class left out. The twin of csrc/stats.h, in units of blocks.
 
 A loss hands four of these (or its own) to the kernels of row.py:
 
-    STATS(ds, dt, k, VARIANT)            what a class adds to the sums, and its exponentials
+    STATS(ds, dt, k, VARIANT)            what a class adds to the sums, and its features
     MERGE(sums, moved_s, moved_t, k, VARIANT)   sums whose pivots moved; added up, they are merged
     FINISH(sums, ...)                losses and coefficients of a row
     GRAD(exps, coef)                 d loss / d logit of a class: no new exponential
@@ -11,11 +11,13 @@ A loss hands four of these (or its own) to the kernels of row.py:
 VARIANT says what is summed beside what every call of a loss needs, each compiled on its own: PLAIN
 nothing, TWO the sums at temperature 1, SMOOTH these, at any temperature, and those of the logits,
 for label smoothing; it also gives the parts. There every class that is not at -inf counts, and adds
-a constant to its gradient: the sign of its first exponential tells, -0.0 of a class at -inf, which
-no sum sees.
+a constant to its gradient: the sign of one of its exponentials tells, -0.0 of a class at -inf,
+which no sum sees. APART comes on top of PLAIN and SMOOTH where the teacher's temperature is another
+one: calls with one temperature keep their code, and its registers.
 
 ds and dt are logits minus pivots (the running maxima), in units of logits: the temperature enters
-with k = log2(e) / T, so differences are exact and one pivot serves every temperature. Losses of one
+with k = log2(e) / T, so differences are exact and one pivot serves every temperature. With APART k
+is the tuple of it, the teacher's and the ratio of student's to teacher's temperature. Losses of one
 tensor take ds for both.
 """
 
@@ -28,6 +30,7 @@ INF = tl.constexpr(float("inf"))
 # overflow the sum of logits. A power of 2: nothing is rounded.
 SHARE = tl.constexpr(2.0**-24)
 PLAIN, TWO, SMOOTH = 0, 1, 2
+APART = 4  # added to PLAIN or SMOOTH
 
 
 # ---- arithmetic -----------------------------------------------------------------------------
@@ -75,7 +78,7 @@ def inverse(total):
 
 @triton.jit
 def marked(e, ds):
-    """The first exponential of a class."""
+    """The exponential of a class that tells whether it counts."""
     # Not `-e`, which Triton takes for 0 - e; nor the constant -0.0, which it takes for 0.
     return tl.where(ds == -INF, e * -1.0, e)
 
@@ -89,7 +92,7 @@ def counted(ds):
 
 @triton.jit
 def constant(e, c):
-    """c where a class counts. e: its first exponential."""
+    """c where a class counts. e: its exponential that tells."""
     if e.dtype == tl.float64:
         return tl.where(e.to(tl.int64, bitcast=True) < 0, 0.0, c)
     else:
@@ -102,17 +105,42 @@ def constant(e, c):
 
 
 @triton.jit
+def k_student(k, VARIANT: tl.constexpr):
+    if VARIANT >= 4:
+        return k[0]
+    else:
+        return k
+
+
+@triton.jit
+def k_teacher(k, VARIANT: tl.constexpr):
+    if VARIANT >= 4:
+        return k[1]
+    else:
+        return k
+
+
+@triton.jit
+def apart(ds, dt, k, VARIANT: tl.constexpr):
+    """t - s, in units of the student's logits."""
+    if VARIANT >= 4:
+        return dt * k[2] - ds
+    else:
+        return dt - ds
+
+
+@triton.jit
 def divergence_stats(ds, dt, k, VARIANT: tl.constexpr):
-    es = tl.exp2(ds * k)
-    et = tl.exp2(dt * k)
+    es = tl.exp2(ds * k_student(k, VARIANT))
+    et = tl.exp2(dt * k_teacher(k, VARIANT))
     # Without teacher mass the class is out, also where it is -inf - -inf.
-    x = et * tl.where(et > 0.0, dt - ds, 0.0)
-    if VARIANT == 2:
+    x = et * tl.where(et > 0.0, apart(ds, dt, k, VARIANT), 0.0)
+    if VARIANT % 4 == 2:
         e1 = exp(ds)
         es = marked(es, ds)
         own, one = counted(ds)
         return (es, et, x, e1, own, one), (es, et, e1)
-    elif VARIANT == 1:
+    elif VARIANT % 4 == 1:
         e1 = exp(ds)
         return (es, et, x, e1), (es, et, e1)
     else:
@@ -138,13 +166,13 @@ def cross_stats(ds, dt, k, VARIANT: tl.constexpr):
 
 @triton.jit
 def divergence_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
-    fs = tl.exp2(ds * k)
-    ft = tl.exp2(dt * k)
-    x = weighted(ft, sums[2] + weighted(sums[1], dt - ds))
-    if VARIANT == 2:
+    fs = tl.exp2(ds * k_student(k, VARIANT))
+    ft = tl.exp2(dt * k_teacher(k, VARIANT))
+    x = weighted(ft, sums[2] + weighted(sums[1], apart(ds, dt, k, VARIANT)))
+    if VARIANT % 4 == 2:
         own = sums[5] * ds + sums[4]
         return sums[0] * fs, sums[1] * ft, x, sums[3] * exp(ds), own, sums[5]
-    elif VARIANT == 1:
+    elif VARIANT % 4 == 1:
         return sums[0] * fs, sums[1] * ft, x, sums[3] * exp(ds)
     else:
         return sums[0] * fs, sums[1] * ft, x
@@ -167,10 +195,10 @@ def cross_merge(sums, ds, dt, k, VARIANT: tl.constexpr):
 
 @triton.jit
 def pair_grad(exps, coef, VARIANT: tl.constexpr):
-    if VARIANT == 2:
+    if VARIANT % 4 == 2:
         g = coef[0] * exps[0] + coef[1] * exps[1] + coef[2] * exps[2]
         return g + constant(exps[0], coef[3])
-    elif VARIANT == 1:
+    elif VARIANT % 4 == 1:
         return coef[0] * exps[0] + coef[1] * exps[1] + coef[2] * exps[2]
     else:
         return coef[0] * exps[0] + coef[1] * exps[1]
