@@ -24,20 +24,25 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 # ---- the keyword arguments that all losses share --------------------------------------------
 
 
-class Common(TypedDict, total=False):
+class OfRows(TypedDict, total=False):
     """Keyword arguments of every loss."""
 
-    kd_weight: float | Tensor
-    ce_weight: float | Tensor
-    label_smoothing: float | Tensor
     ignore_index: int
     row_weight: Tensor | None
     normalizer: float | Tensor | None
     reduction: str
     dim: int
     causal: bool
-    return_parts: bool
     backend: str | None
+
+
+class Common(OfRows, total=False):
+    """And those of a loss that is weighed against a cross-entropy."""
+
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
+    label_smoothing: float | Tensor
+    return_parts: bool
 
 
 COMMON: dict[str, Any] = {
@@ -97,7 +102,11 @@ Raises:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def takes_common(function: _Function) -> _Function:
+# What weighs a distillation against a cross-entropy; a loss that is one of them alone has it not.
+WEIGHTS = ("kd_weight", "ce_weight", "label_smoothing", "return_parts")
+
+
+def takes_common(function: _Function, without: tuple[str, ...] = ()) -> _Function:
     """Gives a function that ends in **common the signature and docstring of what it takes."""
     signature = inspect.signature(function)
     own = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
@@ -109,17 +118,34 @@ def takes_common(function: _Function) -> _Function:
             annotation=Common.__annotations__[name],
         )
         for name, value in COMMON.items()
+        if name not in without
     ]
     function.__signature__ = signature.replace(parameters=[*own, *common])  # type: ignore[attr-defined]
-    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n" + _COMMON_DOC
+    heads = tuple(
+        f"\n    {x}" for x in ("kd_weight, ce_weight:", "label_smoothing:", "return_parts:")
+    )
+    shared = _COMMON_DOC
+    for head in heads if without else ():
+        shared = _without_entry(shared, head)
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n" + shared
     return function
 
 
-def common_options(function: str, own: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+def _without_entry(text: str, head: str) -> str:
+    """A docstring without the argument that begins so."""
+    before, _, after = text.partition(head)
+    lines = after.split("\n")
+    end = next(i for i, line in enumerate(lines) if i > 0 and not line.startswith(" " * 8))
+    return before + "\n" + "\n".join(lines[end:])
+
+
+def common_options(
+    function: str, own: tuple[str, ...], given: Mapping[str, Any], without: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The common keyword arguments of a call, checked and complete."""
     for name in given:
-        if name not in COMMON:
-            allowed = ", ".join((*own, *COMMON))
+        if name not in COMMON or name in without:
+            allowed = ", ".join((*own, *(x for x in COMMON if x not in without)))
             raise TypeError(f"{function}: got argument {name!r}; allowed are {allowed}")
     options = {**COMMON, **given}
     for name, value in given.items():
@@ -213,6 +239,14 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _switch(name: str, value: Any) -> float:
+    return float(_flag(name, value))
+
+
+def _teacher_temperature(name: str, value: Any) -> float | Tensor | None:
+    return None if value is None else _temperature(name, value)
+
+
 def _position(name: str, value: Any, allowed: tuple[str, ...]) -> int:
     if not isinstance(value, str):
         kind = type(value).__name__
@@ -237,6 +271,10 @@ def _backend(name: str, value: Any) -> Any:
 
 RULES: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _temperature,
+    "teacher_temperature": _teacher_temperature,
+    "t_squared": _switch,
+    "ratio": _share,
+    "z_weight": _weight,
     "alpha": _weight,
     "beta": _weight,
     "gamma": _weight,

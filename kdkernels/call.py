@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdkernels import backend, ops, reference, registry, sharded
 from kdkernels.arguments import (
+    WEIGHTS,
     Inputs,
     common_options,
     is_on,
@@ -55,6 +56,32 @@ def loss(
         raise ValueError(f"target: got None; ce_weight={ce_weight} needs a tensor of class ids")
     weights = (options["kd_weight"], ce_weight, options["label_smoothing"])
     params = (temperature, *weights, *own.values())
+    return _over_rows(name, student, teacher, target, options, params)
+
+
+def alone(
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    own: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Any:
+    """The loss `name` by itself: nothing weighs it against a cross-entropy. own: its parameters in
+    order, checked.
+    """
+    options = common_options(f"{name}_loss", tuple(own), given, WEIGHTS)
+    return _over_rows(name, student, teacher, target, options, tuple(own.values()))
+
+
+def _over_rows(
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    options: Mapping[str, Any],
+    params: Numbers,
+) -> Any:
     if sharded.is_sharded(student):
         run = partial(_rows, name, params=params)
         return _over_ranks(name, run, student, teacher, target, options, params)
@@ -380,12 +407,11 @@ def tf_nkd(
         cross_entropy = _read_cross_entropy(inputs)
         share = _tf_nkd_share(cross_entropy, inputs, confidence)
         factor = kd_weight * share + (0.0 if smooth else ce_weight)
-    value, _ = _reduced("cross_entropy", _weighted(inputs, factor), (0.0,), divisor)
+    value, _ = _reduced("cross_entropy", _weighted(inputs, factor), (0.0, 0.0), divisor)
     if smooth:
         weight = torch.ones_like(factor) * ce_weight
-        value = (
-            value + _reduced("cross_entropy", _weighted(inputs, weight), (smoothing,), divisor)[0]
-        )
+        smoothed = _weighted(inputs, weight)
+        value = value + _reduced("cross_entropy", smoothed, (smoothing, 0.0), divisor)[0]
     if not with_parts:
         return value
     with torch.no_grad():
@@ -486,7 +512,7 @@ def _read_cross_entropy(inputs: Inputs, smoothing: float | Tensor = 0.0) -> Tens
     """Cross-entropy of each row without its weight; 0 where that is 0."""
     if inputs.row_weight is not None:
         inputs = inputs._replace(row_weight=(inputs.row_weight != 0).to(inputs.dtype))
-    return _rows("cross_entropy", inputs, (smoothing,))[0]
+    return _rows("cross_entropy", inputs, (smoothing, 0.0))[0]
 
 
 def _tf_nkd_share(

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from kdkernels import call
-from kdkernels.arguments import COMMON, check_option, takes_common
+from kdkernels.arguments import (
+    COMMON,
+    WEIGHTS,
+    check_option,
+    takes_common,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from kdkernels.arguments import Common
+    from kdkernels.arguments import Common, OfRows
 
 
 class TargetSplit(NamedTuple):
@@ -31,6 +37,8 @@ def kd_loss(
     target: Tensor | None = None,
     *,
     temperature: float | Tensor = 4.0,
+    t_squared: bool = True,
+    teacher_temperature: float | Tensor | None = None,
     **common: Unpack[Common],
 ) -> Any:
     """Knowledge distillation: T^2 KL(teacher || student) at temperature T, per row.
@@ -45,6 +53,9 @@ def kd_loss(
         target: integer class ids, the shape of the logits without the classes. Optional here;
             needed when `ce_weight` is not 0, and a given target applies `ignore_index`.
         temperature: T, from 1e-4 to 1e4.
+        t_squared: whether the distillation is multiplied by T^2, so that its gradient does not
+            shrink as T grows. False is the divergence itself, as most trainers have it.
+        teacher_temperature: the teacher's, where it is another one than T.
 
     With one class every softmax is 1: the loss is 0, and so is the gradient; of every loss.
 
@@ -61,8 +72,94 @@ def kd_loss(
     dimensions whose strides let the dimensions other than the classes be merged into no two, and
     the teacher just named.
     """
-    own = check_option("temperature", temperature)
-    return call.loss("kd", student, teacher, target, own, {}, common)
+    temperature = check_option("temperature", temperature)
+    of_teacher = check_option("teacher_temperature", teacher_temperature)
+    own = {
+        "t_squared": check_option("t_squared", t_squared),
+        "teacher_temperature": temperature if of_teacher is None else of_teacher,
+    }
+    return call.loss("kd", student, teacher, target, temperature, own, common)
+
+
+@takes_common
+def reverse_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    t_squared: bool = True,
+    **common: Unpack[Common],
+) -> Any:
+    """Reverse KL: T^2 KL(student || teacher) at temperature T, per row.
+
+    Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543. Where
+    the student has mass on a class that the teacher has at -inf the loss is infinite. The gradient
+    is finite there, too: T p (h - sum p h) with h = log(p / q), and h = 0 for such classes.
+
+    Args:
+        student, teacher, target: as for `kd_loss`, whose other promises hold as well.
+        temperature: T, from 1e-4 to 1e4.
+        t_squared: whether the distillation is multiplied by T^2.
+    """
+    temperature = check_option("temperature", temperature)
+    own = {"t_squared": check_option("t_squared", t_squared)}
+    return call.loss("reverse_kl", student, teacher, target, temperature, own, common)
+
+
+@takes_common
+def mixed_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    t_squared: bool = True,
+    ratio: float | Tensor = 0.5,
+    **common: Unpack[Common],
+) -> Any:
+    """Both directions of KL: T^2 (ratio KL(q || p) + (1 - ratio) KL(p || q)), per row.
+
+    q and p are the softmax at T of teacher and student. The mixed KL of NeMo-RL, and torchtune's
+    symmetric KL; with a ratio of 0.5 half of Jeffreys' divergence. One sweep computes both. Where
+    the reverse direction is infinite see `reverse_kl_loss`.
+
+    Args:
+        student, teacher, target: as for `kd_loss`, whose other promises hold as well.
+        temperature: T, from 1e-4 to 1e4.
+        t_squared: whether the distillation is multiplied by T^2.
+        ratio: the share of the forward direction, from 0 to 1.
+    """
+    temperature = check_option("temperature", temperature)
+    own = {"t_squared": check_option("t_squared", t_squared), "ratio": check_option("ratio", ratio)}
+    return call.loss("mixed_kl", student, teacher, target, temperature, own, common)
+
+
+@partial(takes_common, without=WEIGHTS)
+def cross_entropy_loss(
+    student: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float | Tensor = 0.0,
+    z_weight: float | Tensor = 0.0,
+    **common: Unpack[OfRows],
+) -> Any:
+    """Cross-entropy of the student with the target: -log p_y + z_weight log(sum exp z)^2, per row.
+
+    As torch's, with label smoothing over the classes that are not at -inf, and the z-loss of PaLM
+    (Chowdhery et al., arXiv 2204.02311), which keeps the logarithm of the normaliser near 0.
+
+    Args:
+        student: raw logits, as for `kd_loss`, whose other promises hold as well.
+        target: integer class ids, the shape of the logits without the classes.
+        label_smoothing: from 0 to 1, as torch's.
+        z_weight: 0, or from 1e-30 to 1e30.
+    """
+    own = {
+        "label_smoothing": check_option("label_smoothing", label_smoothing),
+        "z_weight": check_option("z_weight", z_weight),
+    }
+    return call.alone("cross_entropy", student, None, target, own, common)
 
 
 @takes_common
@@ -72,6 +169,7 @@ def dkd_loss(
     target: Tensor,
     *,
     temperature: float | Tensor = 4.0,
+    t_squared: bool = True,
     alpha: float | Tensor = 1.0,
     beta: float | Tensor = 8.0,
     **common: Unpack[Common],
@@ -88,10 +186,15 @@ def dkd_loss(
         student, teacher: raw logits, as for `kd_loss`, whose other promises hold as well.
         target: integer class ids, the shape of the logits without the classes.
         temperature: T, from 1e-4 to 1e4.
+        t_squared: whether both terms are multiplied by T^2.
         alpha, beta: 0, or from 1e-30 to 1e30.
     """
     temperature = check_option("temperature", temperature)
-    own = {"alpha": check_option("alpha", alpha), "beta": check_option("beta", beta)}
+    own = {
+        "t_squared": check_option("t_squared", t_squared),
+        "alpha": check_option("alpha", alpha),
+        "beta": check_option("beta", beta),
+    }
     return call.loss("dkd", student, teacher, target, temperature, own, common)
 
 
@@ -102,6 +205,7 @@ def nkd_loss(
     target: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    t_squared: bool = True,
     gamma: float | Tensor = 1.5,
     **common: Unpack[Common],
 ) -> Any:
@@ -120,10 +224,11 @@ def nkd_loss(
             each row the class of the largest counts, the first of equal ones. `ce_weight` must then
             be 0, because cross-entropy with them is not the one with that class.
         temperature: T, from 1e-4 to 1e4, of the second term only.
+        t_squared: whether the second term is multiplied by T^2.
         gamma: 0, or from 1e-30 to 1e30.
     """
     temperature = check_option("temperature", temperature)
-    own = {"gamma": check_option("gamma", gamma)}
+    own = {"t_squared": check_option("t_squared", t_squared), "gamma": check_option("gamma", gamma)}
     return call.loss("nkd", student, teacher, target, temperature, own, common)
 
 
@@ -159,6 +264,7 @@ def aekt_loss(
     target: Tensor,
     *,
     temperature: float | Tensor = 4.0,
+    t_squared: bool = True,
     alpha: float | Tensor = 1.0,
     beta: float | Tensor = 8.0,
     variant: str = "ratio_weighted_tckd",
@@ -188,12 +294,14 @@ def aekt_loss(
         student, teacher: raw logits, as for `kd_loss`, whose other promises hold as well.
         target: integer class ids, the shape of the logits without the classes.
         temperature: T, from 1e-4 to 1e4.
+        t_squared: whether both terms are multiplied by T^2.
         alpha, beta: 0, or from 1e-30 to 1e30.
         variant: the form of phi, one of the above.
         log_ratio_max: log r is clamped here, from 0 to 80, because r overflows when c is tiny.
     """
     temperature = check_option("temperature", temperature)
     own = {
+        "t_squared": check_option("t_squared", t_squared),
         "alpha": check_option("alpha", alpha),
         "beta": check_option("beta", beta),
         "variant": check_option("variant", variant),

@@ -5,37 +5,46 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels import losses
-from kdkernels.arguments import COMMON, check_option
+from kdkernels.arguments import COMMON, WEIGHTS, check_option
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Common(TypedDict, total=False):
+class OfRows(TypedDict, total=False):
     """Keyword arguments of every loss module, as those of the functions."""
 
-    kd_weight: float | Tensor
-    ce_weight: float | Tensor
-    label_smoothing: float | Tensor
     ignore_index: int
     reduction: str
     dim: int
     causal: bool
-    return_parts: bool
     backend: str | None
 
 
-_DEFAULTS = {name: COMMON[name] for name in Common.__annotations__}
+class Common(OfRows, total=False):
+    """And those of a loss that is weighed against a cross-entropy."""
+
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
+    label_smoothing: float | Tensor
+    return_parts: bool
+
+
+_DEFAULTS = {name: x for name, x in COMMON.items() if name in Common.__annotations__}
 
 
 class _Loss(nn.Module):
     """Holds the arguments of a loss function as attributes, which may be changed between calls."""
+
+    _function: Callable[..., Any]  # the loss
+    _without: tuple[str, ...] = ()  # common arguments that it does not take
 
     def __new__(cls, *positional: Any, **_: Any) -> _Loss:
         if positional:
@@ -43,40 +52,53 @@ class _Loss(nn.Module):
             example = f": {cls.__name__}({own[0]}={positional[0]!r})" if own else ""
             raise TypeError(
                 f"{cls.__name__}: takes keyword arguments only{example};"
-                f" allowed are {', '.join((*own, *_DEFAULTS))}"
+                f" allowed are {', '.join((*own, *cls._common()))}"
             )
         return super().__new__(cls)
 
-    def __init__(self, own: dict[str, Any], common: Common) -> None:
+    def __init__(self, own: dict[str, Any], common: OfRows) -> None:
         super().__init__()
-        unknown = common.keys() - _DEFAULTS.keys()
+        defaults = self._common()
+        unknown = common.keys() - defaults.keys()
         if unknown:
-            name, allowed = min(unknown), ", ".join((*own, *_DEFAULTS))
+            name, allowed = min(unknown), ", ".join((*own, *defaults))
             why = ", which belongs to the call" if name in COMMON else ""
             raise TypeError(
                 f"{type(self).__name__}: got argument {name!r}{why}; allowed are {allowed}"
             )
         self._own = tuple(own)
-        for name, value in {**own, **_DEFAULTS, **common}.items():
+        for name, value in {**own, **defaults, **common}.items():
             check_option(name, value)
             setattr(self, name, value)
 
+    @classmethod
+    def _common(cls) -> dict[str, Any]:
+        """The common arguments of a module, and their defaults."""
+        return {name: value for name, value in _DEFAULTS.items() if name not in cls._without}
+
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self._own, *_DEFAULTS)}
+        return {name: getattr(self, name) for name in (*self._own, *self._common())}
+
+    def _call(self, *tensors: Tensor | None, **of_the_call: Any) -> Any:
+        return type(self)._function(*tensors, **of_the_call, **self._options())
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={value!r}"
-            for name, value in self._options().items()
-            if name in self._own or value != _DEFAULTS.get(name)
-        )
+        """Its own numbers, and whatever is not as by default."""
+        own = inspect.signature(type(self)).parameters
+        defaults = {**_DEFAULTS, **{name: own[name].default for name in self._own}}
+        own = inspect.signature(type(self)).parameters
+        defaults = {**_DEFAULTS, **{name: own[name].default for name in self._own}}
+
+        def is_shown(name: str, value: Any) -> bool:
+            flag = value is None or isinstance(value, bool)
+            return (name in self._own and not flag) or bool(value != defaults[name])
+
+        options = self._options().items()
+        return ", ".join(f"{name}={value!r}" for name, value in options if is_shown(name, value))
 
 
-class KDLoss(_Loss):
-    """Knowledge distillation; see `kdkernels.kd_loss`."""
-
-    def __init__(self, *, temperature: float | Tensor = 4.0, **common: Unpack[Common]) -> None:
-        super().__init__({"temperature": temperature}, common)
+class _TeacherLoss(_Loss):
+    """Of student and teacher; a target is optional."""
 
     def forward(
         self,
@@ -87,77 +109,137 @@ class KDLoss(_Loss):
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Any:
-        return losses.kd_loss(
-            student,
-            teacher,
-            target,
-            row_weight=row_weight,
-            normalizer=normalizer,
-            **self._options(),
-        )
+        return self._call(student, teacher, target, row_weight=row_weight, normalizer=normalizer)
 
 
-class DKDLoss(_Loss):
-    """Decoupled knowledge distillation; see `kdkernels.dkd_loss`."""
+class _TargetLoss(_Loss):
+    """Of student, teacher and target."""
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Any:
+        return self._call(student, teacher, target, row_weight=row_weight, normalizer=normalizer)
+
+
+class KDLoss(_TeacherLoss):
+    """Knowledge distillation; see `kdkernels.kd_loss`."""
+
+    _function = losses.kd_loss
 
     def __init__(
         self,
         *,
         temperature: float | Tensor = 4.0,
-        alpha: float | Tensor = 1.0,
-        beta: float | Tensor = 8.0,
+        t_squared: bool = True,
+        teacher_temperature: float | Tensor | None = None,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__({"temperature": temperature, "alpha": alpha, "beta": beta}, common)
-
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        target: Tensor,
-        *,
-        row_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-    ) -> Any:
-        return losses.dkd_loss(
-            student,
-            teacher,
-            target,
-            row_weight=row_weight,
-            normalizer=normalizer,
-            **self._options(),
-        )
+        own = {
+            "temperature": temperature,
+            "t_squared": t_squared,
+            "teacher_temperature": teacher_temperature,
+        }
+        super().__init__(own, common)
 
 
-class NKDLoss(_Loss):
-    """Normalised knowledge distillation; see `kdkernels.nkd_loss`."""
+class ReverseKLLoss(_TeacherLoss):
+    """Reverse KL; see `kdkernels.reverse_kl_loss`."""
+
+    _function = losses.reverse_kl_loss
 
     def __init__(
         self,
         *,
         temperature: float | Tensor = 1.0,
+        t_squared: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__({"temperature": temperature, "t_squared": t_squared}, common)
+
+
+class MixedKLLoss(_TeacherLoss):
+    """Both directions of KL; see `kdkernels.mixed_kl_loss`."""
+
+    _function = losses.mixed_kl_loss
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        t_squared: bool = True,
+        ratio: float | Tensor = 0.5,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"temperature": temperature, "t_squared": t_squared, "ratio": ratio}
+        super().__init__(own, common)
+
+
+class DKDLoss(_TargetLoss):
+    """Decoupled knowledge distillation; see `kdkernels.dkd_loss`."""
+
+    _function = losses.dkd_loss
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 4.0,
+        t_squared: bool = True,
+        alpha: float | Tensor = 1.0,
+        beta: float | Tensor = 8.0,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"temperature": temperature, "t_squared": t_squared, "alpha": alpha, "beta": beta}
+        super().__init__(own, common)
+
+
+class NKDLoss(_TargetLoss):
+    """Normalised knowledge distillation; see `kdkernels.nkd_loss`."""
+
+    _function = losses.nkd_loss
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        t_squared: bool = True,
         gamma: float | Tensor = 1.5,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__({"temperature": temperature, "gamma": gamma}, common)
+        own = {"temperature": temperature, "t_squared": t_squared, "gamma": gamma}
+        super().__init__(own, common)
 
-    def forward(
+
+class AEKTLoss(_TargetLoss):
+    """Adaptive explicit knowledge transfer, in derived forms; see `kdkernels.aekt_loss`."""
+
+    _function = losses.aekt_loss
+
+    def __init__(
         self,
-        student: Tensor,
-        teacher: Tensor,
-        target: Tensor,
         *,
-        row_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-    ) -> Any:
-        return losses.nkd_loss(
-            student,
-            teacher,
-            target,
-            row_weight=row_weight,
-            normalizer=normalizer,
-            **self._options(),
-        )
+        temperature: float | Tensor = 4.0,
+        t_squared: bool = True,
+        alpha: float | Tensor = 1.0,
+        beta: float | Tensor = 8.0,
+        variant: str = "ratio_weighted_tckd",
+        log_ratio_max: float = math.log(10),
+        **common: Unpack[Common],
+    ) -> None:
+        own = {
+            "temperature": temperature,
+            "t_squared": t_squared,
+            "alpha": alpha,
+            "beta": beta,
+            "variant": variant,
+            "log_ratio_max": log_ratio_max,
+        }
+        super().__init__(own, common)
 
 
 class TFNKDLoss(_Loss):
@@ -165,6 +247,8 @@ class TFNKDLoss(_Loss):
 
     `mean_confidence` belongs to a batch, so it is an argument of the call, like `row_weight`.
     """
+
+    _function = losses.tf_nkd_loss
 
     def __init__(self, **common: Unpack[Common]) -> None:
         super().__init__({}, common)
@@ -178,55 +262,39 @@ class TFNKDLoss(_Loss):
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Any:
-        return losses.tf_nkd_loss(
+        return self._call(
             student,
             target,
             mean_confidence=mean_confidence,
             row_weight=row_weight,
             normalizer=normalizer,
-            **self._options(),
         )
 
 
-class AEKTLoss(_Loss):
-    """Adaptive explicit knowledge transfer, in derived forms; see `kdkernels.aekt_loss`."""
+class CrossEntropyLoss(_Loss):
+    """Cross-entropy with label smoothing and z-loss; see `kdkernels.cross_entropy_loss`."""
+
+    _function = losses.cross_entropy_loss
+    _without = WEIGHTS
 
     def __init__(
         self,
         *,
-        temperature: float | Tensor = 4.0,
-        alpha: float | Tensor = 1.0,
-        beta: float | Tensor = 8.0,
-        variant: str = "ratio_weighted_tckd",
-        log_ratio_max: float = math.log(10),
-        **common: Unpack[Common],
+        label_smoothing: float | Tensor = 0.0,
+        z_weight: float | Tensor = 0.0,
+        **common: Unpack[OfRows],
     ) -> None:
-        own = {
-            "temperature": temperature,
-            "alpha": alpha,
-            "beta": beta,
-            "variant": variant,
-            "log_ratio_max": log_ratio_max,
-        }
-        super().__init__(own, common)
+        super().__init__({"label_smoothing": label_smoothing, "z_weight": z_weight}, common)
 
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor,
         target: Tensor,
         *,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Any:
-        return losses.aekt_loss(
-            student,
-            teacher,
-            target,
-            row_weight=row_weight,
-            normalizer=normalizer,
-            **self._options(),
-        )
+        return self._call(student, target, row_weight=row_weight, normalizer=normalizer)
 
 
 class TaskSerialization(nn.Module):

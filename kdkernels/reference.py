@@ -50,6 +50,8 @@ def kd(
     kd_weight: Number = 1.0,
     ce_weight: Number = 0.0,
     label_smoothing: Number = 0.0,
+    t_squared: bool = True,
+    teacher_temperature: Number | None = None,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
@@ -57,14 +59,70 @@ def kd(
 ) -> Tensor:
     """Knowledge distillation, T^2 KL(q || p) with p, q the softmax at T of student and teacher.
 
-    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531,
-    section 2.
+    The teacher's may have a temperature of its own. Without t_squared the factor T^2 is left out,
+    here and in all the others. Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
+    Network", arXiv 1503.02531, section 2.
     """
     rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
     log_p = torch.log_softmax(rows.student / temperature, dim=-1)
-    log_q = torch.log_softmax(rows.teacher / temperature, dim=-1)
-    divergence = _times(log_q.exp(), log_q - log_p).sum(dim=-1)
-    distillation = temperature**2 * divergence
+    log_q = torch.log_softmax(rows.teacher / teacher_temperature, dim=-1)
+    distillation = _gain(temperature, t_squared) * _divergence(log_q, log_p)
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
+
+
+def reverse_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    t_squared: bool = True,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    parts: bool = False,
+) -> Tensor:
+    """Reverse KL, T^2 KL(p || q): infinite where the student has a class that the teacher has not.
+
+    Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", arXiv 2306.08543.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    log_p, log_q = _log_softmaxes(rows, temperature)
+    distillation = _gain(temperature, t_squared) * _reverse_divergence(log_p, log_q)
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
+
+
+def mixed_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    t_squared: bool = True,
+    ratio: Number = 0.5,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    parts: bool = False,
+) -> Tensor:
+    """Forward and reverse KL, T^2 (ratio KL(q || p) + (1 - ratio) KL(p || q)).
+
+    As NeMo-RL and torchtune have it, which calls it symmetric KL.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    log_p, log_q = _log_softmaxes(rows, temperature)
+    distillation = rows.nothing()
+    if not _is_zero(ratio):
+        distillation = distillation + _weighted(ratio, _divergence(log_q, log_p))
+    if not _is_zero(1 - ratio):
+        distillation = distillation + _weighted(1 - ratio, _reverse_divergence(log_p, log_q))
+    distillation = _gain(temperature, t_squared) * distillation
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
@@ -76,6 +134,7 @@ def dkd(
     kd_weight: Number = 1.0,
     ce_weight: Number = 0.0,
     label_smoothing: Number = 0.0,
+    t_squared: bool = True,
     alpha: Number = 1.0,
     beta: Number = 8.0,
     *,
@@ -93,10 +152,10 @@ def dkd(
     distillation = rows.nothing()
     if not _is_zero(alpha):
         binary = _binary_divergence(rows, temperature)
-        distillation = distillation + _weighted(temperature**2 * alpha, binary)
+        distillation = distillation + _weighted(_gain(temperature, t_squared) * alpha, binary)
     if not _is_zero(beta):
         rest = _non_target_divergence(rows, temperature)
-        distillation = distillation + _weighted(temperature**2 * beta, rest)
+        distillation = distillation + _weighted(_gain(temperature, t_squared) * beta, rest)
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
@@ -108,6 +167,7 @@ def nkd(
     kd_weight: Number = 1.0,
     ce_weight: Number = 0.0,
     label_smoothing: Number = 0.0,
+    t_squared: bool = True,
     gamma: Number = 1.5,
     *,
     ignore_index: int = -100,
@@ -130,7 +190,7 @@ def nkd(
         _, log_ph = _non_target(rows.student / temperature, rows.hot)
         qh, _ = _non_target(rows.teacher / temperature, rows.hot)
         rest = _times(qh, -log_ph).sum(dim=-1)
-        distillation = distillation + _weighted(gamma * temperature**2, rest)
+        distillation = distillation + _weighted(gamma * _gain(temperature, t_squared), rest)
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
@@ -173,6 +233,7 @@ def aekt(
     kd_weight: Number = 1.0,
     ce_weight: Number = 0.0,
     label_smoothing: Number = 0.0,
+    t_squared: bool = True,
     alpha: Number = 1.0,
     beta: Number = 8.0,
     variant: str | Number = "ratio_weighted_tckd",
@@ -201,10 +262,10 @@ def aekt(
     distillation = rows.nothing()
     if not _is_zero(alpha):
         phi = _explicit_knowledge(rows, temperature, name, log_ratio_max)
-        distillation = distillation + _weighted(temperature**2 * alpha, phi)
+        distillation = distillation + _weighted(_gain(temperature, t_squared) * alpha, phi)
     if not _is_zero(beta):
         rest = _non_target_divergence(rows, temperature)
-        distillation = distillation + _weighted(temperature**2 * beta, rest)
+        distillation = distillation + _weighted(_gain(temperature, t_squared) * beta, rest)
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
@@ -212,6 +273,7 @@ def cross_entropy(
     student: Tensor,
     target: Tensor,
     label_smoothing: Number = 0.0,
+    z_weight: Number = 0.0,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
@@ -219,10 +281,14 @@ def cross_entropy(
     """Ordinary cross-entropy at temperature 1, -log c, with label smoothing as torch's.
 
     It spreads over the classes that are not at -inf: (1 - e) (-log c) + e mean(-log p_i). Szegedy
-    et al., "Rethinking the Inception Architecture for Computer Vision", arXiv 1512.00567.
+    et al., "Rethinking the Inception Architecture for Computer Vision", arXiv 1512.00567. With
+    z_weight, z_weight * logsumexp(z)^2 on top: Chowdhery et al., "PaLM", arXiv 2204.02311.
     """
     rows = _open(student, None, target, ignore_index, row_weight)
-    return rows.close(rows.cross_entropy(label_smoothing))
+    loss = rows.cross_entropy(label_smoothing)
+    if not _is_zero(z_weight):
+        loss = loss + _weighted(z_weight, rows.student.logsumexp(dim=-1).square())
+    return rows.close(loss)
 
 
 def target_split(
@@ -337,6 +403,37 @@ def _open(
     poison = torch.where(valid, 1.0, math.nan).to(dtype).unsqueeze(-1)
     logits = (student * poison, teacher * poison)
     return _Rows(*logits, hot, alive, valid, row_weight, target is not None, loss_dtype)
+
+
+def _gain(temperature: Number, t_squared: bool) -> Number:
+    """What makes up for gradients that shrink with T."""
+    return temperature**2 if t_squared else 1.0
+
+
+def _log_softmaxes(rows: _Rows, temperature: Number) -> tuple[Tensor, Tensor]:
+    """log p and log q, of student and teacher."""
+    log_p = torch.log_softmax(rows.student / temperature, dim=-1)
+    return log_p, torch.log_softmax(rows.teacher / temperature, dim=-1)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p); what depends on q is data."""
+    return _times(log_q.exp(), log_q - log_p).sum(dim=-1)
+
+
+def _reverse_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) as a function of p.
+
+    Infinite where p has a class that q has not. Its gradient then is p (h - sum p h) with
+    h = log(p / q) and 0 for such classes: without them sum p is no constant, and its derivative is
+    taken away.
+    """
+    lacking = (log_q == _NEG_INF) & (log_p != _NEG_INF)
+    p = log_p.exp()
+    kept = torch.where(lacking, 0.0, p)
+    value = _times(kept, torch.where(lacking, 0.0, log_p - log_q)).sum(dim=-1)
+    value = value - (kept - kept.detach()).sum(dim=-1)
+    return value + torch.where(lacking.any(dim=-1), math.inf, 0.0)
 
 
 def _is_zero(weight: Number) -> bool:

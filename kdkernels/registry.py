@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from kdkernels import reference
 
 # Floating point statistics per row, the same for every loss; the kernels check it.
-STATS_WIDTH = 9
+STATS_WIDTH = 10
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Loss:
     teacher: bool = True
     target: bool = True  # whether one is required
     outputs: int = 1
-    choice: int | None = None  # the parameter that is a choice, not a number, if there is one
+    choices: tuple[str, ...] = ()  # parameters that are a choice, not a number
     soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
 
     @cached_property
@@ -49,7 +49,9 @@ LOSSES = {
     "kd": Loss(reference.kd, target=False),
     "dkd": Loss(reference.dkd),
     "nkd": Loss(reference.nkd, soft_target=True),
-    "aekt": Loss(reference.aekt, choice=6),
+    "aekt": Loss(reference.aekt, choices=("variant",)),
+    "reverse_kl": Loss(reference.reverse_kl, target=False),
+    "mixed_kl": Loss(reference.mixed_kl, target=False),
     "cross_entropy": Loss(reference.cross_entropy, teacher=False),
     "target_split": Loss(reference.target_split, teacher=False, outputs=3),
 }
@@ -127,8 +129,9 @@ def reference_rows(
     # As numbers where they are numbers: a term of weight 0 is then left out.
     plain = is_eager(params) and not params.requires_grad
     numbers = params.tolist() if plain else list(params.unbind())
-    if entry.choice is not None and not plain:
-        numbers[entry.choice] = _constant(params[entry.choice])
+    for i, name in enumerate(entry.params):
+        if name in ("t_squared", *entry.choices) and not plain:
+            numbers[i] = _constant(params[i])
     return entry.reference(
         *logits, target, *numbers, ignore_index=ignore_index, row_weight=row_weight
     )
