@@ -60,6 +60,10 @@ class Loss:
     outputs: int = 1
     student: str = "student"  # the name of its first argument
     ratio: bool = False  # the ratio b / c of target probabilities is a factor of the gradient
+    # By how much a row's extent of log(p / q) and largest logit multiply its rounding.
+    grows: Callable[[Options, Tensor, Tensor], Tensor | float] = lambda *_: 1.0
+    weights: bool = True  # kd_weight, ce_weight and return_parts are taken
+    lacking: Callable[[Options], bool] = lambda _: False  # infinite where the teacher lacks a class
     held: Callable[[Options], bool] = lambda options: False  # factors are: no gradcheck
     apart: Options = field(default_factory=dict)  # options under which rows do not share a number
     blind: Callable[[Options], bool] = lambda options: False  # to the target's own logit
@@ -69,6 +73,11 @@ class Loss:
 
 def _ce(options: Options) -> float:
     return options["ce_weight"]
+
+
+def _log_ratio(options: Options, extent: Tensor, _: Tensor) -> Tensor:
+    """log(p / q) is a factor."""
+    return 1 + extent
 
 
 FACTORS = (0.0, 0.5, 1.0, 8.0)
@@ -82,10 +91,13 @@ LOSSES = {
             {"temperature": 1.0, "ce_weight": 0.7},
             {"temperature": 2.5, "ce_weight": 0.7},
             {"temperature": 2.5, "kd_weight": 0.5, "ce_weight": 0.7, "label_smoothing": 0.1},
+            {"temperature": 2.5, "teacher_temperature": 1.5},
+            {"temperature": 2.5, "teacher_temperature": 4.0, "ce_weight": 0.7, "t_squared": False},
         ],
-        defaults={"temperature": 4.0},
+        defaults={"temperature": 4.0, "t_squared": True, "teacher_temperature": None},
         weight=lambda o: 1 + _ce(o),
-        divergence=lambda o: _ce(o) == 0,
+        divergence=lambda o: _ce(o) == 0 and o["teacher_temperature"] is None,
+        drawn={"teacher_temperature": (None, None, 0.7, 4.0)},
         module="KDLoss",
         target=False,
         exponentials=[(2, 2), (3, 3)],
@@ -95,10 +107,10 @@ LOSSES = {
             {"temperature": 4.0, "alpha": 1.0, "beta": 8.0, "ce_weight": 0.0},
             {"temperature": 1.0, "alpha": 1.0, "beta": 0.5, "ce_weight": 1.0},
             {"temperature": 0.5, "alpha": 2.0, "beta": 0.0, "ce_weight": 1.0},
-            {"temperature": 2.0, "alpha": 0.0, "beta": 1.0, "ce_weight": 0.0},
+            {"temperature": 2.0, "t_squared": False, "alpha": 0.0, "beta": 1.0, "ce_weight": 0.0},
             {"temperature": 1.0, "kd_weight": 0.5, "ce_weight": 1.0, "label_smoothing": 0.1},
         ],
-        defaults={"temperature": 4.0, "alpha": 1.0, "beta": 8.0},
+        defaults={"temperature": 4.0, "t_squared": True, "alpha": 1.0, "beta": 8.0},
         weight=lambda o: o["alpha"] + o["beta"] + _ce(o),
         divergence=lambda o: _ce(o) == 0,
         drawn={"alpha": FACTORS, "beta": FACTORS},
@@ -110,10 +122,11 @@ LOSSES = {
         tested=[
             {"temperature": 1.0, "gamma": 1.5, "ce_weight": 0.0},
             {"temperature": 3.0, "gamma": 3.5, "ce_weight": 1.0},
+            {"temperature": 3.0, "gamma": 3.5, "t_squared": False},
             {"temperature": 2.0, "gamma": 0.0, "ce_weight": 0.0},
             {"temperature": 3.0, "kd_weight": 0.5, "ce_weight": 1.0, "label_smoothing": 0.1},
         ],
-        defaults={"temperature": 1.0, "gamma": 1.5},
+        defaults={"temperature": 1.0, "t_squared": True, "gamma": 1.5},
         weight=lambda o: 1 + o["gamma"] + _ce(o),
         drawn={"gamma": FACTORS},
         module="NKDLoss",
@@ -136,11 +149,12 @@ LOSSES = {
             {"variant": "ratio_weighted_tckd", "temperature": 1.0, "beta": 1.0, "ce_weight": 1.0},
             {"variant": "ratio_coupled_tckd", "temperature": 2.0, "beta": 1.0, "ce_weight": 0.5},
             {"variant": "ratio_divergence", "temperature": 1.0, "alpha": 0.5, "beta": 1.0,
-             "log_ratio_max": 0.4},
+             "log_ratio_max": 0.4, "t_squared": False},
             {"variant": "ratio_divergence", "beta": 1.0, "ce_weight": 1.0, "label_smoothing": 0.1},
         ],
         defaults={
             "temperature": 4.0,
+            "t_squared": True,
             "alpha": 1.0,
             "beta": 8.0,
             "variant": "ratio_weighted_tckd",
@@ -159,6 +173,53 @@ LOSSES = {
         held=lambda o: o["variant"].startswith("ratio_weighted"),
         blind=lambda o: o["alpha"] == 0,
         exponentials=[(2, 2), (3, 3)],
+    ),
+    "reverse_kl": Loss(
+        tested=[
+            {"temperature": 1.0},
+            {"temperature": 2.5, "t_squared": False},
+            {"temperature": 2.5, "kd_weight": 0.5, "ce_weight": 0.7, "label_smoothing": 0.1},
+        ],
+        defaults={"temperature": 1.0, "t_squared": True},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        module="ReverseKLLoss",
+        lacking=lambda o: True,
+        target=False,
+        grows=_log_ratio,
+        exponentials=[(2, 1), (3, 2)],
+    ),
+    "mixed_kl": Loss(
+        tested=[
+            {"temperature": 1.0, "ratio": 0.5},
+            {"temperature": 2.5, "ratio": 0.2, "t_squared": False},
+            {"temperature": 1.0, "ratio": 0.0},
+            {"temperature": 3.0, "ratio": 1.0, "ce_weight": 0.7},
+        ],
+        defaults={"temperature": 1.0, "t_squared": True, "ratio": 0.5},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        drawn={"ratio": (0.0, 0.3, 0.5, 1.0)},
+        module="MixedKLLoss",
+        lacking=lambda o: o["ratio"] < 1,
+        target=False,
+        grows=_log_ratio,
+        exponentials=[(2, 2), (3, 3)],
+    ),
+    "cross_entropy": Loss(
+        tested=[
+            {},
+            {"label_smoothing": 0.1},
+            {"z_weight": 0.01, "label_smoothing": 0.1},
+        ],
+        defaults={"label_smoothing": 0.0, "z_weight": 0.0},
+        weight=lambda o: 1 + o["z_weight"],
+        drawn={"z_weight": (0.0, 1e-4, 0.1)},
+        grows=lambda o, _, largest: 1 + 2 * o["z_weight"] * largest,
+        module="CrossEntropyLoss",
+        teacher=False,
+        weights=False,
+        exponentials=[(1, 1)],
     ),
     "target_split": Loss(
         tested=[{"temperature": 1.0}, {"temperature": 3.0}],
@@ -222,8 +283,18 @@ class Case:
         return self.facts.divergence(self.all_options)
 
     @property
+    def lacking(self) -> bool:
+        return self.facts.lacking(self.all_options)
+
+    @property
     def temperature(self) -> float:
         return self.all_options.get("temperature", 1.0)
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Of student and teacher."""
+        of_teacher = self.all_options.get("teacher_temperature")
+        return self.temperature, of_teacher or self.temperature
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -275,6 +346,7 @@ MAIN_CASES = list(USUAL.values())
 MAIN_SCALARS = [case for case in MAIN_CASES if case.outputs == 1]
 # Any loss, where which one does not matter: with a target, a teacher, and two terms.
 SOME = USUAL["dkd"]
+
 
 # ---- inputs ---------------------------------------------------------------------------------
 
@@ -374,6 +446,24 @@ def as_params(*numbers: float) -> Tensor:
 # The operators, each with the parameters of a loss that leads to it.
 OPERATORS = {name: as_params(*x) for name, x in (case.operator for case in reversed(CASES))}
 
+
+def _one_of_each_kernel(cases: list[Case]) -> list[Case]:
+    """Losses that sum alike share their kernels: the first case of each kind of sums, of losses
+    with other shapes of arguments as well. All where nothing is built that could tell.
+    """
+    if not ISAS:
+        return cases
+    found: dict[Any, Case] = {}
+    for case in cases:
+        name, params = case.operator
+        found.setdefault((_host.sums(name, list(params)), case.teacher, case.outputs), case)
+    return list(found.values())
+
+
+# For tests of how rows are walked, which do not depend on what becomes of their sums.
+KERNEL_CASES = _one_of_each_kernel(CASES)
+MAIN_KERNEL_CASES = _one_of_each_kernel(MAIN_CASES)
+
 # ---- layouts --------------------------------------------------------------------------------
 
 
@@ -449,15 +539,27 @@ def _rounding(
     that are averaged bring their extent. The truth in float64 takes no differences from a pivot
     first, so there the offset of the logits counts, too.
     """
-    logits = [x for x in (student, teacher if case.teacher else None) if x is not None]
-    extents, magnitudes = zip(*(_extent(x) for x in logits), strict=True)
+    own, of_teacher = case.temperatures
+    logits = [(student, 1.0)]
+    if case.teacher and teacher is not None:
+        logits.append((teacher, own / of_teacher))  # in units of the student's
+    found = [[scale * size for size in _extent(x)] for x, scale in logits]
+    extents, magnitudes = zip(*found, strict=True)
     lanes = 16 // dtype.itemsize
     units = 4 + min(student.shape[-1], 1024) / lanes / 2
     exact = torch.finfo(torch.float64).eps
     temperature = max(case.temperature, 1.0)  # cross-entropy has T = 1
     relative = torch.finfo(dtype).eps * units * (temperature + sum(extents))
     order -= 2 * (case.outputs > 1)  # target_split is not multiplied with T^2
-    return case.weight * temperature ** (order - 1) * (relative + 4 * exact * sum(magnitudes))
+    spread = sum(extents) / temperature
+    ratio = torch.zeros_like(spread)
+    if len(logits) == 2:
+        difference = logits[1][0].double() * logits[1][1] - student.double()
+        ratio = _extent(difference.nan_to_num(0.0, 0.0, 0.0))[0] / temperature
+    grown = case.facts.grows(case.all_options, ratio, sum(magnitudes))
+    # Its probabilities are off by the magnitude of the logits, and the extent is a factor of them.
+    of_truth = 4 * exact * sum(magnitudes) * (1 + spread)
+    return case.weight * temperature ** (order - 1) * (grown * relative + of_truth)
 
 
 def value_tolerance(
@@ -486,7 +588,7 @@ def gradient_tolerance(
     logits = [x for x in (student, teacher if case.teacher else None) if x is not None]
     envelope = torch.zeros(student.shape, dtype=torch.float64)
     for x in logits:
-        for t in {case.temperature, 1.0}:
+        for t in {*case.temperatures, 1.0}:
             scaled = x.double() / t
             envelope += _sensitivity(scaled, target, case.facts.ratio)
             envelope += exact * scaled.softmax(-1)

@@ -13,7 +13,7 @@ if (
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest.register_assert_rewrite("cases", "contracts")
-from cases import ISAS, SEED, Case  # noqa: E402
+from cases import ISAS, KERNEL_CASES, SEED, Case  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench is not installed
 
@@ -21,15 +21,24 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench is not instal
 # Tests of the threading set their own number.
 torch.set_num_threads(1)
 
+KERNELS = {x for case in KERNEL_CASES for x in (case, case.apart)}
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` sees the usual options of a loss, and the instruction set of this processor."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test` sees the usual options of a loss, and the instruction set of this processor. The
+    other sets, of the same source, see one case of each kind of sums.
+    """
+    kept, left = [], []
     for item in items:
         chosen = item.callspec.params if hasattr(item, "callspec") else {}
         case, isa = chosen.get("case"), chosen.get("isa", chosen.get("backend"))
-        if (isinstance(case, Case) and not case.usual) or isa in ISAS[:-1]:
+        older = isa in ISAS[:-1]
+        if (isinstance(case, Case) and not case.usual) or older:
             item.add_marker(pytest.mark.full)
+        (left if older and isinstance(case, Case) and case not in KERNELS else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -474,7 +474,7 @@ GOOD = {
     "teacher": TEACHER,
     "target": TARGET,
     "row_weight": torch.ones(2, 4),
-    "params": as_params(4.0, 1.0, 0.0, 0.0, 1.0, 8.0),
+    "params": OPERATORS["dkd"],
     "ignore_index": IGNORED,
 }
 REDUCTION = {"normalizer": torch.tensor(2.0), "mean": True, "with_grad": True}
@@ -499,9 +499,9 @@ MALFORMED = [
     (ops.FUSED.forward, "row_weight", torch.ones(7)),
     (ops.FUSED.forward, "row_weight", torch.ones(2, 4).double()),
     (ops.FUSED.forward, "row_weight", torch.ones(1).expand(2, 4)),
-    (ops.FUSED.forward, "params", torch.ones(7).double()),
-    (ops.FUSED.forward, "params", torch.ones(5).double()),
-    (ops.FUSED.forward, "params", torch.ones(6)),
+    (ops.FUSED.forward, "params", torch.ones(8).double()),
+    (ops.FUSED.forward, "params", torch.ones(6).double()),
+    (ops.FUSED.forward, "params", torch.ones(7)),
     (ops.FUSED.backward, "grad_rows", torch.ones(2, 3)),
     (ops.FUSED.backward, "grad_rows", torch.ones(2, 4).double()),
     (ops.FUSED.backward, "stats", torch.ones(8, ops.STATS_WIDTH - 1).double()),
@@ -579,11 +579,10 @@ def check_parts(
     student, teacher, target = inputs
     dtype = loss_dtype(student, teacher)
     weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0]).to(dtype)
-    own = OPERATORS[name].tolist()[4:]
     close = {"rtol": 1e-3, "atol": 1e-4}
     # A large temperature is computed in float64, whatever the dtype of the parts.
     for temperature, mixture in (*product((1.0, 3.0), MIXTURES), (100.0, MIXTURES[2])):
-        params = as_params(temperature, *mixture, *own)
+        params = own_params(name, temperature, *mixture)
         exact = (student.double(), teacher.double(), target)
         leaf = student.double().requires_grad_()
         truth = ops.LOSSES[name].reference(
@@ -618,6 +617,15 @@ def check_parts(
             assert not parts[1].any()
 
 
+def own_params(name: str, temperature: float, *weights: float) -> Tensor:
+    """With a loss's usual own parameters; the teacher's temperature is T, or, for T = 3, not."""
+    names = ops.LOSSES[name].params
+    numbers = [temperature, *weights, *OPERATORS[name].tolist()[1 + len(weights) :]]
+    if "teacher_temperature" in names and temperature != 3:
+        numbers[names.index("teacher_temperature")] = temperature
+    return as_params(*numbers)
+
+
 def check_infinite_distillation(
     operators: ops.Operators, name: str, classes: int, variants: Variants
 ) -> None:
@@ -625,16 +633,20 @@ def check_infinite_distillation(
     student, teacher, target = make_inputs("normal", 3, classes)
     target[:] = 0
     student[1, 1:] = -INF
-    own = OPERATORS[name].tolist()[4:]
+    teacher[2, 1:] = -INF
     for smoothing in (0.0, 0.1):
-        params = as_params(2.0, 0.0, 1.0, smoothing, *own)
-        truth = ops.LOSSES["cross_entropy"].reference(student.double(), target, smoothing)
+        params = own_params(name, 2.0, 0.0, 1.0, smoothing)
+        truth, distillation, _ = ops.LOSSES[name].reference(
+            student.double(), teacher.double(), target, *params.tolist(), parts=True
+        )
+        ce = ops.LOSSES["cross_entropy"].reference(student.double(), target, smoothing)
+        assert_same(truth, ce)
         for _ in variants():
             rows, stats, parts = operators.forward(
                 name, student, teacher, target, None, params, IGNORED, True
             )
             torch.testing.assert_close(rows.double(), truth, rtol=1e-5, atol=1e-6)
-            assert parts[0].isinf().tolist() == [False, True, False]
+            assert_same(parts[0].isinf(), distillation.isinf())
             inputs = (student, teacher, target, None, stats, params, IGNORED)
             gradient = operators.backward(name, torch.ones_like(rows), *inputs)
             assert gradient.isfinite().all() and not gradient[1].any()  # one class is left
@@ -651,7 +663,7 @@ def check_smoothing_is_torchs(
     lowest[:, ::3] = max(torch.finfo(x).min for x in (dtype, F32))
     target -= (target % 3 == 0).long() * (target - 1) if classes > 1 else 0
     for smoothing in (0.1, 1.0):
-        params = as_params(smoothing)
+        params = as_params(smoothing, 0.0)
         others, every = torch.arange(classes) % 3 > 0, slice(None)
         for logits, left in ((student, every), (masked, others), (lowest, every)):
             if classes < 2 and logits is masked:

@@ -299,16 +299,10 @@ MUTANTS = [
     Mutant(
         "python-module-forgets-row-weight",
         "kdkernels/modules.py",
-        """        return losses.nkd_loss(
-            student,
-            teacher,
-            target,
+        """            mean_confidence=mean_confidence,
             row_weight=row_weight,
 """,
-        """        return losses.nkd_loss(
-            student,
-            teacher,
-            target,
+        """            mean_confidence=mean_confidence,
 """,
         "one module does not pass an argument of the call on",
     ),
@@ -329,7 +323,7 @@ MUTANTS = [
     Mutant(
         "python-reference-temperature-once",
         "kdkernels/reference.py",
-        "_weighted(gamma * temperature**2, rest)",
+        "_weighted(gamma * _gain(temperature, t_squared), rest)",
         "_weighted(gamma * temperature, rest)",
         "T instead of T^2",
     ),
@@ -408,7 +402,7 @@ MUTANTS = [
     Mutant(
         "triton-merge-without-the-shift",
         "triton_kernels/stats.py",
-        "x = weighted(ft, sums[2] + weighted(sums[1], dt - ds))",
+        "x = weighted(ft, sums[2] + weighted(sums[1], apart(ds, dt, k, VARIANT)))",
         "x = weighted(ft, sums[2])",
         "a mean of logits keeps the pivots of the chunk it comes from",
     ),
@@ -662,7 +656,7 @@ MUTANTS = [
     Mutant(
         "cpu-merge-without-the-shift",
         "csrc/stats.h",
-        "weighted(ft, a.v[mean_x] + weighted(a.v[sum_t], kCross ? -ds : dt - ds));",
+        "weighted(ft, a.v[mean_x] + weighted(a.v[sum_t], kCross ? -ds : scales.apart(ds, dt)));",
         "weighted(ft, a.v[mean_x]);",
         "a mean of logits keeps the pivots of the tile it comes from",
     ),
@@ -823,7 +817,7 @@ MUTANTS = [
     Mutant(
         "cpu-large-temperature-in-float",
         "csrc/problem.h",
-        "return in_double() || (teacher.data && params[0] > kLargeTemperature);",
+        "return in_double() || (teacher.data && temperature > kLargeTemperature);",
         "return in_double();",
         "of T^2 times a difference of logarithms float leaves 1e-7 T^2",
     ),
@@ -1013,8 +1007,8 @@ MUTANTS = [
     Mutant(
         "cuda-margin-of-one-temperature",
         "csrc/cuda/kernels.cu",
-        "std::max<double>(params.k, Loss::Sums::two ? kLog2e : 0)",
-        "std::max<double>(params.k, 0)",
+        "std::max<double>({scales.k, scales.k_teacher(), Sums::two ? kLog2e : 0})",
+        "std::max<double>({scales.k, scales.k_teacher(), 0})",
         "exponentials at temperature 1 overflow before the pivot of a large T follows",
     ),
     Mutant(
@@ -1062,14 +1056,14 @@ MUTANTS = [
     Mutant(
         "cpu-parts-times-the-scale",
         "csrc/cpu/row.h",
-        "loss[Loss::outputs + k] * weight_of(p, row)",
-        "loss[Loss::outputs + k] * g[0]",
+        "loss[1 + k] * weight_of(p, row)",
+        "loss[1 + k] * g[0]",
         "parts of a reduction are divided as its sum is",
     ),
     Mutant(
         "cpu-parts-weighted",
         "csrc/losses/pair.h",
-        "if constexpr (Sums::smooth) loss[1] = distillation;",
+        "if constexpr (Sums::smooth) loss[1] = distillation * Ops<V>::splat(params.gain);",
         "if constexpr (Sums::smooth) loss[1] = loss[0];",
         "the distillation comes with its weight",
     ),

@@ -68,14 +68,15 @@ LANES, MIDDLE, MANY_MOST, FEW_MOST = map(
 FEW_ROWS = [(x, FEW_CLASSES) for x in (LANES, MIDDLE, FEW_MOST)]
 MANY_ROWS = [(x, MANY_CLASSES) for x in sorted({LANES, MIDDLE, MANY_MOST})]
 MANY_KEPT = int(fact(PLAN, r"many = x\.kept < (\d+)"))
-KEPT_THREE, KEPT_TWO, LESS_OF_FOUR = map(
-    int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - \(vector == 4 \? (\d+) : 0\)")
+BY_FEATURES = r"return \(kept > 3 \? (\d+) : kept > 2 \? (\d+) : (\d+)\) - "
+*KEPT, LESS_OF_FOUR = map(int, facts(PLAN, BY_FEATURES + r"\(vector == 4 \? (\d+) : 0\)"))
+*CLUSTER, CLUSTER_LESS = map(int, facts(PLAN, BY_FEATURES + r"(\d+) \* less"))
+STAGED_MOST, STAGED_CROWDED, STAGED = map(
+    int, facts(PLAN, r"staged_threads\(int kept\) \{ return kept > (\d) \? (\d+) : (\d+);")
 )
-CLUSTER_THREE, CLUSTER_TWO, CLUSTER_LESS = map(
-    int, facts(PLAN, r"return \(kept > 2 \? (\d+) : (\d+)\) - (\d+) \* less")
-)
+MOST_OF_TWO, ONE_BLOCK, TWO_BLOCKS = map(int, facts(PLAN, r"return kept > (\d) \? (\d) : (\d); \}"))
 FEWER_CLASSES = int(
-    fact("csrc/cuda/cluster.cuh", r"kFewerRegisters \? (\d) : F::wide\) \+ Sums::smooth")
+    fact("csrc/cuda/cluster.cuh", r"kFewerRegisters \? (\d) : F::wide\) \+ Sums::crowded")
 )
 FEWER_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ >= (\d+) constexpr bool kFewer")) // 10
 CLUSTERS_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ < (\d+) constexpr bool kHas")) // 10
@@ -95,20 +96,35 @@ class Sums:
     exps: int  # of a class, for the sums
     kept: int  # those of them that its gradient needs
     finish: int  # at most, per row, by all losses that sum so; of float kernels
-    smooth: bool = False
+    crowded: bool = False  # as Sums::crowded
+    features: int = 0  # as Sums::held, where it is not the number of exponentials kept
+
+    @property
+    def held(self) -> int:
+        return self.features or self.kept
+
+    def room(self, by_features: list[int]) -> int:
+        """Of the classes that a thread has room for with 4, 3 and 2 features."""
+        return by_features[4 - min(max(self.held, 2), 4)]
 
 
-# By Variant, and for a pair whether it is a cross-entropy.
+# By Variant, and for a pair whether it is a cross-entropy, for reverse KL whether KL is beside it.
 # nkd, the only loss that takes a cross-entropy, has a shorter finish than the others together.
 SUMS = {
     "StudentSums<0>": Sums(1, 1, 1, 3),
-    "StudentSums<2>": Sums(1, 1, 1, 3, smooth=True),
+    "StudentSums<2>": Sums(1, 1, 1, 3, crowded=True),
     "PairSums<0,0>": Sums(2, 2, 2, 11),
     "PairSums<0,1>": Sums(2, 2, 2, 3),
     "PairSums<1,0>": Sums(2, 3, 3, 11),
     "PairSums<1,1>": Sums(2, 4, 3, 3),
-    "PairSums<2,0>": Sums(2, 3, 3, 11, smooth=True),
-    "PairSums<2,1>": Sums(2, 4, 3, 3, smooth=True),
+    "PairSums<2,0>": Sums(2, 3, 3, 11, crowded=True),
+    "PairSums<2,1>": Sums(2, 4, 3, 3, crowded=True),
+    "PairSums<3,0>": Sums(2, 2, 2, 11, crowded=True, features=3),
+    "PairSums<4,0>": Sums(2, 3, 3, 11, crowded=True, features=4),
+    "ReverseSums<0,0>": Sums(2, 2, 1, 11, features=3),
+    "ReverseSums<0,1>": Sums(2, 2, 2, 11, features=4),
+    "ReverseSums<2,0>": Sums(2, 3, 2, 11, crowded=True, features=4),
+    "ReverseSums<2,1>": Sums(2, 3, 3, 11, crowded=True, features=5),
 }
 PARTS = ("part_stats", "part_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
@@ -171,15 +187,14 @@ class Kernel:
         if self.name == "few":
             return self.classes // self.vector
         if self.name == "block":
-            kept = KEPT_THREE if SUMS[self.sums].kept > 2 else KEPT_TWO
-            return (kept - (LESS_OF_FOUR if self.vector == 4 else 0)) // self.vector
+            less = LESS_OF_FOUR if self.vector == 4 else 0
+            return (SUMS[self.sums].room(KEPT) - less) // self.vector
         if self.name == "staged":
             return 1
         if self.name == "cluster":  # that registers hold
-            kept = CLUSTER_THREE if SUMS[self.sums].kept > 2 else CLUSTER_TWO
             less = FEWER_CLASSES if int(self.arch) >= FEWER_FROM else self.wide
-            less += SUMS[self.sums].smooth
-            return (kept - CLUSTER_LESS * less) // self.vector
+            less += SUMS[self.sums].crowded
+            return (SUMS[self.sums].room(CLUSTER) - CLUSTER_LESS * less) // self.vector
         if self.name in PARTS:
             return PART_WIDE if self.wide else PART
         return UNROLL_WIDE if self.wide else UNROLL_SKEWED if self.skewed else UNROLL
@@ -213,7 +228,7 @@ def expected() -> set[Kernel]:
                 continue
             found |= {Kernel(name, sums, form) for name in ("block", "staged")}
             found |= {Kernel(name, sums, form, skewed=False) for name in ("sweeps", "cluster")}
-            few = FEW_ROWS + (MANY_ROWS if facts.kept < MANY_KEPT else [])
+            few = FEW_ROWS + (MANY_ROWS if facts.held < MANY_KEPT else [])
             found |= {Kernel("few", sums, form, *x) for x in few}
     for data in ("float", "F16", "BF16"):
         found |= {Kernel("scale", "", f"{data}, {x}") for x in ("float", "double")}
@@ -222,7 +237,7 @@ def expected() -> set[Kernel]:
 
 MANGLED = re.compile(
     r"_ZN2kd\d+\w+?4cuda\d+(?P<name>[a-z_]+)I"
-    r"(?:NS0_\d+(?P<sums>(?:Student|Pair)SumsILNS_7VariantE\dE(?:Lb\dE)?E)E)?"
+    r"(?:NS0_\d+(?P<sums>(?:Student|Pair|Reverse)SumsILNS_7VariantE\dE(?:Lb\dE)?E)E)?"
     r"(?:NS\d_\d+(?P<format>Format|AnyFormat)I(?:NS0_)?(?P<type>f|d|3F16|4BF16)E?EE)?"
     r"(?:(?:NS0_)?(?P<data>f|d|3F16E|4BF16E)(?P<factor>[fd])E)?"
     r"(?:Li(?P<number>\d+)E(?:Li(?P<classes>\d+)E)?)?(?:Lb(?P<skewed>\d)E)?"
@@ -446,11 +461,13 @@ def check(kernels: list[Kernel], wrong: Check) -> None:
 def threads_and_blocks(x: Kernel) -> list[tuple[int, int]]:
     """How many blocks of how many threads the planner counts on per multiprocessor."""
     if x.name == "few":
-        return [(number("kFewThreads"), 2)]
+        blocks = ONE_BLOCK if SUMS[x.sums].held > MOST_OF_TWO else TWO_BLOCKS
+        return [(number("kFewThreads"), blocks)]
     if x.name == "block":
         return [(number("kBlockThreads"), 2)]
     if x.name == "staged":
-        return [(number("kStagedThreads"), 1), (number("kStagedThreads") // 2, 2)]
+        threads = STAGED_CROWDED if SUMS[x.sums].held > STAGED_MOST else STAGED
+        return [(threads, 1), (threads // 2, 2)]
     if x.name == "cluster":
         return [(number("kClusterThreads"), 1), (number("kClusterThreads") // 2, 2)]
     if x.name == "strided":

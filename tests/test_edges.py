@@ -161,6 +161,8 @@ def test_lowest_number_masks_like_infinity(
     for classes in CLASSES:
         student, teacher, target = make_inputs("masked", 8, classes, dtype, generator)
         mask = student.isneginf()
+        if case.lacking:  # what the teacher lacks alone makes the loss infinite
+            teacher = teacher.clamp(min=-5.0)
         teacher = teacher.masked_fill(mask, -INF)
         inputs = [x.clamp(min=torch.finfo(dtype).min) for x in (student, teacher)]
         value, gradient = evaluate(case.rows, *inputs, target, backend=backend)

@@ -42,7 +42,7 @@ from torch import Tensor
 from kdkernels import ops
 from kdkernels.reference import AEKT_VARIANTS
 
-pytestmark = needs_cpu
+pytestmark = [needs_cpu, pytest.mark.fuzz]
 
 EXAMPLES = int(os.environ.get("KDKERNELS_FUZZ_EXAMPLES", "100"))
 often = settings(
@@ -69,7 +69,9 @@ def cases(draw: st.DrawFn) -> Case:
     options = {key: draw(st.sampled_from(values)) for key, values in loss.drawn.items()}
     if "temperature" in loss.defaults:
         options["temperature"] = draw(temperatures)
-    if loss.outputs == 1:
+    if "t_squared" in loss.defaults:
+        options["t_squared"] = draw(st.booleans())
+    if loss.outputs == 1 and loss.weights:
         options["ce_weight"] = draw(st.sampled_from([0.0, 0.0, 0.7]))
         if Case(name, options).weight == 0:
             options["ce_weight"] = 0.7  # a loss of nothing: see test_autograd.py

@@ -130,7 +130,7 @@ def gradient(
     student: torch.Tensor, teacher: torch.Tensor, upstream: torch.Tensor, temperature: float = 4.0
 ) -> torch.Tensor:
     """Of KD. The operators take temperatures that the functions refuse."""
-    params = torch.tensor([temperature, 1.0, 0.0, 0.0], dtype=torch.float64)
+    params = torch.tensor([temperature, 1.0, 0.0, 0.0, 1.0, temperature], dtype=torch.float64)
     inputs = (student, teacher, None, None)
     _, stats, _ = ops.FUSED.forward("kd", *inputs, params, -100, False)
     return ops.FUSED.backward("kd", upstream, *inputs, stats, params, -100)

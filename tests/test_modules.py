@@ -31,6 +31,12 @@ COMMON = {
 }
 # Of a call of the module, because they belong to a batch.
 OF_THE_CALL = ("row_weight", "normalizer", "mean_confidence")
+WITHOUT_WEIGHTS = {
+    k: v
+    for k, v in COMMON.items()
+    if k not in ("kd_weight", "ce_weight", "label_smoothing", "return_parts")
+}
+WEIGHED = {USUAL[name].function: loss.weights for name, loss in LOSSES.items()}
 PAPERS = {USUAL[name].function: loss.defaults for name, loss in LOSSES.items()}
 
 
@@ -47,7 +53,8 @@ def positional(function) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize(("module", "function"), MODULES.items())
 def test_signatures(module, function):
-    assert keywords(function) == {**PAPERS[function], **COMMON}
+    common = COMMON if WEIGHED[function] else WITHOUT_WEIGHTS
+    assert keywords(function) == {**PAPERS[function], **common}
     loss = module()
     own = {k: v for k, v in keywords(function).items() if k not in OF_THE_CALL}
     assert {name: getattr(loss, name) for name in own} == own
@@ -102,7 +109,7 @@ def test_repr_shows_own_arguments_and_what_is_not_a_default():
         (
             {"temp": 1},
             TypeError,
-            "KDLoss: got argument 'temp'; allowed are temperature, kd_weight,",
+            "KDLoss: got argument 'temp'; allowed are temperature, t_squared,",
         ),
         (
             {"row_weight": None},

@@ -37,7 +37,7 @@ def test_label_smoothing_is_torchs(classes, dtype) -> None:
 
 
 def test_a_loss_without_a_teacher_has_no_parts() -> None:
-    alone = {**GOOD, "loss": "cross_entropy", "teacher": None, "params": as_params(0.0)}
+    alone = {**GOOD, "loss": "cross_entropy", "teacher": None, "params": as_params(0.0, 0.0)}
     for call in (
         lambda: ops.FUSED.forward(**alone, with_parts=True),
         lambda: ops.FUSED.reduced(**alone, **REDUCTION, with_parts=True),
