@@ -59,6 +59,10 @@ def kd_loss(
 
     With one class every softmax is 1: the loss is 0, and so is the gradient; of every loss.
 
+    In float32 the value is a difference of terms that are rounded to some 1e-7 T^2: a divergence
+    below that has no digits left, here and in `reverse_kl_loss` and `mixed_kl_loss`. Its gradient
+    keeps them.
+
     The student's gradient is fused and comes in the student's dtype. Every other derivative is
     right, and the reference's: the teacher's gradient (with a warning, once), those of weights
     and temperature, second derivatives. Transforms of torch.func (grad, vjp, jvp, jacrev, jacfwd,
