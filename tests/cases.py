@@ -65,6 +65,7 @@ class Loss:
     weights: bool = True  # kd_weight, ce_weight and return_parts are taken
     lacking: Callable[[Options], bool] = lambda _: False  # infinite where the teacher lacks a class
     held: Callable[[Options], bool] = lambda options: False  # factors are: no gradcheck
+    unmoved: Options = field(default_factory=dict)  # under which a common offset changes nothing
     apart: Options = field(default_factory=dict)  # options under which rows do not share a number
     blind: Callable[[Options], bool] = lambda options: False  # to the target's own logit
     # Per class of its operator at one temperature, and at two: for the sums, for the gradient.
@@ -215,6 +216,7 @@ LOSSES = {
         defaults={"label_smoothing": 0.0, "z_weight": 0.0},
         weight=lambda o: 1 + o["z_weight"],
         drawn={"z_weight": (0.0, 1e-4, 0.1)},
+        unmoved={"z_weight": 0.0},
         grows=lambda o, _, largest: 1 + 2 * o["z_weight"] * largest,
         module="CrossEntropyLoss",
         teacher=False,
@@ -559,6 +561,8 @@ def _rounding(
     grown = case.facts.grows(case.all_options, ratio, sum(magnitudes))
     # Its probabilities are off by the magnitude of the logits, and the extent is a factor of them.
     of_truth = 4 * exact * sum(magnitudes) * (1 + spread)
+    if case.all_options.get("t_squared") is False and case.temperature < 1:
+        order, temperature = order - 2, case.temperature
     return case.weight * temperature ** (order - 1) * (grown * relative + of_truth)
 
 

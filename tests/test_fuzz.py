@@ -188,7 +188,10 @@ class Rows:
             kind, shape, problem.classes, problem.dtypes, generator
         )
         if lowest:  # where the student has them the teacher has them, too
+            shared = student.isneginf()
             student, teacher = (x.clamp(min=torch.finfo(x.dtype).min) for x in (student, teacher))
+            if problem.case.lacking:  # what the teacher lacks alone costs 3e38 / T
+                teacher = torch.where(shared, teacher, teacher.clamp(min=-5.0))
 
         def chance(share: float) -> Tensor:
             return torch.rand(shape, generator=generator) < share
