@@ -9,6 +9,9 @@
 #ifndef KD_EXP2F
 #define KD_EXP2F exp2f
 #endif
+#ifndef KD_LOG2F
+#define KD_LOG2F log2f
+#endif
 
 #if defined(__CUDACC__)
 #define KD_FN __host__ __device__ __forceinline__
@@ -33,8 +36,12 @@ KD_NAMESPACE_BEGIN
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
+// Scalar, splat, exp2, exp, log, log1p, negative (also of -0.0), abs, and
+//   product(a, b)      a * b, rounded: fused with a subtraction, two equal products would not differ by 0
+//   log2_near(u, z)    log2 u of a u >= 0, z = u - 1 known to more digits than u has near 1: relative accuracy there, and
+//                      finite at 0. NaN in u may be lost.
 template <class V>
-struct Ops;  // Scalar, splat, exp2, exp, log, log1p, negative (also of -0.0)
+struct Ops;
 
 template <>
 struct Ops<float> {
@@ -45,6 +52,19 @@ struct Ops<float> {
   static KD_FN float log(float x) { return logf(x); }
   static KD_FN float log1p(float x) { return log1pf(x); }
   static KD_FN bool negative(float x) { return signbit(x); }
+  static KD_FN float abs(float x) { return fabsf(x); }
+  static KD_FN float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    volatile float x = a * b;
+    return x;
+#endif
+  }
+  static KD_FN float log2_near(float u, float z) {  // Taylor: beyond 1/16 the logarithm itself is as good
+    const float near = z * (1.442695f + z * (-.7213475f + z * (.4808983f + z * (-.3606738f + z * .2885390f))));
+    return fabsf(z) < .0625f ? near : KD_LOG2F(u > 1.2e-38f ? u : 1.2e-38f);
+  }
 };
 
 template <>
@@ -56,6 +76,18 @@ struct Ops<double> {
   static KD_FN double log(double x) { return ::log(x); }
   static KD_FN double log1p(double x) { return ::log1p(x); }
   static KD_FN bool negative(double x) { return signbit(x); }
+  static KD_FN double abs(double x) { return fabs(x); }
+  static KD_FN double product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+    return __dmul_rn(a, b);
+#else
+    volatile double x = a * b;
+    return x;
+#endif
+  }
+  static KD_FN double log2_near(double u, double z) {
+    return kLog2e * (fabs(z) < .5 ? ::log1p(z) : ::log(u > 1e-300 ? u : 1e-300));
+  }
 };
 
 template <class V>

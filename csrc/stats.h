@@ -7,11 +7,26 @@
 //   Sums::exps(scales, ds, dt)   the exponentials of a class, e[0..kept) are what the gradient needs again
 //   Sums::add(stats, exps)       statistics of one more class
 //   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes
-//   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots
+//   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots: the transpose of how
+//                                these move
 //   Sums::gradient(e, coef)      d loss / d logit of a class: no new exponential
 //
 // With Variant::smooth every class whose logit is not -inf counts, and adds a constant to its
 // gradient. Which ones do is told by the sign of their first exponential: -0.0 of a class at -inf, which no sum sees.
+//
+// Losses that need p and q of every class, normalised, take a second round over what the first one kept:
+//
+//   Sums::refined                how many sums it has; 0: there is none
+//   Sums::open(scales, stats, pivots, s_y, t_y, multipliers)
+//                                from the first round's sums, what multiplies the kept of a class; the loops rebase it
+//                                to the pivots that these are relative to, as they do coefficients
+//   Sums::refine(scales, e, multipliers, sums)
+//                                a class: what is kept of it, in place, and plain sums. What is kept is absolute from
+//                                then on, relative to no pivot: its coefficients are not rebased
+//
+// In stats.v the second round's sums stand behind the first one's, where only finish looks at them: no merge has any.
+// For a backward pass they are stored at the end of a row of statistics, so that a variant finds them where another
+// one of its loss has left them. It opens and refines its classes again, sums nothing, and needs no exchange.
 #pragma once
 
 #include <type_traits>
@@ -70,11 +85,30 @@ struct ApartScales : Scales<S> {
   }
 };
 
+// What opens a second round; nothing where there is none.
+template <class V, int kKept>
+struct Multipliers {
+  V c[kKept];
+};
+template <class V>
+struct Multipliers<V, 0> {};
+template <class Sums, class V>
+using Opening = Multipliers<V, Sums::refined ? Sums::kept : 0>;
+
+// The sums of both rounds.
+template <class Sums>
+constexpr int kSums = Sums::count + Sums::refined;
+// The place of one of them in a row of statistics.
+template <class Sums>
+KD_FN constexpr int stored_at(int sum) {
+  return sum < Sums::count ? 2 + sum : kStatsWidth - kSums<Sums> + sum;
+}
+
 // What counts is summed times it, so that classes masked by the lowest number of float do not overflow the sum of
 // logits. A power of 2: nothing is rounded.
 constexpr double kShare = 0x1p-24;
 
-template <int kKept, Variant kVariant>
+template <int kKept, Variant kVariant, int kRefined = 0>
 struct Kept {
   static constexpr Variant variant = kVariant;
   static constexpr bool smooth = kVariant == Variant::smooth || kVariant == Variant::apart_smooth;
@@ -83,7 +117,7 @@ struct Kept {
   static constexpr bool loses = false;              // classes that the teacher lacks are summed apart
   static constexpr bool crowded = smooth || apart;  // more sums and numbers per row than features tell of
   static constexpr int held = kKept;                // what a kernel makes room for in registers, per class
-  static constexpr int kept = kKept, coefs = kKept + smooth;
+  static constexpr int kept = kKept, coefs = kKept + smooth, refined = kRefined;
   template <class V>
   struct Coef {
     V c[coefs];  // gradient of a class: sum of c[i] * e[i], and the last one by itself where classes count
@@ -103,19 +137,22 @@ struct Kept {
   static KD_FN V marked(V e, V ds) {
     return smooth ? select(ds == -infinity<V>(), -e, e) : e;
   }
-  // The sums of what counts: of the logits and of the classes, times kShare. They are the last two of a variant.
+  // The sums of what counts: of the logits and of the classes, times kShare. They are the last two of a variant's first
+  // round.
   template <class V, int kCount>
   static KD_FN void count(V (&v)[kCount], V ds) {
+    constexpr int kEnd = kCount - kRefined;
     if constexpr (smooth) {
-      v[kCount - 2] = select(ds == -infinity<V>(), lit<V>(0), ds) * lit<V>(kShare) + v[kCount - 2];
-      v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(kShare));
+      v[kEnd - 2] = select(ds == -infinity<V>(), lit<V>(0), ds) * lit<V>(kShare) + v[kEnd - 2];
+      v[kEnd - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(kShare));
     }
   }
   template <class V, int kCount>
   static KD_FN void move_counted(V (&out)[kCount], const V (&v)[kCount], V ds) {
+    constexpr int kEnd = kCount - kRefined;
     if constexpr (smooth) {
-      out[kCount - 2] = v[kCount - 1] * ds + v[kCount - 2];
-      out[kCount - 1] = v[kCount - 1];
+      out[kEnd - 2] = v[kEnd - 1] * ds + v[kEnd - 2];
+      out[kEnd - 1] = v[kEnd - 1];
     }
   }
 };

@@ -13,6 +13,9 @@
 // already lie that way (class dimension in the middle). Rows of many classes are walked in tiles here, too, and read
 // twice: as many rows as there are lanes would keep too many exponentials.
 //
+// Sums with a second round (stats.h) take it between these two: over what was kept, or, where a row per lane is walked in
+// tiles, in a read of its own.
+//
 // The target and the padding are loaded as -inf: their exponentials are 0 and nothing below needs to ask for them. The
 // target's gradient is written afterwards.
 #pragma once
@@ -129,6 +132,23 @@ typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales
     }
   }
   return stats;
+}
+
+// The second round over what was kept, in place. n: a multiple of the lanes. sums: those of this round are added to it.
+template <class Sums, class S>
+void refine_tile(const typename Sums::template Scales<S>& scales, int64_t n, S* kept, int64_t kept_stride,
+                 const Multipliers<S, Sums::kept>& opening, double* sums) {
+  using V = Vec<S>;
+  Multipliers<V, Sums::kept> c;
+  V lanes[Sums::refined] = {};
+  for (int k = 0; k < Sums::kept; ++k) c.c[k] = Ops<V>::splat(opening.c[k]);
+  for (int64_t i = 0; i < n; i += kLanes<S>) {
+    V e[Sums::kept];
+    for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept + k * kept_stride + i);
+    Sums::refine(scales, e, c, lanes);
+    for (int k = 0; k < Sums::kept; ++k) store<S>(kept + k * kept_stride + i, e[k]);
+  }
+  for (int k = 0; k < Sums::refined; ++k) sums[k] += sum_lanes<S>(lanes[k]);
 }
 
 template <class Sums, class S, class T, int kCoefs>
@@ -341,7 +361,7 @@ struct Rows {
   using StatsD = typename Sums::template Stats<double>;
   using CoefD = typename Sums::template Coef<double>;
   static constexpr int L = kLanes<S>;
-  static_assert(Sums::count + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
+  static_assert(kSums<Sums> + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
 
   // One of the numbers of rows. Where these are in double so is S; the reverse is not true.
   static double number(const Problem& p, const void* of, int64_t i) {
@@ -389,7 +409,8 @@ struct Rows {
 
   static bool lanes_are_classes(const Problem& p, int64_t begin, int64_t end) {
     const int64_t classes = p.classes, tiles = (classes + kTile - 1) / kTile, padded = (classes + L - 1) / L * L;
-    const bool keep = p.grad.data && p.pass == Pass::forward_grad, back = p.pass == Pass::backward;
+    const bool back = p.pass == Pass::backward;
+    const bool keep = Sums::refined ? !back : p.grad.data && p.pass == Pass::forward_grad;
     const int64_t kept_stride = keep ? padded : back ? kTile : 0;
     S* memory = static_cast<S*>(scratch(sizeof(S) * (2 * kTile + Sums::kept * kept_stride + 2 * tiles)));
     if (!memory) return false;
@@ -424,9 +445,12 @@ struct Rows {
       StatsD stats = {};
       Pivots<double> pivots = {-infinity<double>(), -infinity<double>()};
       CoefD coef = {};
+      Opening<Sums, double> opening = {};
       if (back) {
         load_stats(stats_of(p, row), pivots, stats);
         chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
+        if constexpr (Sums::refined > 0)
+          Sums::open(chosen.template scales<Sums>(), stats, pivots, s_y, t_y, opening);
       }
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = i * kTile;
@@ -440,6 +464,10 @@ struct Rows {
         if (back) {
           const Pivots<S> at = {static_cast<S>(pivots.s), static_cast<S>(pivots.t)};
           sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
+          if constexpr (Sums::refined > 0) {
+            double unused[Sums::refined] = {};
+            refine_tile<Sums, S>(scales, n, kept, kTile, narrowed(opening), unused);
+          }
           with_type(p.grad.dtype, grad,
                     [&](auto* out) { gradient_tile<Sums, S>(out + first, n, kept, kTile, coef.c); });
           continue;
@@ -454,18 +482,30 @@ struct Rows {
         merge<Sums>(chosen.template scales<Sums>(), stats, pivots, part, Pivots<double>{at.s, at.t});
       }
       if (!back) {
+        if constexpr (Sums::refined > 0) {
+          Sums::open(chosen.template scales<Sums>(), stats, pivots, s_y, t_y, opening);
+          for (int k = 0; k < Sums::refined; ++k) stats.v[Sums::count + k] = 0;
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t first = i * kTile, n = classes - first < kTile ? classes - first : kTile;
+            Opening<Sums, double> c = opening;
+            Sums::rebase(chosen.template scales<Sums>(), c, pivots, Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
+            refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(c), stats.v + Sums::count);
+          }
+        }
         chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
         for (double& x : loss) x += nan_of<Sums>(stats, s_y, t_y);
         write_rows(p, chosen.outputs, row, loss, g);
         if (p.stats) store_stats(stats_of(p, row), pivots, stats);
       }
-      if (keep) {
+      if (keep && grad) {
         with_type(p.grad.dtype, grad, [&](auto* out) {
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t first = i * kTile;
             const int n = static_cast<int>(classes - first < kTile ? classes - first : kTile);
             CoefD c = coef;
-            Sums::rebase(chosen.template scales<Sums>(), c, pivots, Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
+            if constexpr (Sums::refined == 0)
+              Sums::rebase(chosen.template scales<Sums>(), c, pivots,
+                           Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
             gradient_tile<Sums, S>(out + first, n, kept + first, padded, c.c);
           }
         });
@@ -475,24 +515,31 @@ struct Rows {
     return true;
   }
 
+  static Multipliers<S, Sums::kept> narrowed(const Multipliers<double, Sums::kept>& x) {
+    Multipliers<S, Sums::kept> out;
+    for (int k = 0; k < Sums::kept; ++k) out.c[k] = static_cast<S>(x.c[k]);
+    return out;
+  }
+
   static double* stats_of(const Problem& p, int64_t row) { return static_cast<double*>(p.stats) + row * kStatsWidth; }
   static void store_stats(double* to, const Pivots<double>& pivots, const StatsD& stats) {
     to[0] = pivots.s;
     to[1] = pivots.t;
-    for (int k = 2; k < kStatsWidth; ++k) to[k] = k - 2 < Sums::count ? stats.v[k - 2] : 0.;
+    for (int k = 2; k < kStatsWidth; ++k) to[k] = 0;
+    for (int k = 0; k < kSums<Sums>; ++k) to[stored_at<Sums>(k)] = stats.v[k];
   }
   static void load_stats(const double* from, Pivots<double>& pivots, StatsD& stats) {
     pivots = {from[0], from[1]};
-    for (int k = 0; k < Sums::count; ++k) stats.v[k] = from[k + 2];
+    for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = from[stored_at<Sums>(k)];
   }
 
   // ---- several rows at a time ---------------------------------------------------------------------------------------
 
   struct Batch {  // up to L rows, one per lane, and all that is one number per row
     Block<S> block;
-    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[Sums::count][L], g[kMostValues][L],
+    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[kSums<Sums>][L], g[kMostValues][L],
         loss[kMostValues][L];
-    alignas(kVectorBytes) S maxima[2][L], coef[Sums::coefs][L], coef_y[L];
+    alignas(kVectorBytes) S maxima[2][L], coef[Sums::coefs][L], coef_y[L], opening[Sums::refined ? Sums::kept : 1][L];
   };
 
   static void open(const Problem& p, const Chosen<double>& chosen, int64_t first, int64_t end, Batch& b) {
@@ -522,8 +569,25 @@ struct Rows {
       load_stats(stats_of(p, first + lane), pivots, stats);
       b.maxima[0][lane] = static_cast<S>(pivots.s);
       b.maxima[1][lane] = static_cast<S>(pivots.t);
-      for (int k = 0; k < Sums::count; ++k) b.sums[k][lane] = stats.v[k];
+      for (int k = 0; k < kSums<Sums>; ++k) b.sums[k][lane] = stats.v[k];
     }
+  }
+
+  // Between the rounds. What is kept of rows that are skipped becomes 0.
+  static void open_second(const Chosen<double>& chosen, Batch& b) {
+    for (int part = 0; part < kParts<S> && part * kLanes<double> < b.block.lanes; ++part) {
+      const int at = part * kLanes<double>;
+      typename Sums::template Stats<VecD> stats = {};
+      Opening<Sums, VecD> opening;
+      const Pivots<VecD> pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
+      for (int k = 0; k < Sums::count; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
+      Sums::open(chosen.template scales<Sums>(), stats, pivots, load_bits<VecD>(b.s_y + at),
+                 load_bits<VecD>(b.t_y + at), opening);
+      for (int k = 0; k < Sums::kept; ++k) narrow(b.opening[k], part, opening.c[k]);
+    }
+    for (int lane = 0; lane < L; ++lane)
+      if (!b.block.active[lane])
+        for (int k = 0; k < Sums::kept; ++k) b.opening[k][lane] = 0;
   }
 
   // From maxima and sums to losses (written) and coefficients. Rows that are skipped get coefficients of 0.
@@ -536,7 +600,7 @@ struct Rows {
       const Pivots<VecD> pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
       store_bits(b.pivots[0] + at, pivots.s);
       store_bits(b.pivots[1] + at, pivots.t);
-      for (int k = 0; k < Sums::count; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
+      for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
       for (int k = 0; k < kMostValues; ++k) g[k] = load_bits<VecD>(b.g[k] + at);
       const VecD s_y = load_bits<VecD>(b.s_y + at), t_y = load_bits<VecD>(b.t_y + at);
       chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
@@ -556,7 +620,7 @@ struct Rows {
       write_rows(p, chosen.outputs, row, b.block.active[lane] ? loss : nullptr, g);
       if (!p.stats) continue;
       StatsD stats;
-      for (int k = 0; k < Sums::count; ++k) stats.v[k] = b.sums[k][lane];
+      for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = b.sums[k][lane];
       store_stats(stats_of(p, row), {b.pivots[0][lane], b.pivots[1][lane]}, stats);
     }
   }
@@ -605,6 +669,17 @@ struct Rows {
         if (!back)
           for (int k = 0; k < Sums::count; ++k) b.sums[k][lane] = sum_lanes<S>(lanes.v[k]);
       }
+      if constexpr (Sums::refined > 0) {
+        open_second(chosen, b);
+        for (int lane = 0; lane < b.block.lanes; ++lane) {
+          if (!b.block.active[lane]) continue;
+          Multipliers<S, Sums::kept> opening;
+          double sums[Sums::refined] = {};
+          for (int k = 0; k < Sums::kept; ++k) opening.c[k] = b.opening[k][lane];
+          refine_tile<Sums, S>(scales, padded, kept + lane * padded, plane, opening, sums);
+          for (int k = 0; k < Sums::refined && !back; ++k) b.sums[Sums::count + k][lane] = sums[k];
+        }
+      }
       close(p, chosen, first, b);
       if (!p.grad.data) continue;
       for (int lane = 0; lane < b.block.lanes; ++lane) {
@@ -639,9 +714,18 @@ struct Rows {
     }
   }
 
+  static constexpr int kChunk = 64;  // classes summed in S before the sum goes to double
+
+  // More of a sum.
+  static void add_to(double* sum, V more) {
+    for (int part = 0; part < kParts<S>; ++part) {
+      double* const at = sum + part * kLanes<double>;
+      store_bits(at, load_bits<VecD>(at) + widen_part(more, part));
+    }
+  }
+
   // From n classes' logits in `kept` to their exponentials, and, with `sums`, what these sum to.
   static void sweep_block(const Scales& scales, const Pivots<V>& pivots, int64_t n, S* const* kept, double (*sums)[L]) {
-    constexpr int kChunk = 64;  // classes summed in S before the sum goes to double
     const V ms = usable(pivots.s), mt = usable(pivots.t);
     const S* const t = kept[Sums::teacher ? 1 : 0];
     for (int64_t from = 0; from < n; from += kChunk) {
@@ -653,11 +737,23 @@ struct Rows {
         for (int k = 0; k < Sums::kept; ++k) store<S>(kept[k] + c * L, x.e[k]);
       }
       if (!sums) continue;
-      for (int k = 0; k < Sums::count; ++k)
-        for (int part = 0; part < kParts<S>; ++part) {
-          double* const sum = sums[k] + part * kLanes<double>;
-          store_bits(sum, load_bits<VecD>(sum) + widen_part(stats.v[k], part));
-        }
+      for (int k = 0; k < Sums::count; ++k) add_to(sums[k], stats.v[k]);
+    }
+  }
+
+  // The second round of n classes in `kept`, in place, and, with `sums`, what it sums to.
+  static void refine_block(const Scales& scales, const Batch& b, int64_t n, S* const* kept, double (*sums)[L]) {
+    Multipliers<V, Sums::kept> opening;
+    for (int k = 0; k < Sums::kept; ++k) opening.c[k] = load<S>(b.opening[k]);
+    for (int64_t from = 0; from < n; from += kChunk) {
+      V more[Sums::refined] = {}, e[Sums::kept];
+      const int64_t to = n - from < kChunk ? n : from + kChunk;
+      for (int64_t c = from; c < to; ++c) {
+        for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + c * L);
+        Sums::refine(scales, e, opening, more);
+        for (int k = 0; k < Sums::kept; ++k) store<S>(kept[k] + c * L, e[k]);
+      }
+      for (int k = 0; k < Sums::refined && sums; ++k) add_to(sums[k], more[k]);
     }
   }
 
@@ -740,6 +836,10 @@ struct Rows {
         load_logits(b, 0, classes);
         if (!back) set_pivots(b, maxima(classes));
         sweep_block(scales, pivots_of(b), classes, kept, back ? nullptr : b.sums);
+        if constexpr (Sums::refined > 0) {
+          open_second(chosen, b);
+          refine_block(scales, b, classes, kept, back ? nullptr : b.sums + Sums::count);
+        }
         close(p, chosen, first, b);
         if (!p.grad.data) continue;
         gradient_block(b, classes, kept);
@@ -747,7 +847,7 @@ struct Rows {
         put_targets(p, b);
         continue;
       }
-      // Too many classes to keep their exponentials: a sweep for the sums, and another one for the gradient.
+      // Too many classes to keep their exponentials: a sweep for the sums of a round, and another one for the gradient.
       if (back)
         get_targets(p, b);
       else
@@ -758,11 +858,21 @@ struct Rows {
           sweep_block(scales, pivots, n, kept, sums);
           merge_into(b, chosen.template scales<Sums>(), pivots, sums);
         });
+      if constexpr (Sums::refined > 0) {
+        open_second(chosen, b);
+        if (!back)
+          each_tile([&](int64_t from, int64_t n) {
+            load_logits(b, from, n);
+            sweep_block(scales, pivots_of(b), n, kept, nullptr);
+            refine_block(scales, b, n, kept, b.sums + Sums::count);
+          });
+      }
       close(p, chosen, first, b);
       if (!p.grad.data) continue;
       each_tile([&](int64_t from, int64_t n) {
         load_logits(b, from, n);
         sweep_block(scales, pivots_of(b), n, kept, nullptr);
+        if constexpr (Sums::refined > 0) refine_block(scales, b, n, kept, nullptr);
         gradient_block(b, n, kept);
         store_block<S>(part_of(p.grad, from), b.block, n, kept[0]);
       });

@@ -22,9 +22,23 @@ constexpr int kVectorBytes = 16;
 typedef float VecF __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
 typedef float HalfF __attribute__((vector_size(kVectorBytes / 2)));      // as many lanes as VecD
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as VecF
+
+// The compiler does not see through it: what comes out has been rounded, and is not fused with what follows.
+template <class V>
+KD_FN V opaque(V x) {
+#if defined(__x86_64__) || defined(__i386__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
 
 template <class S>
 struct SimdOf;
@@ -74,6 +88,22 @@ struct Ops<VecF> {
 #endif
   }
 
+  static KD_FN VecF abs(VecF x) { return (VecF)((VecU32)x & 0x7fffffffu); }
+  static KD_FN VecF product(VecF a, VecF b) { return opaque<VecF>(a * b); }
+
+  // The exponent, and a polynomial in z, or in the mantissa minus 1, from sqrt(1/2) to sqrt 2.
+  static KD_FN VecF log2_near(VecF u, VecF z) {
+    u = max_of(splat(1.17549435e-38f), u);
+    const VecI32 bits = (VecI32)u - 0x3f3504f3, exponent = bits >> 23;
+    const VecF m = (VecF)((bits & 0x7fffff) + 0x3f3504f3) - splat(1.f);
+    const VecF f = exponent == 0 ? z : m;
+    VecF p = splat(-.14580816f);
+    constexpr float coefficients[] = {.23404087f, -.24887734f, .28709891f, -.36023962f, .48092324f, -.72135282f,
+                                      1.4426949f};
+    for (float c : coefficients) p = p * f + splat(c);
+    return p * f + __builtin_convertvector(exponent, VecF);
+  }
+
  private:
   static KD_FN VecF power(VecF f) {
     VecF p = splat(1.3264727e-3f);
@@ -108,6 +138,16 @@ struct Ops<VecD> {
   }
 
   static KD_FN VecD exp(VecD x) { return exp2(x * splat(kLog2e)); }
+
+  static KD_FN VecD abs(VecD x) { return (VecD)((VecU64)x & 0x7fffffffffffffffull); }
+  static KD_FN VecD product(VecD a, VecD b) { return opaque<VecD>(a * b); }
+
+  static KD_FN VecD log2_near(VecD u, VecD z) {
+    const VecD s = z / (splat(2.) + z), s2 = s * s;  // |z| < 1/4: |s| < 1/7
+    VecD p = splat(2. / 21);
+    for (int k = 19; k >= 1; k -= 2) p = p * s2 + splat(2. / k);
+    return splat(kLog2e) * (abs(z) < splat(.25) ? s * p : log(max_of(splat(1e-300), u)));
+  }
 
   // For x = 0, normal positive x, +inf and NaN: all that sums of exponentials can be.
   static KD_FN VecD log(VecD x) {

@@ -11,6 +11,7 @@
 #include "mixed_kl.h"
 #include "nkd.h"
 #include "reverse_kl.h"
+#include "score.h"
 #include "target_split.h"
 
 KD_NAMESPACE_BEGIN
@@ -44,6 +45,9 @@ struct Variants {
 };
 template <template <Variant> class Loss, Variant... kMore>
 using Of = Variants<Loss<Variant::plain>, Loss<kMore>...>;
+// Those of two rounds, and what they are where their mixture is one of the two.
+template <template <Variant> class Loss, template <Variant> class Limit>
+using Mixture = Variants<Loss<Variant::plain>, Loss<Variant::smooth>, Limit<Variant::plain>, Limit<Variant::smooth>>;
 
 // Losses, each with its variants. The place of one in the list is its number.
 template <class... Entries>
@@ -69,7 +73,8 @@ struct List {
 using Losses = List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
                     Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
                     Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>,
-                    Of<MixedKl, Variant::smooth>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
+                    Of<MixedKl, Variant::smooth>, Of<Tvd, Variant::smooth>, Mixture<Jsd, JsdLimit>,
+                    Mixture<SkewKl, SkewKlLimit>, Mixture<SkewReverseKl, SkewReverseKlLimit>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
 
 // The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So
 // losses that sum alike share their kernels.

@@ -1,0 +1,265 @@
+// Losses that are a sum of f(p, q) over the classes, p and q the softmax of student and teacher at temperature T. They
+// take two rounds over a row (stats.h):
+//
+//   first round   e_s, e_t and their sums
+//   open          what turns them into p and q, from the sums
+//   refine        p and q -> value f and score h = df / dp of the class. Kept from then on: p and p h
+//   finish        gradient T p (h - H), H the mean of h under p; of the target T p_y ((1 - p_y) h_y - sum of the others'
+//                 p h): nothing cancels where p_y is near 1
+//
+// A form brings at(p, q, d = p - q) -> value and score. A constant in the score counts for nothing: H takes it away.
+#pragma once
+
+#include "mixed_kl.h"
+#include "pair.h"
+
+KD_NAMESPACE_BEGIN
+
+// The variant `smooth` also keeps the exponentials at temperature 1, as they are.
+template <class Form, Variant kVariant>
+struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
+ private:
+  using Base = Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2>;
+  static constexpr bool kSmooth = Base::smooth;
+
+ public:
+  static constexpr bool teacher = true, has_parts = kSmooth, two = kSmooth;
+  template <class S>
+  using Scales = typename Form::template Scales<S>;
+  static constexpr int count = kSmooth ? 5 : 2;
+  enum { sum_s, sum_t, sum_s1, value = count, score };
+  static constexpr int at_one = kSmooth ? sum_s1 : sum_s, kept_at_one = kSmooth ? 2 : 0;
+
+  template <class V>
+  struct Exps {
+    V e[Base::kept];
+    V ds;
+  };
+  template <class V>
+  struct Stats {
+    V v[count + Base::refined];
+  };
+
+  template <class V>
+  static KD_FN Exps<V> exps(const Scales<ScalarOf<V>>& scales, V ds, V dt) {
+    Exps<V> out;
+    out.e[0] = Base::marked(Ops<V>::exp2(ds * scales.k), ds);
+    out.e[1] = Ops<V>::exp2(dt * scales.k);
+    if constexpr (kSmooth) out.e[2] = Ops<V>::exp2(ds * lit<V>(kLog2e));
+    if constexpr (kSmooth) out.ds = ds;
+    return out;
+  }
+  template <class V>
+  static KD_FN void add(Stats<V>& a, const Exps<V>& x) {
+    a.v[sum_s] += x.e[0];
+    a.v[sum_t] += x.e[1];
+    if constexpr (kSmooth) a.v[sum_s1] += x.e[2];
+    if constexpr (kSmooth) Base::count(a.v, x.ds);
+  }
+  template <class V>
+  static KD_FN Stats<V> moved_to(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& from,
+                                 const Pivots<V>& to) {
+    const V ds = moved(from.s, to.s), dt = moved(from.t, to.t);
+    Stats<V> out = {};
+    out.v[sum_s] = a.v[sum_s] * Ops<V>::exp2(ds * scales.k);
+    out.v[sum_t] = a.v[sum_t] * Ops<V>::exp2(dt * scales.k);
+    if constexpr (kSmooth) out.v[sum_s1] = a.v[sum_s1] * Ops<V>::exp2(ds * lit<V>(kLog2e));
+    Base::move_counted(out.v, a.v, ds);
+    return out;
+  }
+  template <class V, class Coef>
+  static KD_FN void rebase(const Scales<ScalarOf<V>>& scales, Coef& coef, const Pivots<V>& row, const Pivots<V>& part) {
+    const V ds = moved(part.s, row.s), dt = moved(part.t, row.t);
+    coef.c[0] *= Ops<V>::exp2(ds * scales.k);
+    coef.c[1] *= Ops<V>::exp2(dt * scales.k);
+    if constexpr (kSmooth) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));
+  }
+
+  template <class V>
+  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V t_y,
+                         Multipliers<V, Base::kept>& to) {
+    to.c[0] = Split<V>::of(s_y - usable(pivots.s), scales.temperature, a.v[sum_s]).rest * inverse(a.v[sum_s]);
+    to.c[1] = Split<V>::of(t_y - usable(pivots.t), scales.temperature, a.v[sum_t]).rest * inverse(a.v[sum_t]);
+    if constexpr (kSmooth) to.c[2] = lit<V>(1);
+  }
+  // p keeps the sign of what does not count.
+  template <class V>
+  static KD_FN void refine(const Scales<ScalarOf<V>>& scales, V (&e)[Base::kept], const Multipliers<V, Base::kept>& to,
+                           V (&sums)[2]) {
+    const V p = Ops<V>::product(e[0], to.c[0]), q = Ops<V>::product(e[1], to.c[1]);
+    V value, h;
+    Form::at(scales, p, q, p - q, value, h);
+    e[0] = p;
+    e[1] = p * h;
+    if constexpr (kSmooth) e[2] *= to.c[2];
+    sums[0] += value;
+    sums[1] += e[1];
+  }
+};
+
+// A loss of such a form; its parameters begin with PairParams.
+template <class Form, Variant kVariant>
+struct ScoreLoss : ScoreSums<Form, kVariant> {
+  using Sums = ScoreSums<Form, kVariant>;
+  static constexpr bool has_temperature = true;
+  static bool serves(const double* params, bool parts) { return pair_serves<kVariant, false>(params, parts); }
+
+  template <class Params, class V>
+  static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
+                           V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
+    const V t = Ops<V>::splat(params.temperature), kd_weight = Ops<V>::splat(params.kd_weight),
+            gain = Ops<V>::splat(params.gain), relative = s_y - usable(pivots.s);
+    const Split<V> p = Split<V>::of(relative, params.temperature, a.v[Sums::sum_s]);
+    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, a.v[Sums::sum_t]);
+    V value, h;
+    Form::at(params, p.p, q.p, difference(p, q), value, h);
+    const V distillation = t * (t * (a.v[Sums::value] + value)) * gain, g = upstream[0] * kd_weight * gain * t;
+    for (V& c : coef.c) c = lit<V>(0);
+    coef.c[0] = -g * (a.v[Sums::score] + p.p * h);
+    coef.c[1] = g;
+    coef.y = g * p.p * (p.rest * h - a.v[Sums::score]);
+    loss[0] = weighted(kd_weight, distillation);
+    if constexpr (Sums::smooth) {
+      loss[1] = distillation;
+      add_cross_entropy<Sums, false>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
+    }
+  }
+};
+
+// |p - q| / 2.
+struct TvdForm {
+  template <class S>
+  using Scales = kd::KD_ISA::Scales<S>;
+  template <class V>
+  static KD_FN void at(const Scales<ScalarOf<V>>&, V, V, V d, V& value, V& h) {
+    const V half = lit<V>(.5), zero = lit<V>(0);
+    value = half * Ops<V>::abs(d);
+    h = select(d > zero, half, select(d < zero, -half, zero * d));  // NaN stays
+  }
+};
+
+// With m = a q + (1 - a) p:  A q log(q / m) + B p log(p / m), whose score is C log(p / m) + D q / m.
+// What is summed is A (q log(q / m) - q + m) + B (p log(p / m) - p + m): the additions sum to 0 over a row, and every
+// class is positive then, and of second order in p - q.
+struct MixtureForm {
+  template <class S>
+  struct Scales : kd::KD_ISA::Scales<S> {
+    S a, A, B, C, D, E;
+    KD_FN Scales(double t, double mix, double of_q, double of_p, double h_log, double h_ratio)
+        : kd::KD_ISA::Scales<S>(t),
+          a(static_cast<S>(mix)),
+          A(static_cast<S>(of_q * kLn2)),
+          B(static_cast<S>(of_p * kLn2)),
+          C(static_cast<S>(h_log * kLn2)),
+          D(static_cast<S>(h_ratio)),
+          E(static_cast<S>(of_p * mix - of_q * (1 - mix))) {}
+  };
+  template <class V>
+  static KD_FN void at(const Scales<ScalarOf<V>>& x, V p, V q, V d, V& value, V& h) {
+    // 1 / m must not overflow; what is below counts for nothing.
+    const V tiny = lit<V>(sizeof(ScalarOf<V>) == 8 ? 1e-300 : 1e-37), one = lit<V>(1);
+    const V m = x.a * q + (one - x.a) * p, r = select(m < tiny, lit<V>(0), one / max_of(tiny, m));
+    const V z = d * r, from_m = (x.a - one) * z;  // p / m - 1 is a z, and q / m - 1 is (a - 1) z
+    const V log_p = Ops<V>::log2_near(p * r, x.a * z);
+    value = x.A * q * Ops<V>::log2_near(q * r, from_m) + x.B * p * log_p - x.E * d;
+    h = x.C * log_p + x.D * from_m;
+  }
+};
+
+template <Variant kVariant>
+struct Tvd : ScoreLoss<TvdForm, kVariant> {
+  static constexpr const char* name = "tvd";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count;
+  static constexpr bool needs_target = false;
+
+  template <class S>
+  using Params = PairParams<S>;
+};
+
+// The parameters of a mixture: Loss says which one, of the mixture's parameter.
+template <class Loss, class S>
+struct MixtureParams : PairParams<S, MixtureForm::Scales<S>> {
+  using Base = PairParams<S, MixtureForm::Scales<S>>;
+  explicit KD_FN MixtureParams(const double* p) : Base(p, Loss::template mixture<S>(p[0], Base::own(p))) {}
+};
+
+// What a mixture is at an end of its parameter: KL in one direction. Loss says whether it is there, and the ratio of
+// forward KL.
+template <class Loss, Variant kVariant>
+struct MixtureLimit : MixedKl<kVariant> {
+  static constexpr int param_count = Loss::param_count;
+  static bool serves(const double* p, bool parts) {
+    return Loss::ends(PairParams<double>::own(p)) && pair_serves<kVariant, false>(p, parts);
+  }
+  template <class S>
+  struct Params : PairParams<S> {
+    S ratio;
+    explicit KD_FN Params(const double* p)
+        : PairParams<S>(p), ratio(static_cast<S>(Loss::forward(PairParams<double>::own(p)))) {}
+  };
+};
+
+// Generalised Jensen-Shannon divergence: T^2 (beta KL(q || m) + (1 - beta) KL(p || m)), m = beta q + (1 - beta) p. GKD,
+// arXiv 2306.13649. Where beta is 0 or 1 it is KL in one direction.
+template <Variant kVariant>
+struct Jsd : ScoreLoss<MixtureForm, kVariant> {
+  static constexpr const char* name = "jsd";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count + 1;
+  static constexpr bool needs_target = false;
+
+  template <class S>
+  using Params = MixtureParams<Jsd, S>;
+  template <class S>
+  static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
+    const double beta = own[0];
+    return {t, beta, beta, 1 - beta, 1 - beta, 0};
+  }
+  static bool ends(const double* own) { return own[0] == 0 || own[0] == 1; }
+  static KD_FN double forward(const double* own) { return 1 - own[0]; }
+};
+
+// Skew KL: T^2 KL(q || alpha q + (1 - alpha) p). DistiLLM, arXiv 2402.03898.
+template <Variant kVariant>
+struct SkewKl : ScoreLoss<MixtureForm, kVariant> {
+  static constexpr const char* name = "skew_kl";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count + 1;
+  static constexpr bool needs_target = false;
+
+  template <class S>
+  using Params = MixtureParams<SkewKl, S>;
+  template <class S>
+  static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
+    const double alpha = own[0];
+    return {t, alpha, 1, 0, 0, alpha - 1};
+  }
+  static bool ends(const double* own) { return own[0] == 0; }
+  static KD_FN double forward(const double*) { return 1; }
+};
+
+// Skew reverse KL: T^2 KL(p || alpha p + (1 - alpha) q), the mixture differentiated or not. DistiLLM, arXiv 2402.03898,
+// and DistiLLM-2, arXiv 2503.07067, which does not.
+template <Variant kVariant>
+struct SkewReverseKl : ScoreLoss<MixtureForm, kVariant> {
+  static constexpr const char* name = "skew_reverse_kl";
+  static constexpr int outputs = 1, param_count = PairParams<double>::count + 2;
+  static constexpr bool needs_target = false;
+
+  template <class S>
+  using Params = MixtureParams<SkewReverseKl, S>;
+  template <class S>
+  static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
+    const double of_q = 1 - own[0];
+    return {t, of_q, 0, 1, 1, own[1] != 0 ? 0 : of_q};
+  }
+  static bool ends(const double* own) { return own[0] == 0; }
+  static KD_FN double forward(const double*) { return 0; }
+};
+
+template <Variant kVariant>
+using JsdLimit = MixtureLimit<Jsd<kVariant>, kVariant>;
+template <Variant kVariant>
+using SkewKlLimit = MixtureLimit<SkewKl<kVariant>, kVariant>;
+template <Variant kVariant>
+using SkewReverseKlLimit = MixtureLimit<SkewReverseKl<kVariant>, kVariant>;
+
+KD_NAMESPACE_END
