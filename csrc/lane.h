@@ -12,6 +12,9 @@
 #ifndef KD_LOG2F
 #define KD_LOG2F log2f
 #endif
+#ifndef KD_RECIPROCALF
+#define KD_RECIPROCALF(x) (1.f / (x))
+#endif
 
 #if defined(__CUDACC__)
 #define KD_FN __host__ __device__ __forceinline__
@@ -37,6 +40,7 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // Scalar, splat, exp2, exp, log, log1p, negative (also of -0.0), abs, and
+//   reciprocal(x)      1 / x of an ordinary x > 0
 //   product(a, b)      a * b, rounded: fused with a subtraction, two equal products would not differ by 0
 //   log2_near(u, z)    log2 u of a u >= 0, z = u - 1 known to more digits than u has near 1: relative accuracy there, and
 //                      finite at 0. NaN in u may be lost.
@@ -53,6 +57,7 @@ struct Ops<float> {
   static KD_FN float log1p(float x) { return log1pf(x); }
   static KD_FN bool negative(float x) { return signbit(x); }
   static KD_FN float abs(float x) { return fabsf(x); }
+  static KD_FN float reciprocal(float x) { return KD_RECIPROCALF(x); }
   static KD_FN float product(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fmul_rn(a, b);
@@ -77,6 +82,7 @@ struct Ops<double> {
   static KD_FN double log1p(double x) { return ::log1p(x); }
   static KD_FN bool negative(double x) { return signbit(x); }
   static KD_FN double abs(double x) { return fabs(x); }
+  static KD_FN double reciprocal(double x) { return 1 / x; }
   static KD_FN double product(double a, double b) {
 #if defined(__CUDA_ARCH__)
     return __dmul_rn(a, b);

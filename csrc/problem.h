@@ -24,6 +24,7 @@ enum class Pass : int32_t {
 constexpr int kMaxParams = 10;
 constexpr double kLargeTemperature = 32;  // kdkernels.reference.LARGE_TEMPERATURE
 constexpr int kStatsWidth = 10;           // two pivots and up to eight sums
+constexpr int kMostRefined = 2;           // of which a second round has up to so many
 
 // What is summed beside what every call of a loss needs, each a build of its own: `two`, the sums at temperature 1;
 // `smooth`, these, at any temperature, and those of the logits themselves, for label smoothing. It also gives the

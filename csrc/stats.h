@@ -103,6 +103,12 @@ template <class Sums>
 KD_FN constexpr int stored_at(int sum) {
   return sum < Sums::count ? 2 + sum : kStatsWidth - kSums<Sums> + sum;
 }
+// And the sum of a place, or -1.
+template <class Sums>
+KD_FN constexpr int sum_stored_at(int place) {
+  const int first = place - 2, second = place - (kStatsWidth - kSums<Sums>);
+  return first < Sums::count ? first : second >= Sums::count ? second : -1;
+}
 
 // What counts is summed times it, so that classes masked by the lowest number of float do not overflow the sum of
 // logits. A power of 2: nothing is rounded.

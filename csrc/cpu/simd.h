@@ -89,6 +89,7 @@ struct Ops<VecF> {
   }
 
   static KD_FN VecF abs(VecF x) { return (VecF)((VecU32)x & 0x7fffffffu); }
+  static KD_FN VecF reciprocal(VecF x) { return splat(1.f) / x; }
   static KD_FN VecF product(VecF a, VecF b) { return opaque<VecF>(a * b); }
 
   // The exponent, and a polynomial in z, or in the mantissa minus 1, from sqrt(1/2) to sqrt 2.
@@ -140,6 +141,7 @@ struct Ops<VecD> {
   static KD_FN VecD exp(VecD x) { return exp2(x * splat(kLog2e)); }
 
   static KD_FN VecD abs(VecD x) { return (VecD)((VecU64)x & 0x7fffffffffffffffull); }
+  static KD_FN VecD reciprocal(VecD x) { return splat(1.) / x; }
   static KD_FN VecD product(VecD a, VecD b) { return opaque<VecD>(a * b); }
 
   static KD_FN VecD log2_near(VecD u, VecD z) {

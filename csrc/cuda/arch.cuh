@@ -7,6 +7,7 @@
 
 #include "../simt/arch.h"
 #define KD_EXP2F kd::arch::exp2
+#define KD_LOG2F log2f
 #define KD_UNROLL
 #include "../stored.h"
 
@@ -58,6 +59,8 @@ inline uint32_t funnel(uint32_t low, uint32_t high, int shift) {
 #define KD_ARGUMENT(T) const __grid_constant__ T
 #define KD_DEVICE __device__ __forceinline__
 #define KD_EXP2F kd::arch::exp2
+#define KD_LOG2F kd::arch::log2
+#define KD_RECIPROCALF kd::arch::reciprocal
 #define KD_UNROLL _Pragma("unroll")
 
 namespace kd {
@@ -317,6 +320,26 @@ __host__ KD_DEVICE float exp2(float x) {
   return exp2_approx(x);
 #else
   return ::exp2f(x);
+#endif
+}
+// log2 x by the same unit: absolute error 2^-22 from 1/2 to 2, relative 2^-22 elsewhere.
+__host__ KD_DEVICE float log2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return ::log2f(x);
+#endif
+}
+// 1 / x by the same unit, of x from 2^-126 to 2^126: within one unit in the last place.
+__host__ KD_DEVICE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
 #endif
 }
 

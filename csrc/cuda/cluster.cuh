@@ -79,7 +79,7 @@ struct ClusterScratch {
   arch::Shared<int> made, fed;     // how many jobs there have been, how many rows have gone to stages
   arch::Bars full;                 // per stage: the part has arrived
   arch::Bars met;                  // per message slot: those of all blocks have arrived
-  arch::Shared<Granule> messages;  // two slots of one per block, because a block may be one row ahead of another
+  arch::Shared<Granule> messages;  // two slots of one per block, because a block may be one exchange ahead of another
   arch::Shared<Granule> s, t;      // stages of so many granules
   int s_stage, t_stage;
 
@@ -322,6 +322,25 @@ struct Cluster {
     y = {lanes_sum<kMostClusterBlocks>(fields[2]), lanes_sum<kMostClusterBlocks>(fields[3])};
   }
 
+  // The same of the sums of a second round, which are plain.
+  template <int kCount>
+  KD_DEVICE void exchange(int slot, uint32_t parity, S (&sums)[kCount]) const {
+    constexpr int kMessage = ClusterScratch<Sums, S>::kMessage;
+    static_assert(kCount <= 4, "they fit a granule");
+    Granule g = {};
+    KD_UNROLL
+    for (int k = 0; k < kCount; ++k) g.w[k] = as_bits(sums[k]);
+    if (arch::lane() == 0) arch::bar_expect(scratch.met, slot, blocks * 16);
+    if (arch::lane() < blocks)
+      arch::st_async(scratch.messages, (slot * blocks + block) * kMessage, arch::lane(), g, scratch.met, slot);
+    arch::bar_wait_cluster(scratch.met, slot, parity);
+    const int from = arch::lane() % kMostClusterBlocks;
+    g = Granule{};
+    if (from < blocks) g = scratch.messages.ld((slot * blocks + from) * kMessage);
+    KD_UNROLL
+    for (int k = 0; k < kCount; ++k) sums[k] = lanes_sum<kMostClusterBlocks>(as_float(g.w[k]));
+  }
+
   // ---- rows that are not read ----
 
   KD_DEVICE void skip(int64_t row) const {
@@ -335,6 +354,27 @@ struct Cluster {
     if (block > 0 || arch::thread() > 0) return;
     write_nothing(a, row);
     if (a.total) arch::store(a.sums + row, 0.0);
+  }
+};
+
+// Where the blocks of a cluster meet over a row, once per round: in one message slot after the other.
+template <class Sums, class F, bool kSkewed>
+struct Meeting {
+  using S = typename F::S;
+  const Cluster<Sums, F, kSkewed>& c;
+  TargetLogits<S>& y;
+  int stage, slot;
+  uint32_t parity;
+  bool again;  // the stage is still needed afterwards
+  template <class Stats>
+  KD_DEVICE void operator()(Stats& stats, Pivots<S>& pivots) const {
+    if (c.blocks > 1) c.send(slot, stats, pivots, y);
+    if (!again) c.feed(stage);
+    if (c.blocks > 1) c.receive(slot, parity, stats, pivots, y);
+  }
+  template <int kCount>
+  KD_DEVICE void operator()(S (&sums)[kCount]) const {
+    if (c.blocks > 1) c.exchange(slot ^ 1, slot ? parity ^ 1 : parity, sums);
   }
 };
 
@@ -415,21 +455,46 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
       KD_UNROLL
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
 
-      const bool again = a.grad.data && c.job(n).count > kVectors * size;
-      const auto meet = [&](auto& block_stats, auto& block_pivots) {
-        if (c.blocks > 1) c.send(slot, block_stats, block_pivots, y);
-        if (!again) c.feed(stage);
-        if (c.blocks > 1) c.receive(slot, met_parity, block_stats, block_pivots, y);
-      };
+      const bool again = (Sums::refined || a.grad.data) && c.job(n).count > kVectors * size;
+      const Meeting<Sums, F, kSkewed> meet = {c, y, stage, slot, met_parity, again};
       Slope<Sums, S> slope;
-      const double loss = finish_in_block(a, c.scratch.block, y, row, c.job(n).weight * factor, pivots, stats, slope,
-                                          c.block == 0, meet);
+      double loss;
+      if constexpr (Sums::refined > 0) {
+        const auto refine = [&](Slope<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
+          rebase_slope(scales_of<Sums>(a), row_slope, pivots);
+          row_slope.pivots = {from_s, from_t};
+          kept.refine(scales_of<Sums>(a), row_slope.opening, sums);
+          const Job x = c.job(n);
+          const Row<F> at = c.row_of(x);
+          for (int i = rank + kVectors * size; i < at.count; i += size) {
+            S s[E], t[E];
+            c.logits(x, stage, at, i, s, t);
+            refine_sums<Sums>(scales_of<Sums>(a), row_slope, s, t, sums);
+          }
+          if (!first_warp || c.edge(x, rank) < 0) return;
+          S edge_x[Sums::kept];
+          KD_UNROLL
+          for (int i = 0; i < Sums::kept; ++i) edge_x[i] = c.scratch.edges.ld(i * kMostEdges + rank);
+          Sums::template refine<S>(scales_of<Sums>(a), edge_x, row_slope.opening, sums);
+          KD_UNROLL
+          for (int i = 0; i < Sums::kept; ++i) c.scratch.edges.st(i * kMostEdges + rank, edge_x[i]);
+        };
+        loss = refine_in_block(a, c.scratch.block, y, row, c.job(n).weight * factor, pivots, stats, slope, refine,
+                               c.block == 0, meet);
+        slot ^= 1;
+        met_parity ^= slot == 0;
+      } else {
+        loss = finish_in_block(a, c.scratch.block, y, row, c.job(n).weight * factor, pivots, stats, slope, c.block == 0,
+                               meet);
+      }
       if (a.total && c.block == 0 && rank == 0) arch::store(a.sums + row, loss);
       if (a.grad.data) {
         const Job x = c.job(n);
         const Row<F> at = c.row_of(x);
-        Sums::rebase(scales_of<Sums>(a), slope, slope.pivots, pivots);
-        slope.pivots = {from_s, from_t};
+        if constexpr (Sums::refined == 0) {
+          rebase_slope(scales_of<Sums>(a), slope, pivots);
+          slope.pivots = {from_s, from_t};
+        }
         kept.write(fs, at, rank, size, at.count, slope);
         for (int i = rank + kVectors * size; i < at.count; i += size) {
           S s[E], t[E];
@@ -444,10 +509,10 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
           fs.put(static_cast<char*>(a.grad.data) + x.row_g, edge,
                  edge == x.target ? slope.y : Sums::gradient(edge_x, slope.c));
         }
-        if (again) {
-          arch::sync_block();
-          if (first_warp) c.feed(stage);
-        }
+      }
+      if (again) {
+        arch::sync_block();
+        if (first_warp) c.feed(stage);
       }
       stage = stage + 1 < a.stages ? stage + 1 : 0;
       full_parity ^= stage == 0;

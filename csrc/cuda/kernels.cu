@@ -63,6 +63,7 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.stages = plan.stages;
   a.clusters = static_cast<int>(plan.blocks / plan.parts);
   a.part_stats = reinterpret_cast<S*>(static_cast<char*>(c.scratch) + part_stats_offset(c, plan));
+  a.part_refined = a.part_stats + plan.wave * plan.parts * kStatsWidth;
   return a;
 }
 
@@ -74,6 +75,8 @@ int launch_parts(arch::Launch how, const Plan& plan, Args<typename F::S> a) {
     a.counter = a.first_row + rows == a.rows ? counter : nullptr;
     how.blocks = rows * plan.parts;
     int error = a.backward ? 0 : arch::launch<part_stats<Sums, F>>(how, a);
+    if constexpr (Sums::refined > 0)
+      if (!error && !a.backward) error = arch::launch<part_refined<Sums, F>>(how, a);
     if (!a.grad.data) how.blocks = rows;
     if (!error) error = arch::launch<part_gradient<Sums, F>>(how, a);
     if (error) return error;

@@ -31,6 +31,17 @@ struct Exponentials {
   static constexpr int E = F::kVector;
   S x[kVectors][E][Sums::kept];
 
+  // The second round, in place. opening: relative to the pivots that the exponentials are relative to.
+  template <int kCount>
+  KD_DEVICE void refine(const typename Sums::template Scales<S>& scales, const Opening<Sums, S>& opening,
+                        S (&sums)[kCount]) {
+    KD_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      KD_UNROLL
+      for (int e = 0; e < E; ++e) Sums::template refine<S>(scales, x[k][e], opening, sums);
+    }
+  }
+
   // The gradient. coef: relative to the pivots that the exponentials are relative to.
   template <class Coef>
   KD_DEVICE void write(const F& f, const Row<F>& row, int begin, int size, int end, const Coef& coef) const {
@@ -114,6 +125,15 @@ struct Tile {
     return stats;
   }
 
+  // opening: relative to the pivots of the sweep.
+  template <int kCount>
+  KD_DEVICE void refine(const typename Sums::template Scales<S>& scales, const Opening<Sums, S>& opening,
+                        S (&sums)[kCount]) {
+    kept.refine(scales, opening, sums);
+    KD_UNROLL
+    for (int j = 0; j < kEdgeCount; ++j) Sums::template refine<S>(scales, edge_x[j], opening, sums);
+  }
+
   // coef: relative to the pivots of the sweep.
   template <class Coef>
   KD_DEVICE void write(const F& f, const Row<F>& row, int target, int rank, int size, const Coef& coef) const {
@@ -158,6 +178,15 @@ few(KD_ARGUMENT(Args<typename F::S>) a) {
     auto stats = tile.sweep(scales_of<Sums>(a), pivots);
     KD_UNROLL
     for (int k = 0; k < Sums::count; ++k) stats.v[k] = a.backward ? known.v[k] : lanes_sum<kLanes>(stats.v[k]);
+    if constexpr (Sums::refined > 0) {  // before groups leave: lanes exchange
+      Opening<Sums, S> opening;
+      Sums::template open<S>(scales_of<Sums>(a), stats, pivots, y.s, y.t, opening);
+      S sums[Sums::refined] = {};
+      tile.refine(scales_of<Sums>(a), opening, sums);
+      KD_UNROLL
+      for (int k = 0; k < Sums::refined; ++k)
+        stats.v[Sums::count + k] = a.backward ? known.v[Sums::count + k] : lanes_sum<kLanes>(sums[k]);
+    }
     if (!exists) continue;
     if (!opened.read) {
       if (rank == 0) write_nothing(a, row);
@@ -210,9 +239,22 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
     }
     Slope<Sums, S> slope;
-    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope);
+    const auto refine = [&](auto& row_slope, auto& sums) {
+      rebase_slope(scales_of<Sums>(a), row_slope, pivots);
+      tile.refine(scales_of<Sums>(a), row_slope.opening, sums);
+    };
+    if (!Sums::refined || a.backward) {
+      sum += finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope);
+    } else if constexpr (Sums::refined > 0) {
+      sum += refine_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, refine);
+    }
     if (!at.g) continue;
-    Sums::rebase(scales_of<Sums>(a), slope, slope.pivots, pivots);
+    if constexpr (Sums::refined > 0) {
+      S unused[Sums::refined] = {};
+      if (a.backward) refine(slope, unused);
+    } else {
+      rebase_slope(scales_of<Sums>(a), slope, pivots);
+    }
     tile.write(f, at, opened.target, arch::thread(), arch::threads(), slope);
   }
   if (!a.total) return;
@@ -277,19 +319,25 @@ struct Edge {
     const S s1[1] = {s}, t1[1] = {t};
     if (c >= 0) running.add(a, s1, t1);
   }
+  template <int kCount>
+  KD_DEVICE void refine(const Args<S>& a, const Slope<Sums, S>& slope, S (&sums)[kCount]) const {
+    const S s1[1] = {s}, t1[1] = {t};
+    if (c >= 0) refine_sums<Sums>(scales_of<Sums>(a), slope, s1, t1, sums);
+  }
   KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int target, const Slope<Sums, S>& slope) const {
     if (c >= 0) f.put(row.g, c, c == target ? slope.y : slope_at<Sums>(scales_of<Sums>(a), slope, s, t));
   }
 };
 
-// Read twice: for the statistics, then in reverse for the gradient, which finds in the cache what was read last.
+// Read twice: for the statistics, then in reverse for the gradient, which finds in the cache what was read last. With a
+// second round three times: it is the one that reads in reverse then.
 template <class Sums, class F, bool kSkewed>
 KD_KERNEL((F::wide ? kWideThreads : kLongThreads), (sizeof(typename F::S) == 8 ? 1
                                                     : F::wide                  ? 2
                                                                                : 1))
 sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
-  constexpr int U = F::wide ? 1 : kSkewed ? 2 : 4;
+  constexpr int U = F::wide ? 1 : kSkewed ? (Sums::refined ? 1 : 2) : Sums::refined ? 2 : 4;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
@@ -315,10 +363,26 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
     }
     lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
     Slope<Sums, S> slope;
-    sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
+    const int strides = (at.count + U * size - 1) / (U * size);
+    if constexpr (Sums::refined > 0) {
+      const auto refine = [&](const Slope<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
+        for (int n = strides - 1; n >= 0; --n) {
+          const int i = n * U * size + rank;
+          Stride<Sums, F, U, kSkewed, false> stride;
+          stride.fetch(fs, ft, at, i, size, at.count);
+          stride.each(fs, ft, at, i, size, at.count, [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
+            refine_sums<Sums>(scales_of<Sums>(a), row_slope, s, t, sums);
+          });
+        }
+        Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, row_slope, sums);
+      };
+      sum += refine_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope, refine);
+    } else {
+      sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
+    }
     if (!at.g) continue;
-    for (int n = (at.count + U * size - 1) / (U * size) - 1; n >= 0; --n) {
-      const int i = n * U * size + rank;
+    for (int n = strides - 1; n >= 0; --n) {
+      const int i = (Sums::refined ? strides - 1 - n : n) * U * size + rank;
       Stride<Sums, F, U, kSkewed, true> stride;
       stride.fetch(fs, ft, at, i, size, at.count);
       stride.each(fs, ft, at, i, size, at.count, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
@@ -394,7 +458,19 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
       }
       lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
       Slope<Sums, S> slope;
-      sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
+      if constexpr (Sums::refined > 0) {
+        const auto refine = [&](const Slope<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
+          for (int n = 0; n < here; ++n) {
+            S s[E], t[E];
+            values(n, s, t);
+            refine_sums<Sums>(scales_of<Sums>(a), row_slope, s, t, sums);
+          }
+          Edge<Sums, F>(f, f, at, opened.target, rank).refine(a, row_slope, sums);
+        };
+        sum += refine_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope, refine);
+      } else {
+        sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
+      }
       if (at.g) {
         for (int n = 0; n < here; ++n) {
           S s[E], t[E];
@@ -456,6 +532,64 @@ part_stats(KD_ARGUMENT(Args<typename F::S>) a) {
   if (rank == 0) store_stats<Sums>(a.part_stats + arch::block() * kStatsWidth, running.pivots, running.stats);
 }
 
+// The row's statistics from those of its parts, by the first warp.
+template <class Sums, class S, class Stats>
+KD_DEVICE void parts_merge(const Args<S>& a, int64_t in_wave, Stats& stats, Pivots<S>& pivots) {
+  for (int n = arch::thread(); n < a.parts; n += 32) {
+    Pivots<S> part_pivots;
+    typename Sums::template Stats<S> part_sums;
+    load_stats<Sums>(a.part_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
+    merge<Sums>(scales_of<Sums>(a), stats, pivots, part_sums, part_pivots);
+  }
+  lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
+}
+
+// The second round of one part of a row, between the other two launches.
+template <class Sums, class F>
+KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
+part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  constexpr int U = kPartUnroll<F> / 2;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
+  const int rank = arch::thread(), size = arch::threads();
+  // From the end, as part_gradient.
+  const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / a.parts, row = a.first_row + in_wave;
+  const int part = static_cast<int>(from_end - in_wave * a.parts);
+  const Open<S> opened = open(a, row);
+  if (!opened.read) return;
+  const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
+  const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
+  const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
+  if (rank < 32) {
+    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+    typename Sums::template Stats<S> stats = {};
+    parts_merge<Sums>(a, in_wave, stats, pivots);
+    put_opening<Sums>(a, scratch, y, pivots, stats);
+    if (rank == 0) {
+      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
+      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
+    }
+  }
+  arch::sync_block();
+  Slope<Sums, S> slope;
+  get_opening(scratch, slope);
+  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
+  S sums[Sums::refined] = {};
+  for (int i = begin + rank; i < end; i += U * size) {
+    Stride<Sums, F, U, true, false> stride;
+    stride.fetch(fs, ft, at, i, size, end);
+    stride.each(fs, ft, at, i, size, end, [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
+      refine_sums<Sums>(scales_of<Sums>(a), slope, s, t, sums);
+    });
+  }
+  if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, slope, sums);
+  warps_sum<Sums>(scratch, sums);
+  KD_UNROLL
+  for (int k = 0; k < Sums::refined && rank == 0; ++k) arch::store(a.part_refined + from_end * kMostRefined + k, sums[k]);
+}
+
 // Finishes a row from the statistics of its parts, or from those of a forward pass, and writes the gradient of a part.
 // The block of the first part writes the loss. The last parts come first: they are what the cache still has.
 template <class Sums, class F>
@@ -486,13 +620,14 @@ part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
     if (rank < 32 && a.backward) {
       load_row_stats<Sums>(a, row, pivots, stats);
     } else if (rank < 32) {
-      for (int n = rank; n < a.parts; n += 32) {
-        Pivots<S> part_pivots;
-        typename Sums::template Stats<S> part_sums;
-        load_stats<Sums>(a.part_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
-        merge<Sums>(scales_of<Sums>(a), stats, pivots, part_sums, part_pivots);
+      parts_merge<Sums>(a, in_wave, stats, pivots);
+      KD_UNROLL
+      for (int k = 0; k < Sums::refined; ++k) {
+        S sum_of_lane = 0;
+        for (int n = rank; n < a.parts; n += 32)
+          sum_of_lane += arch::load(a.part_refined + (in_wave * a.parts + n) * kMostRefined + k);
+        stats.v[Sums::count + k] = lanes_sum<32>(sum_of_lane);
       }
-      lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
     }
     Slope<Sums, S> slope;
     sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, part == 0);
@@ -544,6 +679,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
       for (int64_t c = 0; g_row && c < a.classes; ++c) fs.put(g_row, c * g_step, 0);
       continue;
     }
+    constexpr int kChunk = 64;  // classes that are summed before the sum joins the others: rounding stays small
     // Classes c .. c + U, the target and what is behind the last one at -inf.
     const auto fetch = [&](int64_t c, S(&s)[U], S(&t)[U]) {
       KD_UNROLL
@@ -559,7 +695,6 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
     if (a.backward) {
       load_row_stats<Sums>(a, row, pivots, stats);
     } else {
-      constexpr int kChunk = 64;  // classes that are summed before the sum joins the others: rounding stays small
       Running<Sums, S> running;
       for (int64_t from = 0; from < a.classes; from += kChunk) {
         running.stats = {};
@@ -571,13 +706,26 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
         merge<Sums>(scales_of<Sums>(a), stats, pivots, running.stats, running.pivots);
       }
     }
+    Slope<Sums, S> slope;
+    slope.pivots = {usable(pivots.s), usable(pivots.t)};
+    if constexpr (Sums::refined > 0) {
+      Sums::template open<S>(scales_of<Sums>(a), stats, pivots, y.s, y.t, slope.opening);
+      for (int64_t from = 0; from < a.classes && !a.backward; from += kChunk) {
+        S sums[Sums::refined] = {};
+        for (int64_t c = from; c < from + kChunk && c < a.classes; c += U) {
+          S s[U], t[U];
+          fetch(c, s, t);
+          refine_sums<Sums>(scales_of<Sums>(a), slope, s, t, sums);
+        }
+        KD_UNROLL
+        for (int k = 0; k < Sums::refined; ++k) stats.v[Sums::count + k] += sums[k];
+      }
+    }
     typename Sums::template Coef<S> coef;
     sum += finish_row<Sums>(a, y, row, opened.weight * factor, pivots, stats, true, coef);
     if (!g_row) continue;
-    Slope<Sums, S> slope;
     KD_UNROLL
     for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = coef.c[k];
-    slope.pivots = {usable(pivots.s), usable(pivots.t)};
     for (int64_t c = 0; c < a.classes; c += U) {
       S s[U], t[U];
       fetch(c, s, t);

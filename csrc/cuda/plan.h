@@ -6,8 +6,8 @@
 //   staged   a block per row, the row pair in shared memory; while one row's gradient is written, the next row arrives
 //   cluster  several blocks per row, the row pair in the shared memory of all of them (compute capability 9 and up)
 //   sweeps   a block per row, read twice: once for the statistics, then in reverse for the gradient
-//   split    several blocks per row and two launches, for rows that are few or long; in waves of rows whose second read
-//            finds the L2 cache
+//   split    several blocks per row and two launches (three with a second round), for rows that are few or long; in
+//            waves of rows whose second read finds the L2 cache
 //   strided  a thread per row, for classes that are apart in memory
 // clang-format on
 //
@@ -110,7 +110,10 @@ template <int kKept, int kVector>
 constexpr int kKeptClasses = kept_classes(kKept, kVector);
 
 // Less for tensors of several types, and where the compiler needs more registers for itself: in vectors of 8.
-constexpr int cluster_classes(int kept, int less) { return (kept > 3 ? 24 : kept > 2 ? 32 : 48) - 8 * less; }
+constexpr int cluster_classes(int kept, int less) {
+  const int classes = (kept > 3 ? 24 : kept > 2 ? 32 : 48) - 8 * less;
+  return classes < 8 ? 8 : classes;
+}
 template <int kKept, int kLess>
 constexpr int kClusterClasses = cluster_classes(kKept, kLess);
 

@@ -44,6 +44,7 @@ struct Args {
   int stage_slots = 0;           // granules of each tensor that a thread has room for
   int clusters = 0, stages = 0;  // how many there are; rows that one has room for
   S* part_stats = nullptr;       // (rows of a wave, parts, kStatsWidth)
+  S* part_refined = nullptr;     // (rows of a wave, parts, kMostRefined): their second round's sums
 };
 
 template <class S>
@@ -105,7 +106,8 @@ KD_DEVICE void lanes_merge(const typename Sums::template Scales<S>& scales, Stat
 // The shared memory of a block beside staged rows.
 template <class Sums, class S>
 struct Scratch {
-  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::coefs;
+  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::coefs + (Sums::refined ? Sums::kept : 0);
+  static_assert(Sums::refined <= kFields, "the second round's sums per warp take the place of the first one's");
   arch::Shared<S> warps;    // statistics per warp
   arch::Shared<S> results;  // coefficients and pivots of the row
   arch::Shared<double> doubles;
@@ -240,15 +242,17 @@ template <class Sums, class S, class T>
 KD_DEVICE void load_stats(const T* from, Pivots<S>& pivots, typename Sums::template Stats<S>& stats) {
   pivots = {arch::load(from), arch::load(from + 1)};
   KD_UNROLL
-  for (int k = 0; k < Sums::count; ++k) stats.v[k] = arch::load(from + 2 + k);
+  for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = arch::load(from + stored_at<Sums>(k));
 }
 template <class Sums, class S, class T>
 KD_DEVICE void store_stats(T* to, const Pivots<S>& pivots, const typename Sums::template Stats<S>& stats) {
   arch::store(to, static_cast<T>(pivots.s));
   arch::store(to + 1, static_cast<T>(pivots.t));
   KD_UNROLL
-  for (int k = 0; k < kStatsWidth - 2; ++k)
-    arch::store(to + 2 + k, k < Sums::count ? static_cast<T>(stats.v[k % Sums::count]) : T(0));
+  for (int i = 2; i < kStatsWidth; ++i) {
+    const int k = sum_stored_at<Sums>(i);
+    arch::store(to + i, k < 0 ? T(0) : static_cast<T>(stats.v[k < 0 ? 0 : k]));
+  }
 }
 template <class Sums, class S>
 KD_DEVICE void load_row_stats(const Args<S>& a, int64_t row, Pivots<S>& pivots,
@@ -320,19 +324,56 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
 
 // ---- the gradient of a row ----------------------------------------------------------------------------------------
 
-// What is needed to write gradients: coefficients of exponentials relative to `pivots`.
+// What is needed to write gradients: coefficients of exponentials relative to `pivots`; of Sums with a second round
+// what opens it, relative to them, and coefficients that are relative to nothing.
 template <class Sums, class S>
 struct Slope {
   S c[Sums::coefs], y;
   Pivots<S> pivots;
+  Opening<Sums, S> opening;
 };
+
+// Makes a slope fit exponentials relative to other pivots.
+template <class Sums, class S>
+KD_DEVICE void rebase_slope(const typename Sums::template Scales<S>& scales, Slope<Sums, S>& slope,
+                            const Pivots<S>& to) {
+  if constexpr (Sums::refined > 0)
+    Sums::rebase(scales, slope.opening, slope.pivots, to);
+  else
+    Sums::rebase(scales, slope, slope.pivots, to);
+}
+
+// A class in the second round, from its logits.
+template <class Sums, class S>
+KD_DEVICE void refine_at(const typename Sums::template Scales<S>& scales, const Slope<Sums, S>& slope, S s, S t,
+                         S (&e)[Sums::kept], S (&sums)[Sums::refined]) {
+  const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
+  KD_UNROLL
+  for (int k = 0; k < Sums::kept; ++k) e[k] = x.e[k];
+  Sums::template refine<S>(scales, e, slope.opening, sums);
+}
+// Several classes, for their sums alone.
+template <class Sums, int kCount, class S>
+KD_DEVICE void refine_sums(const typename Sums::template Scales<S>& scales, const Slope<Sums, S>& slope,
+                           const S (&s)[kCount], const S (&t)[kCount], S (&sums)[Sums::refined]) {
+  KD_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    S e[Sums::kept];
+    refine_at<Sums>(scales, slope, s[i], t[i], e, sums);
+  }
+}
 
 template <class Sums, class S>
 KD_DEVICE S slope_at(const typename Sums::template Scales<S>& scales, const Slope<Sums, S>& slope, S s, S t) {
-  const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
   S e[Sums::kept];
-  KD_UNROLL
-  for (int k = 0; k < Sums::kept; ++k) e[k] = x.e[k];
+  if constexpr (Sums::refined > 0) {
+    S unused[Sums::refined] = {};
+    refine_at<Sums>(scales, slope, s, t, e, unused);
+  } else {
+    const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
+    KD_UNROLL
+    for (int k = 0; k < Sums::kept; ++k) e[k] = x.e[k];
+  }
   return Sums::gradient(e, slope.c);
 }
 
@@ -356,7 +397,8 @@ KD_DEVICE void write_zero_row(const F& f, const Row<F>& row, int rank, int size)
 
 // ---- a row in warps -----------------------------------------------------------------------------------------------
 
-// From each warp's statistics to those of the block, in the first warp. The others get nothing.
+// From each warp's statistics to those of the block, in the first warp. The others get nothing. The sums of a second
+// round, which the first warp has of a row in a backward pass, stay what they are.
 template <class Sums, class S, class Stats>
 KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, Stats& stats, Pivots<S>& pivots) {
   constexpr int kFields = Scratch<Sums, S>::kFields;
@@ -370,6 +412,7 @@ KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, St
   }
   arch::sync_block();
   if (warp > 0) return;
+  const Stats known = stats;
   pivots = {lowest<S>(), lowest<S>()};
   stats = {};
   if (lane < warps) {
@@ -378,27 +421,46 @@ KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, St
     for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.warps.ld(lane * kFields + 2 + k);
   }
   lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
+  KD_UNROLL
+  for (int k = Sums::count; k < kSums<Sums>; ++k) stats.v[k] = known.v[k];
 }
 
 struct Alone {
   template <class Stats, class S>
   KD_DEVICE void operator()(Stats&, Pivots<S>&) const {}
+  template <class S, int kCount>
+  KD_DEVICE void operator()(S (&)[kCount]) const {}  // the sums of a second round
 };
 
-// From each warp's statistics to the row's coefficients, known to all threads, relative to the row's pivots. Between
-// them the first warp calls `meet` with the block's statistics, for a row in several blocks; `writes` in one of these.
-// Ends with every thread past a barrier after which nobody reads the warps' statistics again.
+// What opens the second round of a row whose statistics the first warp has, from its first lane to all threads.
+template <class Sums, class S, class Stats>
+KD_DEVICE void put_opening(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
+                           const Pivots<S>& pivots, const Stats& stats) {
+  Opening<Sums, S> opening;
+  Sums::template open<S>(scales_of<Sums>(a), stats, pivots, y.s, y.t, opening);
+  KD_UNROLL
+  for (int k = 0; k < Sums::kept && arch::lane() == 0; ++k) scratch.results.st(Sums::coefs + 3 + k, opening.c[k]);
+}
+template <class Sums, class S>
+KD_DEVICE void get_opening(const Scratch<Sums, S>& scratch, Slope<Sums, S>& slope) {
+  KD_UNROLL
+  for (int k = 0; k < Sums::kept; ++k) slope.opening.c[k] = scratch.results.ld(Sums::coefs + 3 + k);
+}
+
+// From the statistics of a block, in the first warp, to the row's coefficients, known to all threads, relative to the
+// row's pivots. Before it the first warp calls `meet` with the block's statistics, for a row in several blocks;
+// `writes` in one of these. Ends with every thread past a barrier after which nobody reads the warps' statistics again.
 template <class Sums, class S, class Stats, class Meet = Alone>
-KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope,
-                                 bool writes = true, const Meet& meet = Meet()) {
+KD_DEVICE double finish_merged(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y, int64_t row,
+                               S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope, bool writes = true,
+                               const Meet& meet = Meet()) {
   double loss = 0;
-  warps_merge<Sums>(a, scratch, stats, pivots);
   if (arch::thread() < 32) {
     meet(stats, pivots);
     const bool first = arch::lane() == 0;
     typename Sums::template Coef<S> coef;
     loss = finish_row<Sums>(a, y, row, weight, pivots, stats, first && writes, coef);
+    if constexpr (Sums::refined > 0) put_opening<Sums>(a, scratch, y, pivots, stats);
     if (first) {
       KD_UNROLL
       for (int k = 0; k < Sums::coefs; ++k) scratch.results.st(k, coef.c[k]);
@@ -412,7 +474,75 @@ KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scrat
   for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = scratch.results.ld(k);
   slope.y = scratch.results.ld(Sums::coefs);
   slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
+  if constexpr (Sums::refined > 0) get_opening(scratch, slope);
   if (arch::threads() == 32) arch::sync_block();  // the next row's results may come before another barrier
+  return loss;
+}
+
+// The same from each warp's statistics: the first round's, or, for a backward pass, all of them in the first warp.
+template <class Sums, class S, class Stats, class Meet = Alone>
+KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
+                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope,
+                                 bool writes = true, const Meet& meet = Meet()) {
+  warps_merge<Sums>(a, scratch, stats, pivots);
+  return finish_merged(a, scratch, y, row, weight, pivots, stats, slope, writes, meet);
+}
+
+// From each warp's sums of a second round to those of the block, in the first warp.
+template <class Sums, class S>
+KD_DEVICE void warps_sum(const Scratch<Sums, S>& scratch, S (&sums)[Sums::refined]) {
+  const int warps = arch::threads() / 32, warp = arch::thread() / 32, lane = arch::lane();
+  KD_UNROLL
+  for (int k = 0; k < Sums::refined; ++k) {
+    sums[k] = lanes_sum<32>(sums[k]);
+    if (warps > 1 && lane == 0) scratch.warps.st(warp * Sums::refined + k, sums[k]);
+  }
+  if (warps == 1) return;
+  arch::sync_block();
+  KD_UNROLL
+  for (int k = 0; k < Sums::refined && warp == 0; ++k)
+    sums[k] = lanes_sum<32>(lane < warps ? scratch.warps.ld(lane * Sums::refined + k) : S(0));
+}
+
+// As finish_in_block, with the second round in it: refine(slope, sums) gives that of the thread's classes, from opening
+// and pivots of the row. The first warp also calls `meet` with the sums of the block.
+template <class Sums, class S, class Stats, class Refine, class Meet = Alone>
+KD_DEVICE double refine_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
+                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope,
+                                 const Refine& refine, bool writes = true, const Meet& meet = Meet()) {
+  warps_merge<Sums>(a, scratch, stats, pivots);
+  if (arch::thread() < 32) {
+    meet(stats, pivots);
+    put_opening<Sums>(a, scratch, y, pivots, stats);
+    if (arch::lane() == 0) {
+      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
+      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
+    }
+  }
+  arch::sync_block();  // from here on nobody reads the warps' statistics
+  get_opening(scratch, slope);
+  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
+  S sums[Sums::refined] = {};
+  refine(slope, sums);
+  warps_sum<Sums>(scratch, sums);
+  double loss = 0;
+  if (arch::thread() < 32) {
+    meet(sums);
+    KD_UNROLL
+    for (int k = 0; k < Sums::refined; ++k) stats.v[Sums::count + k] = sums[k];
+    typename Sums::template Coef<S> coef;
+    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, arch::lane() == 0 && writes, coef);
+    if (arch::lane() == 0) {
+      KD_UNROLL
+      for (int k = 0; k < Sums::coefs; ++k) scratch.results.st(k, coef.c[k]);
+      scratch.results.st(Sums::coefs, coef.y);
+    }
+  }
+  arch::sync_block();
+  KD_UNROLL
+  for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = scratch.results.ld(k);
+  slope.y = scratch.results.ld(Sums::coefs);
+  if (arch::threads() == 32) arch::sync_block();
   return loss;
 }
 

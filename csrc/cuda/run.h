@@ -48,6 +48,10 @@ constexpr int kLossCount = Losses::size;
 inline int kept_by(const Problem& p) {
   return Losses::chosen(p, [](auto tag) { return decltype(tag)::type::Sums::held; });
 }
+// Sums of its second round.
+inline int refined_by(const Problem& p) {
+  return Losses::chosen(p, [](auto tag) { return decltype(tag)::type::Sums::refined; });
+}
 
 // Whether every row of two tensors begins at the same place between two 16-byte boundaries.
 inline bool lie_alike(const Problem& p, const Logits& a, const Logits& b) {
@@ -77,7 +81,7 @@ inline Shape shape_of(const Problem& p) {
   return out;
 }
 
-// Scratch memory: counts, sums and statistics of parts, in this order.
+// Scratch memory: counts, sums, statistics of parts and their second round's sums, in this order.
 inline int64_t count_blocks(const Call& c, const Plan& plan) {
   const int64_t rows = c.problem.rows_total();
   const bool alone = plan.regime != Regime::split && rows <= kTargetsPerThread * plan.threads;
@@ -93,7 +97,8 @@ inline int64_t part_stats_offset(const Call& c, const Plan& plan) {
 }
 inline int64_t scratch_bytes(const Call& c, const Plan& plan) {
   const bool parts = plan.regime == Regime::split && c.problem.pass != Pass::backward;
-  const int64_t stats = parts ? plan.wave * plan.parts * kStatsWidth * (c.problem.computes_in_double() ? 8 : 4) : 0;
+  const int width = kStatsWidth + (refined_by(c.problem) ? kMostRefined : 0);
+  const int64_t stats = parts ? plan.wave * plan.parts * width * (c.problem.computes_in_double() ? 8 : 4) : 0;
   return part_stats_offset(c, plan) + stats;
 }
 

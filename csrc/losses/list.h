@@ -74,7 +74,8 @@ using Losses = List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Varian
                     Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
                     Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>,
                     Of<MixedKl, Variant::smooth>, Of<Tvd, Variant::smooth>, Mixture<Jsd, JsdLimit>,
-                    Mixture<SkewKl, SkewKlLimit>, Mixture<SkewReverseKl, SkewReverseKlLimit>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
+                    Mixture<SkewKl, SkewKlLimit>, Mixture<SkewReverseKl, SkewReverseKlLimit>,
+                    Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
 
 // The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So
 // losses that sum alike share their kernels.
@@ -132,7 +133,7 @@ class Chosen {
       Loss::finish(*reinterpret_cast<const typename Loss::template Params<S>*>(params_), arguments...);
   }
 
-  static constexpr size_t kRoom = 96;
+  static constexpr size_t kRoom = 104;
   int number_ = 0;
   Scales<S> scales_ = Scales<S>(1.0);
   alignas(8) char params_[kRoom] = {};

@@ -27,6 +27,7 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
   template <class S>
   using Scales = typename Form::template Scales<S>;
   static constexpr int count = kSmooth ? 5 : 2;
+  static constexpr int held = Base::kept + 1;  // beside them what opens the second round, and its sums
   enum { sum_s, sum_t, sum_s1, value = count, score };
   static constexpr int at_one = kSmooth ? sum_s1 : sum_s, kept_at_one = kSmooth ? 2 : 0;
 
@@ -113,7 +114,7 @@ struct ScoreLoss : ScoreSums<Form, kVariant> {
     const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, a.v[Sums::sum_t]);
     V value, h;
     Form::at(params, p.p, q.p, difference(p, q), value, h);
-    const V distillation = t * (t * (a.v[Sums::value] + value)) * gain, g = upstream[0] * kd_weight * gain * t;
+    const V distillation = t * (t * (a.v[Sums::value] + value)) * gain, g = upstream[0] * Ops<V>::splat(params.gained) * t;
     for (V& c : coef.c) c = lit<V>(0);
     coef.c[0] = -g * (a.v[Sums::score] + p.p * h);
     coef.c[1] = g;
@@ -138,31 +139,33 @@ struct TvdForm {
   }
 };
 
-// With m = a q + (1 - a) p:  A q log(q / m) + B p log(p / m), whose score is C log(p / m) + D q / m.
+// With m = a q + b p, b = 1 - a:  A q log(q / m) + B p log(p / m), whose score is B log(p / m) + D q / m.
 // What is summed is A (q log(q / m) - q + m) + B (p log(p / m) - p + m): the additions sum to 0 over a row, and every
 // class is positive then, and of second order in p - q.
 struct MixtureForm {
   template <class S>
   struct Scales : kd::KD_ISA::Scales<S> {
-    S a, A, B, C, D, E;
-    KD_FN Scales(double t, double mix, double of_q, double of_p, double h_log, double h_ratio)
+    S a, b, A, B, D, E;
+    KD_FN Scales(double t, double teacher, double student, double of_q, double of_p, double ratio)
         : kd::KD_ISA::Scales<S>(t),
-          a(static_cast<S>(mix)),
+          a(static_cast<S>(teacher)),
+          b(static_cast<S>(student)),
           A(static_cast<S>(of_q * kLn2)),
           B(static_cast<S>(of_p * kLn2)),
-          C(static_cast<S>(h_log * kLn2)),
-          D(static_cast<S>(h_ratio)),
-          E(static_cast<S>(of_p * mix - of_q * (1 - mix))) {}
+          D(static_cast<S>(ratio)),
+          E(static_cast<S>(of_p * teacher - of_q * student)) {}
   };
   template <class V>
   static KD_FN void at(const Scales<ScalarOf<V>>& x, V p, V q, V d, V& value, V& h) {
-    // 1 / m must not overflow; what is below counts for nothing.
+    // 1 / m must not overflow: as if p were q where both are almost 0.
     const V tiny = lit<V>(sizeof(ScalarOf<V>) == 8 ? 1e-300 : 1e-37), one = lit<V>(1);
-    const V m = x.a * q + (one - x.a) * p, r = select(m < tiny, lit<V>(0), one / max_of(tiny, m));
-    const V z = d * r, from_m = (x.a - one) * z;  // p / m - 1 is a z, and q / m - 1 is (a - 1) z
-    const V log_p = Ops<V>::log2_near(p * r, x.a * z);
-    value = x.A * q * Ops<V>::log2_near(q * r, from_m) + x.B * p * log_p - x.E * d;
-    h = x.C * log_p + x.D * from_m;
+    const V m = x.a * q + x.b * p, r = Ops<V>::reciprocal(max_of(tiny, m));
+    const auto none = m < tiny;
+    const V z = select(none, lit<V>(0), d * r), from_m = -x.b * z;  // p / m - 1 is a z, and q / m - 1 is -b z
+    const V log_p = Ops<V>::log2_near(select(none, one, p * r), x.a * z);
+    const V log_q = Ops<V>::log2_near(select(none, one, q * r), from_m);
+    value = x.A * q * log_q + x.B * p * log_p - x.E * d;
+    h = x.B * log_p + x.D * from_m;
   }
 };
 
@@ -212,7 +215,7 @@ struct Jsd : ScoreLoss<MixtureForm, kVariant> {
   template <class S>
   static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
     const double beta = own[0];
-    return {t, beta, beta, 1 - beta, 1 - beta, 0};
+    return {t, beta, 1 - beta, beta, 1 - beta, 0};
   }
   static bool ends(const double* own) { return own[0] == 0 || own[0] == 1; }
   static KD_FN double forward(const double* own) { return 1 - own[0]; }
@@ -230,7 +233,7 @@ struct SkewKl : ScoreLoss<MixtureForm, kVariant> {
   template <class S>
   static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
     const double alpha = own[0];
-    return {t, alpha, 1, 0, 0, alpha - 1};
+    return {t, alpha, 1 - alpha, 1, 0, alpha - 1};
   }
   static bool ends(const double* own) { return own[0] == 0; }
   static KD_FN double forward(const double*) { return 1; }
@@ -248,8 +251,8 @@ struct SkewReverseKl : ScoreLoss<MixtureForm, kVariant> {
   using Params = MixtureParams<SkewReverseKl, S>;
   template <class S>
   static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
-    const double of_q = 1 - own[0];
-    return {t, of_q, 0, 1, 1, own[1] != 0 ? 0 : of_q};
+    const double alpha = own[0];
+    return {t, 1 - alpha, alpha, 0, 1, own[1] != 0 ? 0 : 1 - alpha};
   }
   static bool ends(const double* own) { return own[0] == 0; }
   static KD_FN double forward(const double*) { return 0; }
