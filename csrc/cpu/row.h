@@ -13,8 +13,8 @@
 // already lie that way (class dimension in the middle). Rows of many classes are walked in tiles here, too, and read
 // twice: as many rows as there are lanes would keep too many exponentials.
 //
-// Sums with a second round (stats.h) take it between these two: over what was kept, or, where a row per lane is walked in
-// tiles, in a read of its own.
+// Sums with a second round (stats.h) take it between these two: over what was kept, or, where a row per lane is walked
+// in tiles, in a read of its own.
 //
 // The target and the padding are loaded as -inf: their exponentials are 0 and nothing below needs to ask for them. The
 // target's gradient is written afterwards.
@@ -449,8 +449,7 @@ struct Rows {
       if (back) {
         load_stats(stats_of(p, row), pivots, stats);
         chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
-        if constexpr (Sums::refined > 0)
-          Sums::open(chosen.template scales<Sums>(), stats, pivots, s_y, t_y, opening);
+        if constexpr (Sums::refined > 0) Sums::open(chosen.template scales<Sums>(), stats, pivots, s_y, t_y, opening);
       }
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = i * kTile;

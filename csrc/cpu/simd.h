@@ -99,8 +99,8 @@ struct Ops<VecF> {
     const VecF m = (VecF)((bits & 0x7fffff) + 0x3f3504f3) - splat(1.f);
     const VecF f = exponent == 0 ? z : m;
     VecF p = splat(-.14580816f);
-    constexpr float coefficients[] = {.23404087f, -.24887734f, .28709891f, -.36023962f, .48092324f, -.72135282f,
-                                      1.4426949f};
+    constexpr float coefficients[] = {.23404087f, -.24887734f, .28709891f, -.36023962f,
+                                      .48092324f, -.72135282f, 1.4426949f};
     for (float c : coefficients) p = p * f + splat(c);
     return p * f + __builtin_convertvector(exponent, VecF);
   }

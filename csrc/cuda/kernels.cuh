@@ -467,7 +467,8 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
           }
           Edge<Sums, F>(f, f, at, opened.target, rank).refine(a, row_slope, sums);
         };
-        sum += refine_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope, refine);
+        sum +=
+            refine_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope, refine);
       } else {
         sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
       }
@@ -555,7 +556,8 @@ part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
   const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
   const int rank = arch::thread(), size = arch::threads();
   // From the end, as part_gradient.
-  const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / a.parts, row = a.first_row + in_wave;
+  const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / a.parts,
+                row = a.first_row + in_wave;
   const int part = static_cast<int>(from_end - in_wave * a.parts);
   const Open<S> opened = open(a, row);
   if (!opened.read) return;
@@ -587,7 +589,8 @@ part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
   if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, slope, sums);
   warps_sum<Sums>(scratch, sums);
   KD_UNROLL
-  for (int k = 0; k < Sums::refined && rank == 0; ++k) arch::store(a.part_refined + from_end * kMostRefined + k, sums[k]);
+  for (int k = 0; k < Sums::refined && rank == 0; ++k)
+    arch::store(a.part_refined + from_end * kMostRefined + k, sums[k]);
 }
 
 // Finishes a row from the statistics of its parts, or from those of a forward pass, and writes the gradient of a part.

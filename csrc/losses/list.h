@@ -70,12 +70,12 @@ struct List {
   }
 };
 
-using Losses = List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
-                    Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
-                    Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>,
-                    Of<MixedKl, Variant::smooth>, Of<Tvd, Variant::smooth>, Mixture<Jsd, JsdLimit>,
-                    Mixture<SkewKl, SkewKlLimit>, Mixture<SkewReverseKl, SkewReverseKlLimit>,
-                    Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
+using Losses =
+    List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
+         Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
+         Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>, Of<MixedKl, Variant::smooth>,
+         Of<Tvd, Variant::smooth>, Mixture<Jsd, JsdLimit>, Mixture<SkewKl, SkewKlLimit>,
+         Mixture<SkewReverseKl, SkewReverseKlLimit>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
 
 // The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So
 // losses that sum alike share their kernels.

@@ -4,7 +4,8 @@
 //   first round   e_s, e_t and their sums
 //   open          what turns them into p and q, from the sums
 //   refine        p and q -> value f and score h = df / dp of the class. Kept from then on: p and p h
-//   finish        gradient T p (h - H), H the mean of h under p; of the target T p_y ((1 - p_y) h_y - sum of the others'
+//   finish        gradient T p (h - H), H the mean of h under p; of the target T p_y ((1 - p_y) h_y - sum of the
+//   others'
 //                 p h): nothing cancels where p_y is near 1
 //
 // A form brings at(p, q, d = p - q) -> value and score. A constant in the score counts for nothing: H takes it away.
@@ -114,7 +115,8 @@ struct ScoreLoss : ScoreSums<Form, kVariant> {
     const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, a.v[Sums::sum_t]);
     V value, h;
     Form::at(params, p.p, q.p, difference(p, q), value, h);
-    const V distillation = t * (t * (a.v[Sums::value] + value)) * gain, g = upstream[0] * Ops<V>::splat(params.gained) * t;
+    const V distillation = t * (t * (a.v[Sums::value] + value)) * gain,
+            g = upstream[0] * Ops<V>::splat(params.gained) * t;
     for (V& c : coef.c) c = lit<V>(0);
     coef.c[0] = -g * (a.v[Sums::score] + p.p * h);
     coef.c[1] = g;
