@@ -18,7 +18,21 @@ from torch import Tensor
 from kdkernels import ops
 from kdkernels.reference import LARGE_TEMPERATURE
 
-from . import aekt, cross_entropy, dkd, kd, mixed_kl, nkd, reverse_kl, row, target_split
+from . import (
+    aekt,
+    cross_entropy,
+    dkd,
+    jsd,
+    kd,
+    mixed_kl,
+    nkd,
+    reverse_kl,
+    row,
+    skew_kl,
+    skew_reverse_kl,
+    target_split,
+    tvd,
+)
 from .stats import PLAIN, pair_grad, student_grad
 
 # The list of losses: one line each.
@@ -29,6 +43,10 @@ LOSSES: dict[str, ModuleType] = {
     "aekt": aekt,
     "reverse_kl": reverse_kl,
     "mixed_kl": mixed_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
     "cross_entropy": cross_entropy,
     "target_split": target_split,
 }
@@ -239,6 +257,12 @@ def _check_operands(
     )
 
 
+def _serving(loss: ModuleType, params: list[float]) -> tuple[ModuleType, list[float]]:
+    """The loss that serves a call, with its parameters: at their ends mixtures are others."""
+    instead = loss.instead(params) if hasattr(loss, "instead") else None
+    return (loss, params) if instead is None else instead
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -287,12 +311,13 @@ class Call:
         numbers = params.tolist()
         if not ops.LOSSES[loss].temperature:
             numbers.insert(0, 1.0)  # the kernels' first parameter is always one
+        module, numbers = _serving(LOSSES[loss], numbers)
         s, t, g = _place(student), _place(teacher), _place(grad)
         vec = max(16 // x.itemsize for x in (student, teacher, grad) if x is not None)
         loads = s[4] == 1 and _lie_alike(s, t, shape, vec) and _is_aligned(s[0], t[0])
         stores = loads and _lie_alike(s, g, shape, vec) and _is_aligned(g[0])
         return cls(
-            LOSSES[loss],
+            module,
             s + t,
             grad,
             shape,
@@ -320,7 +345,7 @@ class Call:
 
     @property
     def small(self) -> bool:
-        # Moments need the registers that would hold a larger tile.
+        # Moments and logarithms need the registers that would hold a larger tile.
         light = self.loss.grad in (pair_grad, student_grad)
         return self.itemsize == 2 and self.variant == PLAIN and light
 
@@ -364,6 +389,8 @@ class Call:
             **{f"p{i}": x for i, x in enumerate(params)},
             "STATS": self.loss.stats,
             "MERGE": self.loss.merge,
+            "OPEN": getattr(self.loss, "opening", None),
+            "REFINE": getattr(self.loss, "refine", None),
             "FINISH": self.loss.finish,
             "GRAD": self.loss.grad,
             "VARIANT": self.variant,
@@ -426,6 +453,8 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
         grid = (chosen.programs, chosen.parts)  # in this order: only the first may exceed 65535
         launch(row.partial, grid, chosen.warps, {**arguments, "stats": scratch})
         arguments["part_stats"] = scratch
+        if arguments["REFINE"] is not None:
+            launch(row.refined, grid, chosen.warps, arguments)
         grid = grid if call.grad is not None else (chosen.programs, 1)
         launch(row.gradient, grid, chosen.warps, arguments)
 

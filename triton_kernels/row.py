@@ -11,8 +11,14 @@ sweeps     one row at a time in chunks: a sweep for the statistics, a second one
            persistent, so that the launch bounds the rows in flight; the next chunks of a row
            are on their way to shared memory while one is computed (STAGES).
 partial    the statistics of one slice of a row, for rows that are fewer than multiprocessors.
+refined    between these two, for losses of two rounds: merges the statistics of its row's slices
+           and adds up the second round of one slice.
 gradient   merges the statistics of its rows' slices in index order, finishes, and writes the
            gradient of one slice. With the statistics of a forward pass it is the backward pass.
+
+A loss of two rounds has REFINE and OPEN (stats.py), None otherwise. Its second round takes resident
+programs no load, sweeps one more sweep. Its sums are stored behind those of the first round, which
+is all that a backward pass needs to know.
 
 Alignment. A row of 50,257 bfloat16 logits begins at any 2-byte address, where a vector load is not
 allowed. With ALIGNED, the tile's index 0 is the last multiple of VEC elements before the row's
@@ -265,10 +271,15 @@ def _load_stats(stats, row, exists, like):
     at = stats + row * WIDTH
     ps = _stat(at, exists, like, -INF)
     pt = _stat(at + 1, exists, like, -INF)
+    return ps, pt, _load_sums(stats + 2, row, exists, like)
+
+
+@triton.jit
+def _load_sums(stats, row, exists, like):
     sums = ()
     for i in tl.static_range(len(like)):
-        sums = sums + (_stat(at + 2 + i, exists, like),)
-    return ps, pt, sums
+        sums = sums + (_stat(stats + row * WIDTH + i, exists, like),)
+    return sums
 
 
 @triton.jit
@@ -276,6 +287,47 @@ def _no_sums(k, STATS: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr)
     """The sums of a class without mass: zeros."""
     nothing = tl.full((), -INF, DTYPE)
     return STATS(nothing, nothing, k, VARIANT)[0]
+
+
+@triton.jit
+def _no_refined(
+    opening, params, k,
+    STATS: tl.constexpr, REFINE: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The same of the second round."""
+    nothing = tl.full((), -INF, DTYPE)
+    exps = STATS(nothing, nothing, k, VARIANT)[1]
+    return _no_more(REFINE(exps, opening, params, VARIANT)[0])
+
+
+@triton.jit
+def _no_more(sums):
+    out = ()
+    for i in tl.static_range(len(sums)):
+        out = out + (tl.zeros_like(sums[i]),)
+    return out
+
+
+@triton.jit
+def _opened(
+    student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt, params,
+    OPEN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What turns the features of a row into its probabilities; 0 where it is not read."""
+    s_y = _logit(student, s_start, s_class, y, read, DTYPE)
+    t_y = _logit(teacher, t_start, t_class, y, read, DTYPE)
+    return _only(read, OPEN(sums, ps, pt, s_y, t_y, params))
+
+
+@triton.jit
+def _features(
+    s, t, k, opening, params, STATS: tl.constexpr, REFINE: tl.constexpr, VARIANT: tl.constexpr
+):
+    """What the gradient is made of, from logits relative to the row's pivots."""
+    exps = STATS(s, t, k, VARIANT)[1]
+    if REFINE is not None:
+        exps = REFINE(exps, opening, params, VARIANT)[1]
+    return exps
 
 
 @triton.jit
@@ -381,9 +433,9 @@ def _store_tile(
 @triton.jit
 def _store_edges(
     student, s_start, teacher, t_start, grad, g_start, shift, readable, writable, y,
-    ps, pt, k, coef, at_target,
-    STATS: tl.constexpr, GRAD: tl.constexpr, VARIANT: tl.constexpr, VEC: tl.constexpr,
-    DTYPE: tl.constexpr,
+    ps, pt, k, opening, params, coef, at_target,
+    STATS: tl.constexpr, REFINE: tl.constexpr, GRAD: tl.constexpr, VARIANT: tl.constexpr,
+    VEC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the elements before the first and after the last granule inside a row."""
     lane = tl.arange(0, 2 * VEC)[None, :]
@@ -399,7 +451,7 @@ def _store_edges(
     t = s
     if teacher is not None:
         t = tl.load(teacher + t_start + column, mask=loaded, other=-INF).to(DTYPE)
-    exps = STATS(s - usable(ps), t - usable(pt), k, VARIANT)[1]
+    exps = _features(s - usable(ps), t - usable(pt), k, opening, params, STATS, REFINE, VARIANT)
     value = _stored(tl.where(column == y, at_target, GRAD(exps, coef, VARIANT)), grad)
     tl.store(grad + g_start + column, value, mask=mine)
 
@@ -448,6 +500,50 @@ def _sweep(
     return ps, pt, sums
 
 
+@triton.jit
+def _refine(
+    student, s_start, s_class, teacher, t_start, t_class, first, chunks, shift, readable, y,
+    ps, pt, k, opening, params, sums,
+    STATS: tl.constexpr, REFINE: tl.constexpr, VARIANT: tl.constexpr,
+    VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """`sums` and those of the second round over `chunks` blocks from `first` on, last block first:
+    the cache holds what the first round has read last."""
+    ms = usable(ps)
+    mt = usable(pt)
+    more = _no_refined(opening, params, k, STATS, REFINE, VARIANT, DTYPE)
+    for back in tl.range(0, chunks, num_stages=STAGES):
+        index = first + (chunks - 1 - back) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        s = _load_tile(student, s_start, s_class, index, shift, readable, y,
+                       VEC, ALIGNED, DTYPE)  # fmt: skip
+        t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
+                       VEC, ALIGNED, DTYPE)  # fmt: skip
+        exps = STATS(s - ms, t - mt, k, VARIANT)[1]
+        more = _add(more, _totals(REFINE(exps, opening, params, VARIANT)[0], 1))
+    return sums + more
+
+
+@triton.jit
+def _merged(
+    stats, row, parts, exists, k, like,
+    MERGE: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Pivots and sums of rows from those of their slices, in index order."""
+    ps, pt, sums = _load_stats(stats, row * parts, exists, like)
+    for part in range(1, parts):
+        qs, qt, more = _load_stats(stats, row * parts + part, exists, like)
+        new_s = tl.maximum(ps, qs)
+        new_t = tl.maximum(pt, qt)
+        sums = _add(
+            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, VARIANT),
+            MERGE(more, moved(qs, new_s), moved(qt, new_t), k, VARIANT),
+        )
+        ps = new_s
+        pt = new_t
+    return ps, pt, sums
+
+
 # ---- kernels --------------------------------------------------------------------------------
 
 
@@ -460,7 +556,8 @@ def resident(
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
     p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
-    STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
+    STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
+    FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CTAS: tl.constexpr,
@@ -499,6 +596,17 @@ def resident(
         sums = _totals_joined(added)
     else:
         sums = _totals(added, ROWS)
+    opening = ()
+    if REFINE is not None:
+        opening = _opened(
+            student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt, params,
+            OPEN, DTYPE,
+        )  # fmt: skip
+        added, exps = REFINE(exps, opening, params, VARIANT)
+        if CTAS > 1:
+            sums = sums + _totals_joined(added)
+        else:
+            sums = sums + _totals(added, ROWS)
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists, read, weight, sums, ps, pt,
@@ -513,30 +621,37 @@ def resident(
             if _has_edges(shift, classes, VEC, ROWS):
                 _store_edges(
                     student, s_start, teacher, t_start, grad, g_start, shift, readable, writable,
-                    y, ps, pt, k, coef, at_target, STATS, GRAD, VARIANT, VEC, DTYPE,
+                    y, ps, pt, k, opening, params, coef, at_target,
+                    STATS, REFINE, GRAD, VARIANT, VEC, DTYPE,
                 )  # fmt: skip
 
 
 @triton.jit
 def _write_gradient(
     student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
-    first, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
-    STATS: tl.constexpr, GRAD: tl.constexpr, VARIANT: tl.constexpr,
+    first, chunks, shift, readable, writable, y, ps, pt, k, opening, params, coef, at_target,
+    STATS: tl.constexpr, REFINE: tl.constexpr, GRAD: tl.constexpr, VARIANT: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the granules among `chunks` blocks from `first` on, last block first."""
+    """The gradient of the granules among `chunks` blocks from `first` on, in the order that meets
+    what the sweep before it has read last: last block first, or after a second round first one."""
     ms = usable(ps)
     mt = usable(pt)
-    for back in tl.range(0, chunks, num_stages=STAGES):
-        index = first + (chunks - 1 - back) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        if REFINE is None:
+            chunk = chunks - 1 - step
+        else:
+            chunk = step
+        index = first + chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         s = _load_tile(student, s_start, s_class, index, shift, readable, y,
                        VEC, ALIGNED, DTYPE)  # fmt: skip
         t = s
         if teacher is not None:
             t = _load_tile(teacher, t_start, t_class, index, shift, readable, y,
                            VEC, ALIGNED, DTYPE)  # fmt: skip
-        value = GRAD(STATS(s - ms, t - mt, k, VARIANT)[1], coef, VARIANT)
+        exps = _features(s - ms, t - mt, k, opening, params, STATS, REFINE, VARIANT)
+        value = GRAD(exps, coef, VARIANT)
         _store_tile(grad, g_start, g_class, index, shift, writable, y, at_target, value,
                     VEC, ALIGNED)  # fmt: skip
 
@@ -550,7 +665,8 @@ def sweeps(
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
     p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
-    STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
+    STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
+    FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -572,6 +688,17 @@ def sweeps(
             student, s_start, s_class, teacher, t_start, t_class, 0, reading,
             shift, readable, y, k, STATS, MERGE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
         )  # fmt: skip
+        opening = ()
+        if REFINE is not None:
+            opening = _opened(
+                student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt,
+                params, OPEN, DTYPE,
+            )  # fmt: skip
+            sums = _refine(
+                student, s_start, s_class, teacher, t_start, t_class, 0, reading, shift, readable,
+                y, ps, pt, k, opening, params, sums,
+                STATS, REFINE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+            )  # fmt: skip
         coef, at_target = _finish(
             student, s_start, s_class, teacher, t_start, t_class,
             row, rows, y, exists, read, weight, sums, ps, pt,
@@ -582,14 +709,15 @@ def sweeps(
             g_start = _start(row, inner, g_base, g_outer, g_inner)
             _write_gradient(
                 student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
-                0, chunks, shift, readable, writable, y, ps, pt, k, coef, at_target,
-                STATS, GRAD, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+                0, chunks, shift, readable, writable, y, ps, pt, k, opening, params, coef,
+                at_target, STATS, REFINE, GRAD, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
             )  # fmt: skip
             if ALIGNED == 2:
                 if _has_edges(shift, classes, VEC, ROWS):
                     _store_edges(
                         student, s_start, teacher, t_start, grad, g_start, shift, readable,
-                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, VARIANT, VEC, DTYPE,
+                        writable, y, ps, pt, k, opening, params, coef, at_target,
+                        STATS, REFINE, GRAD, VARIANT, VEC, DTYPE,
                     )  # fmt: skip
 
 
@@ -621,6 +749,47 @@ def partial(
 
 
 @_kernel
+def refined(
+    student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
+    teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
+    target, row_weight,
+    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
+    part_stats, parts: "i32", part_chunks: "i32",
+    STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
+    VARIANT: tl.constexpr, DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (row, part): the second round of one slice of a row, behind the sums of the first,
+    where no other program reads."""
+    row = _rows_of(tl.program_id(0), 1)
+    part = tl.program_id(1)
+    exists, read, y, _, readable, _ = _open(
+        row, rows, classes, target, row_weight, ignore_index, DTYPE
+    )
+    k = _scale_of(p0, p5, VARIANT, DTYPE)
+    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
+    s_start = _start(row, inner, s_base, s_outer, s_inner)
+    t_start = _start(row, inner, t_base, t_outer, t_inner)
+    like = _no_sums(k, STATS, VARIANT, DTYPE)
+    ps, pt, sums = _merged(part_stats, row, parts, exists, k, like, MERGE, VARIANT)
+    opening = _opened(
+        student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt, params,
+        OPEN, DTYPE,
+    )  # fmt: skip
+    more = _refine(
+        student, s_start, s_class, teacher, t_start, t_class,
+        part * part_chunks * BLOCK, tl.where(read, part_chunks, 0),
+        _shift(s_start, VEC, ALIGNED), readable, y, ps, pt, k, opening, params, (),
+        STATS, REFINE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+    )  # fmt: skip
+    to = part_stats + (row * parts + part) * WIDTH + (2 + len(like))
+    for i in tl.static_range(len(more)):
+        tl.store(to + i, more[i], mask=exists)
+
+
+@_kernel
 def gradient(
     student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
     teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
@@ -630,7 +799,8 @@ def gradient(
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
     p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
     part_stats, parts: "i32", part_chunks: "i32",
-    STATS: tl.constexpr, MERGE: tl.constexpr, FINISH: tl.constexpr, GRAD: tl.constexpr,
+    STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
+    FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -647,17 +817,19 @@ def gradient(
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     shift = _shift(s_start, VEC, ALIGNED)
     like = _no_sums(k, STATS, VARIANT, DTYPE)
-    ps, pt, sums = _load_stats(part_stats, row * parts, exists, like)
-    for part in range(1, parts):
-        qs, qt, more = _load_stats(part_stats, row * parts + part, exists, like)
-        new_s = tl.maximum(ps, qs)
-        new_t = tl.maximum(pt, qt)
-        sums = _add(
-            MERGE(sums, moved(ps, new_s), moved(pt, new_t), k, VARIANT),
-            MERGE(more, moved(qs, new_s), moved(qt, new_t), k, VARIANT),
-        )
-        ps = new_s
-        pt = new_t
+    ps, pt, sums = _merged(part_stats, row, parts, exists, k, like, MERGE, VARIANT)
+    opening = ()
+    if REFINE is not None:
+        opening = _opened(
+            student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt, params,
+            OPEN, DTYPE,
+        )  # fmt: skip
+        at = part_stats + (2 + len(like))
+        none = _no_refined(opening, params, k, STATS, REFINE, VARIANT, DTYPE)
+        more = _load_sums(at, row * parts, exists, none)
+        for part in range(1, parts):
+            more = _add(more, _load_sums(at, row * parts + part, exists, none))
+        sums = sums + more
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists & (place == 0), read, weight, sums, ps, pt,
@@ -669,15 +841,16 @@ def gradient(
         _write_gradient(
             student, s_start, s_class, teacher, t_start, t_class, grad, g_start, g_class,
             place * part_chunks * BLOCK, part_chunks,
-            shift, readable, writable, y, ps, pt, k, coef, at_target,
-            STATS, GRAD, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
+            shift, readable, writable, y, ps, pt, k, opening, params, coef, at_target,
+            STATS, REFINE, GRAD, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
         )  # fmt: skip
         if ALIGNED == 2:
             if place == 0:
                 if _has_edges(shift, classes, VEC, ROWS):
                     _store_edges(
                         student, s_start, teacher, t_start, grad, g_start, shift, readable,
-                        writable, y, ps, pt, k, coef, at_target, STATS, GRAD, VARIANT, VEC, DTYPE,
+                        writable, y, ps, pt, k, opening, params, coef, at_target,
+                        STATS, REFINE, GRAD, VARIANT, VEC, DTYPE,
                     )  # fmt: skip
 
 

@@ -1,0 +1,64 @@
+"""Generalised Jensen-Shannon divergence, with m = beta q + (1 - beta) p
+
+    T^2 (beta KL(q || m) + (1 - beta) KL(p || m));
+
+beta = 0 is KL(q || p) and beta = 1 is KL(p || q), which are not its limits. Agarwal et al. 2023,
+arXiv 2306.13649, equation 1.
+
+The twin of csrc/losses/jsd.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
+t_squared, beta.
+"""
+
+from types import ModuleType
+
+import triton
+import triton.language as tl
+
+from . import mixed_kl
+from .score import (
+    grad,
+    log_near,
+    merge,
+    mixture,
+    opening,
+    probabilities,
+    refined,
+    score_finish,
+    stats,
+    target_splits,
+    variant,
+)
+from .stats import usable
+
+__all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
+
+
+def instead(params: list[float]) -> tuple[ModuleType, list[float]] | None:
+    """The loss at the ends of beta."""
+    *common, beta = params
+    return (mixed_kl, [*common, 1.0 - beta]) if beta in (0.0, 1.0) else None
+
+
+@triton.jit
+def at(p, q, d, params):
+    beta = params[5]
+    r, z = mixture(p, q, d, beta)
+    log_q = log_near(q * r, (beta - 1.0) * z)
+    log_p = log_near(p * r, beta * z)
+    h = (1.0 - beta) * log_p
+    # Near p = q the first order of the two cancels, class by class.
+    return beta * q * log_q + p * h, h
+
+
+@triton.jit
+def refine(exps, opening, params, VARIANT: tl.constexpr):
+    p, q, d = probabilities(exps, opening)
+    value, h = at(p, q, d, params)
+    return refined(exps, p, value, h, VARIANT)
+
+
+@triton.jit
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
+    p, q, d, split = target_splits(sums, ps, pt, s_y, t_y, params)
+    value, h = at(p, q, d, params)
+    return score_finish(sums, split, value, h, s_y - usable(ps), g, params, VARIANT)

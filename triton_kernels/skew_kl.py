@@ -1,0 +1,57 @@
+"""Skew KL: T^2 KL(q || alpha q + (1 - alpha) p). Ko et al. 2024, arXiv 2402.03898, equation 2.
+
+The twin of csrc/losses/skew_kl.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
+t_squared, alpha.
+"""
+
+from types import ModuleType
+
+import triton
+import triton.language as tl
+
+from . import mixed_kl
+from .score import (
+    grad,
+    log_near,
+    merge,
+    mixture,
+    opening,
+    probabilities,
+    refined,
+    score_finish,
+    stats,
+    target_splits,
+    variant,
+)
+from .stats import usable
+
+__all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
+
+
+def instead(params: list[float]) -> tuple[ModuleType, list[float]] | None:
+    """The loss at alpha = 0: KL(q || p)."""
+    *common, alpha = params
+    return (mixed_kl, [*common, 1.0]) if alpha == 0.0 else None
+
+
+@triton.jit
+def at(p, q, d, params):
+    alpha = params[5]
+    r, z = mixture(p, q, d, alpha)
+    z = (alpha - 1.0) * z  # q / m - 1
+    # With m - q, which sums to 0 over a row, every class is positive and of second order.
+    return q * log_near(q * r, z) + (1.0 - alpha) * d, (alpha - 1.0) * z
+
+
+@triton.jit
+def refine(exps, opening, params, VARIANT: tl.constexpr):
+    p, q, d = probabilities(exps, opening)
+    value, h = at(p, q, d, params)
+    return refined(exps, p, value, h, VARIANT)
+
+
+@triton.jit
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
+    p, q, d, split = target_splits(sums, ps, pt, s_y, t_y, params)
+    value, h = at(p, q, d, params)
+    return score_finish(sums, split, value, h, s_y - usable(ps), g, params, VARIANT)

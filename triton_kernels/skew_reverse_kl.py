@@ -1,0 +1,60 @@
+"""Skew reverse KL: T^2 KL(p || m), m = alpha p + (1 - alpha) q; with detach_mixture m is held
+constant. Ko et al. 2024, arXiv 2402.03898, and DistiLLM-2, arXiv 2503.07067, which detaches.
+
+The twin of csrc/losses/skew_reverse_kl.h. Parameters: temperature, kd_weight, ce_weight,
+label_smoothing, t_squared, alpha, detach_mixture.
+"""
+
+from types import ModuleType
+
+import triton
+import triton.language as tl
+
+from . import mixed_kl
+from .score import (
+    grad,
+    log_near,
+    merge,
+    mixture,
+    opening,
+    probabilities,
+    refined,
+    score_finish,
+    stats,
+    target_splits,
+    variant,
+)
+from .stats import usable
+
+__all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
+
+
+def instead(params: list[float]) -> tuple[ModuleType, list[float]] | None:
+    """The loss at alpha = 0: KL(p || q)."""
+    *common, alpha, _ = params
+    return (mixed_kl, [*common, 0.0]) if alpha == 0.0 else None
+
+
+@triton.jit
+def at(p, q, d, params):
+    a = 1.0 - params[5]
+    r, z = mixture(p, q, d, a)
+    log_p = log_near(p * r, a * z)
+    # -alpha p / m, which is a q / m - 1, or without the constant a (q / m - 1).
+    of_mixture = tl.where(params[6] != 0.0, 0.0, a) * ((a - 1.0) * z)
+    # With m - p, which sums to 0 over a row, every class is positive and of second order.
+    return p * log_p - a * d, log_p + of_mixture
+
+
+@triton.jit
+def refine(exps, opening, params, VARIANT: tl.constexpr):
+    p, q, d = probabilities(exps, opening)
+    value, h = at(p, q, d, params)
+    return refined(exps, p, value, h, VARIANT)
+
+
+@triton.jit
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
+    p, q, d, split = target_splits(sums, ps, pt, s_y, t_y, params)
+    value, h = at(p, q, d, params)
+    return score_finish(sums, split, value, h, s_y - usable(ps), g, params, VARIANT)
