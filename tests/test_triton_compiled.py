@@ -80,17 +80,23 @@ class Job:
         return " ".join([*said, *(f"{name}={x}" for name, x in self.plant)])
 
 
+def served(name: str, params: tuple[float, ...]) -> tuple[Any, list[float]]:
+    """The module that serves a call, and the numbers it gets."""
+    own = params if ops.LOSSES[name].temperature else (1.0, *params)
+    return launch._serving(launch.LOSSES[name], list(own))
+
+
 def variant(name: str, params: tuple[float, ...]) -> int:
     """Which variant of its kernels a call takes."""
-    own = params if ops.LOSSES[name].temperature else (1.0, *params)
-    return launch.LOSSES[name].variant(False, *own)
+    module, own = served(name, params)
+    return module.variant(False, *own)
 
 
 def variants(name: str) -> dict[int, list[tuple[float, ...]]]:
-    """The parameters that an operator is tested with, by the variant that they need. Each loss with
-    a cross-entropy, too."""
+    """The parameters that an operator is tested with, by the variant that they need; those which
+    another loss serves are left to it. Each loss with a cross-entropy, too."""
     tested = dict.fromkeys(case.operator for case in CASES)  # each once
-    every = [params for loss, params in tested if loss == name]
+    every = [x for loss, x in tested if loss == name and served(name, x)[0] is launch.LOSSES[name]]
     if ops.LOSSES[name].params[2:3] == ("ce_weight",):
         every += [(*x[:2], 0.7, *x[3:]) for x in every[:1]]
     return {
@@ -115,8 +121,13 @@ VARIANTS = [job_of(name, x[0]) for name, kinds in PARAMS.items() for x in kinds.
 
 def is_light(job: Job) -> bool:
     """Whether its tiles hold nothing but the exponentials of one temperature."""
-    exponentials = launch.LOSSES[job.loss].grad in (pair_grad, student_grad)
-    return exponentials and variant(job.loss, job.params) == PLAIN
+    module, _ = served(job.loss, job.params)
+    return module.grad in (pair_grad, student_grad) and variant(job.loss, job.params) == PLAIN
+
+
+def rounds(job: Job) -> int:
+    """Over the classes of a row, before the gradient."""
+    return 1 if getattr(served(job.loss, job.params)[0], "refine", None) is None else 2
 
 
 def largest(job: Job) -> int:
@@ -133,7 +144,7 @@ def regimes(job: Job) -> list[Job]:
         replace(job, classes=largest(job)),
         replace(job, classes=128),
         job,  # sweeps
-        replace(job, rows=4),  # partial and gradient
+        replace(job, rows=4),  # partial, refined and gradient
         replace(job, op="backward"),
     ]
 
@@ -151,7 +162,9 @@ def clusters(job: Job) -> list[Job]:
 
 
 def other_dtypes() -> Iterator[Job]:
-    for loss, kind in (("kd", PLAIN), ("kd", TWO), ("nkd", TWO), ("mixed_kl", PLAIN)):
+    for loss, kind in (
+        ("kd", PLAIN), ("kd", TWO), ("nkd", TWO), ("mixed_kl", PLAIN), ("jsd", PLAIN),
+    ):  # fmt: skip
         for pair in (("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")):
             job = Job(loss, PARAMS[loss][kind][0], normalizer=True)
             yield replace(job, student=pair[0], teacher=pair[1])
@@ -358,6 +371,7 @@ def test_the_calls_reach_every_kernel_at_its_largest_sizes(compiled):
             *(("resident", x) for x in (128, block)),
             ("sweeps", 8192),
             ("partial", 4096),
+            *([("refined", 4096)] if rounds(job) == 2 else []),
             ("gradient", 4096),
         }, str(job)
 
@@ -368,8 +382,8 @@ def test_the_calls_reach_every_kernel_at_its_largest_sizes(compiled):
 # statistics and results of a row, and the edges of a row where granules are stored.
 FEW = 32
 # How often a kernel loads the logits; a second round takes the sweeps one more.
-SWEEPS = {"resident": 1, "partial": 1, "gradient": 1, "sweeps": 2}
-WITHOUT_GRADIENT = {"resident": 1, "partial": 1, "gradient": 0, "sweeps": 1}
+SWEEPS = {"resident": 1, "partial": 1, "refined": 1, "gradient": 1, "sweeps": 2}
+WITHOUT_GRADIENT = {"resident": 1, "partial": 1, "refined": 1, "gradient": 0, "sweeps": 1}
 
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -384,6 +398,7 @@ def check_loads(target: str, job: Job, launches: Launches) -> None:
     for x in launches:
         what = says(target, job, x)
         sweeps = (WITHOUT_GRADIENT if job.op == "forward" else SWEEPS)[x["kernel"]]
+        sweeps += x["kernel"] == "sweeps" and rounds(job) == 2
         expected = sweeps * sum(granules(x, y) for y in (job.student, job.teacher) if y)
         # Loads that run ahead stand in front of the loop, too, for each chunk that they are ahead.
         expected *= x["stages"]
@@ -394,7 +409,7 @@ def check_loads(target: str, job: Job, launches: Launches) -> None:
 def check_stores(target: str, job: Job, launches: Launches) -> None:
     for x in launches:
         what = says(target, job, x)
-        reads = job.op == "forward" or x["kernel"] == "partial"
+        reads = job.op == "forward" or x["kernel"] in ("partial", "refined")
         expected = 0 if reads else granules(x, job.student)
         assert x["stores"]["vector"] == expected, f"{what}: {x['stores']}, not {expected} vectors"
         assert x["stores"]["scalar"] <= FEW, f"{what}: {x['stores']}"
@@ -469,6 +484,8 @@ def check_exponentials(target: str, job: Job, x: dict[str, Any]) -> None:
     sums, gradient = EXPONENTIALS[job.loss, variant(job.loss, job.params)]
     again = x["kernel"] == "sweeps" and job.op != "forward"
     per_class = sums + (gradient if again else 0)
+    if x["kernel"] == "sweeps" and rounds(job) == 2:
+        per_class += 2
     expected = per_class * x["block"] * x["rows"] // (32 * x["warps"] * x["ctas"])
     what = f"{says(target, job, x)}: {x['ex2']} exponentials, {expected} for the classes"
     assert expected <= x["ex2"] <= expected + PER_ROW, what
@@ -497,6 +514,7 @@ def test_exponentials_of_a_second_temperature_exceed_the_budget_of_one(compiled)
 BESIDE_EXPONENTIALS = {
     "reverse_kl": 2,  # and the classes that the teacher lacks
     "mixed_kl": 3,
+    **dict.fromkeys(("jsd", "skew_kl", "skew_reverse_kl", "tvd"), 0),
 }
 
 
@@ -527,13 +545,13 @@ def test_clusters_fit_as_planned(compiled, target, job):
     check_cluster(target, job, launches)
     assert x["cluster"] == [x["ctas"]], says(target, job, x)
     # The maxima are one reduction, four sums another one; each further sum is one of its own: those
-    # of exponentials, of what else a loss sums, and for label smoothing two. Each passes a barrier
-    # when its numbers are written, and one when they have been read. A tile that is not stored as
-    # it was loaded passes one more.
+    # of exponentials, of what else a loss sums, and for label smoothing two. A second round is one
+    # more. Each passes a barrier when its numbers are written, and one when they have been read. A
+    # tile that is not stored as it was loaded passes one more.
     which = variant(job.loss, job.params)
     beside = BESIDE_EXPONENTIALS.get(job.loss, 1)
     sums = EXPONENTIALS[job.loss, which][0] + beside + (2 if which % APART == SMOOTH else 0)
-    reductions = 2 + max(sums - 4, 0)
+    reductions = 2 + max(sums - 4, 0) + (rounds(job) == 2)
     barriers = 2 * reductions + (x["aligned"] != 2)
     assert (x["remote"], x["barriers"]) == (reductions, barriers), says(target, job, x)
 
