@@ -123,6 +123,8 @@ def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> 
     """
     if window <= (LARGEST_WIDE if wide else LARGEST if small else LARGEST_ELSE):
         block, tile, warps = next(x for x in RESIDENT if x[0] >= window)
+        if wide and block == LARGEST_WIDE:
+            warps *= 2  # as many registers per thread as below; the logarithms of JSD need them
         return Plan("resident", block, tile, warps, triton.cdiv(rows, tile))
     if device.ctas > 1 and not wide:
         # For few rows, too: one launch, which reads them once, where slices take two.

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .reverse import variant
 from .split import difference, gain, smooth_cross_entropy, split
-from .stats import constant, counted, exp, inverse, log1p, marked, usable, weighted
+from .stats import constant, counted, exp, inverse, marked, usable, weighted
 
 __all__ = ["merge", "mixture", "opening", "refined", "score_finish", "stats", "variant"]
 
@@ -119,25 +119,27 @@ def score_finish(sums, p, value, h, relative, g, params, VARIANT: tl.constexpr):
 @triton.jit
 def log_near(u, z):
     """log u, where z is u - 1, to more digits than u has near 1."""
-    if z.dtype == tl.float64:
-        near = log1p(z)
-        least = 1e-300
+    # There by its series: a logarithm of 1 + z would need a second one, and a division.
+    TERMS: tl.constexpr = 13 if z.dtype == tl.float64 else 6
+    near = tl.full(z.shape, 1.0 / TERMS, z.dtype)
+    for i in tl.static_range(1, TERMS):
+        near = near * -z + 1.0 / (TERMS - i)
+    return tl.where(tl.abs(z) < 0.0625, z * near, tl.log(tl.maximum(u, _least(u))))
+
+
+@triton.jit
+def _least(x):
+    """What counts as nothing: its inverse is a number, and so is its logarithm."""
+    if x.dtype == tl.float64:
+        return 1e-300
     else:
-        near = 1.0 + z * (
-            -0.5 + z * (1.0 / 3.0 + z * (-0.25 + z * (0.2 - z * 0.16666666666666666)))
-        )
-        near = z * near
-        least = 1e-37
-    return tl.where(tl.abs(z) < 0.0625, near, tl.log(tl.maximum(u, least)))
+        return 1e-37
 
 
 @triton.jit
 def mixture(p, q, d, a):
     """1 / m and d / m of m = a q + (1 - a) p. Where m is next to nothing they are 0."""
-    if d.dtype == tl.float64:
-        least = 1e-300
-    else:
-        least = 1e-37
+    least = _least(d)
     m = a * q + (1.0 - a) * p
     r = tl.where(m > least, 1.0 / tl.where(m > least, m, 1.0), 0.0)
     return r, d * r

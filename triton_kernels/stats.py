@@ -8,6 +8,12 @@ A loss hands four of these (or its own) to the kernels of row.py:
     FINISH(sums, ...)                losses and coefficients of a row
     GRAD(exps, coef)                 d loss / d logit of a class: no new exponential
 
+and, where the probabilities of a class themselves are needed, for a second round over the classes
+
+    OPEN(sums, ..., params)          what turns the features of a class into its probabilities
+    REFINE(exps, opening, params, VARIANT)   what it adds to the sums of the second round, which
+                                     no pivot moves, and the features that its gradient is made of
+
 VARIANT says what is summed beside what every call of a loss needs, each compiled on its own: PLAIN
 nothing, TWO the sums at temperature 1, SMOOTH these, at any temperature, and those of the logits,
 for label smoothing; it also gives the parts. There every class that is not at -inf counts, and adds
