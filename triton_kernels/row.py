@@ -294,7 +294,7 @@ def _no_refined(
     opening, params, k,
     STATS: tl.constexpr, REFINE: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The same of the second round."""
+    """Zeros for the sums of the second round, of their number and shape."""
     nothing = tl.full((), -INF, DTYPE)
     exps = STATS(nothing, nothing, k, VARIANT)[1]
     return _no_more(REFINE(exps, opening, params, VARIANT)[0])
@@ -825,10 +825,9 @@ def gradient(
             OPEN, DTYPE,
         )  # fmt: skip
         at = part_stats + (2 + len(like))
-        none = _no_refined(opening, params, k, STATS, REFINE, VARIANT, DTYPE)
-        more = _load_sums(at, row * parts, exists, none)
-        for part in range(1, parts):
-            more = _add(more, _load_sums(at, row * parts + part, exists, none))
+        more = _no_refined(opening, params, k, STATS, REFINE, VARIANT, DTYPE)
+        for part in range(parts):
+            more = _add(more, _load_sums(at, row * parts + part, exists, more))
         sums = sums + more
     coef, at_target = _finish(
         student, s_start, s_class, teacher, t_start, t_class,
