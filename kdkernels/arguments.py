@@ -274,6 +274,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "teacher_temperature": _teacher_temperature,
     "t_squared": _switch,
     "ratio": _share,
+    "detach_mixture": _switch,
     "z_weight": _weight,
     "alpha": _weight,
     "beta": _weight,
@@ -292,9 +293,13 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-def check_option(name: str, value: Any) -> Any:
+# What is another thing in some losses than in the rest.
+RULES_OF_A_MIXTURE = {"alpha": _share, "beta": _share}
+
+
+def check_option(name: str, value: Any, rules: Mapping[str, Callable[..., Any]] = RULES) -> Any:
     """Checks a keyword argument; returns it as the operators take it."""
-    return RULES[name](name, value)
+    return (rules[name] if name in rules else RULES[name])(name, value)
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], hint: str = "") -> Tensor:

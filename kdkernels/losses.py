@@ -11,6 +11,7 @@ from torch import Tensor
 from kdkernels import call
 from kdkernels.arguments import (
     COMMON,
+    RULES_OF_A_MIXTURE,
     WEIGHTS,
     check_option,
     takes_common,
@@ -137,6 +138,129 @@ def mixed_kl_loss(
     temperature = check_option("temperature", temperature)
     own = {"t_squared": check_option("t_squared", t_squared), "ratio": check_option("ratio", ratio)}
     return call.loss("mixed_kl", student, teacher, target, temperature, own, common)
+
+
+@takes_common
+def jsd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    t_squared: bool = True,
+    beta: float | Tensor = 0.5,
+    **common: Unpack[Common],
+) -> Any:
+    """Generalised Jensen-Shannon divergence: T^2 (beta KL(q || m) + (1 - beta) KL(p || m)).
+
+    q and p are the softmax at T of teacher and student, m = beta q + (1 - beta) p. beta = 0 is
+    KL(q || p) and beta = 1 is KL(p || q): the formula is switched there, as TRL does it; these are
+    not its limits, which are 0. Agarwal et al., "On-Policy Distillation of Language Models" (GKD),
+    arXiv 2306.13649. Close to 0 where teacher and student nearly agree, and exactly 0 where they
+    do: its terms are summed without cancellation.
+
+    Args:
+        student, teacher, target: as for `kd_loss`, whose other promises hold as well.
+        temperature: T, from 1e-4 to 1e4.
+        t_squared: whether the distillation is multiplied by T^2.
+        beta: from 0 to 1.
+    """
+    temperature = check_option("temperature", temperature)
+    own = {
+        "t_squared": check_option("t_squared", t_squared),
+        "beta": check_option("beta", beta, RULES_OF_A_MIXTURE),
+    }
+    return call.loss("jsd", student, teacher, target, temperature, own, common)
+
+
+@takes_common
+def skew_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    t_squared: bool = True,
+    alpha: float | Tensor = 0.1,
+    **common: Unpack[Common],
+) -> Any:
+    """Skew KL: T^2 KL(q || alpha q + (1 - alpha) p) at temperature T, per row.
+
+    q and p are the softmax at T of teacher and student. alpha = 0 is the plain KL(q || p), alpha =
+    1 is 0. Ko et al., "DistiLLM", arXiv 2402.03898, whose code leaves out the teacher's entropy, a
+    constant.
+
+    Args:
+        student, teacher, target: as for `kd_loss`, whose other promises hold as well.
+        temperature: T, from 1e-4 to 1e4.
+        t_squared: whether the distillation is multiplied by T^2.
+        alpha: the teacher's share of the mixture, from 0 to 1.
+    """
+    temperature = check_option("temperature", temperature)
+    own = {
+        "t_squared": check_option("t_squared", t_squared),
+        "alpha": check_option("alpha", alpha, RULES_OF_A_MIXTURE),
+    }
+    return call.loss("skew_kl", student, teacher, target, temperature, own, common)
+
+
+@takes_common
+def skew_reverse_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    t_squared: bool = True,
+    alpha: float | Tensor = 0.1,
+    detach_mixture: bool = False,
+    **common: Unpack[Common],
+) -> Any:
+    """Skew reverse KL: T^2 KL(p || alpha p + (1 - alpha) q) at temperature T, per row.
+
+    q and p are the softmax at T of teacher and student. alpha = 0 is the plain KL(p || q), infinite
+    where the student has mass and the teacher none; alpha = 1 is 0. Ko et al., "DistiLLM", arXiv
+    2402.03898, and DistiLLM-2, arXiv 2503.07067.
+
+    Args:
+        student, teacher, target: as for `kd_loss`, whose other promises hold as well.
+        temperature: T, from 1e-4 to 1e4.
+        t_squared: whether the distillation is multiplied by T^2.
+        alpha: the student's share of the mixture, from 0 to 1.
+        detach_mixture: whether the mixture is held constant, as DistiLLM-2 does.
+    """
+    temperature = check_option("temperature", temperature)
+    own = {
+        "t_squared": check_option("t_squared", t_squared),
+        "alpha": check_option("alpha", alpha, RULES_OF_A_MIXTURE),
+        "detach_mixture": check_option("detach_mixture", detach_mixture),
+    }
+    return call.loss("skew_reverse_kl", student, teacher, target, temperature, own, common)
+
+
+@takes_common
+def tvd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    t_squared: bool = False,
+    **common: Unpack[Common],
+) -> Any:
+    """Total variation distance: 1/2 sum |p - q| at temperature T, per row.
+
+    Its gradient is 0 by classes where p and q are equal. Wen et al., "f-Divergence Minimization for
+    Sequence-Level Knowledge Distillation", arXiv 2307.15190.
+
+    Args:
+        student, teacher, target: as for `kd_loss`, whose other promises hold as well.
+        temperature: T, from 1e-4 to 1e4.
+        t_squared: whether the distillation is multiplied by T^2.
+    """
+    temperature = check_option("temperature", temperature)
+    own = {"t_squared": check_option("t_squared", t_squared)}
+    return call.loss("tvd", student, teacher, target, temperature, own, common)
 
 
 @partial(takes_common, without=WEIGHTS)

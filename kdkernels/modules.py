@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels import losses
-from kdkernels.arguments import COMMON, WEIGHTS, check_option
+from kdkernels.arguments import COMMON, RULES, RULES_OF_A_MIXTURE, WEIGHTS, check_option
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,6 +45,7 @@ class _Loss(nn.Module):
 
     _function: Callable[..., Any]  # the loss
     _without: tuple[str, ...] = ()  # common arguments that it does not take
+    _rules: Mapping[str, Callable[..., Any]] = RULES
 
     def __new__(cls, *positional: Any, **_: Any) -> _Loss:
         if positional:
@@ -68,7 +69,7 @@ class _Loss(nn.Module):
             )
         self._own = tuple(own)
         for name, value in {**own, **defaults, **common}.items():
-            check_option(name, value)
+            check_option(name, value, self._rules)
             setattr(self, name, value)
 
     @classmethod
@@ -178,6 +179,81 @@ class MixedKLLoss(_TeacherLoss):
     ) -> None:
         own = {"temperature": temperature, "t_squared": t_squared, "ratio": ratio}
         super().__init__(own, common)
+
+
+class JSDLoss(_TeacherLoss):
+    """Generalised Jensen-Shannon divergence; see `kdkernels.jsd_loss`."""
+
+    _function = losses.jsd_loss
+    _rules = RULES_OF_A_MIXTURE
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        t_squared: bool = True,
+        beta: float | Tensor = 0.5,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"temperature": temperature, "t_squared": t_squared, "beta": beta}
+        super().__init__(own, common)
+
+
+class SkewKLLoss(_TeacherLoss):
+    """Skew KL; see `kdkernels.skew_kl_loss`."""
+
+    _function = losses.skew_kl_loss
+    _rules = RULES_OF_A_MIXTURE
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        t_squared: bool = True,
+        alpha: float | Tensor = 0.1,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"temperature": temperature, "t_squared": t_squared, "alpha": alpha}
+        super().__init__(own, common)
+
+
+class SkewReverseKLLoss(_TeacherLoss):
+    """Skew reverse KL; see `kdkernels.skew_reverse_kl_loss`."""
+
+    _function = losses.skew_reverse_kl_loss
+    _rules = RULES_OF_A_MIXTURE
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        t_squared: bool = True,
+        alpha: float | Tensor = 0.1,
+        detach_mixture: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {
+            "temperature": temperature,
+            "t_squared": t_squared,
+            "alpha": alpha,
+            "detach_mixture": detach_mixture,
+        }
+        super().__init__(own, common)
+
+
+class TVDLoss(_TeacherLoss):
+    """Total variation distance; see `kdkernels.tvd_loss`."""
+
+    _function = losses.tvd_loss
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        t_squared: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__({"temperature": temperature, "t_squared": t_squared}, common)
 
 
 class DKDLoss(_TargetLoss):

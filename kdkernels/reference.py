@@ -126,6 +126,128 @@ def mixed_kl(
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
+def jsd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    t_squared: bool = True,
+    beta: Number = 0.5,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    parts: bool = False,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence, with m = beta q + (1 - beta) p
+
+        T^2 (beta KL(q || m) + (1 - beta) KL(p || m));
+
+    beta = 0 is KL(q || p) and beta = 1 is KL(p || q), as TRL switches the formula there; they are
+    not its limits. Agarwal et al., "On-Policy Distillation of Language Models" (GKD), arXiv
+    2306.13649, equation 1.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    log_p, log_q = _log_softmaxes(rows, temperature)
+    if isinstance(beta, Tensor):  # which of the three it is, is not looked at
+        inside = (beta > 0) & (beta < 1)
+        value = _jensen_shannon(log_p, log_q, torch.where(inside, beta, 0.5))
+        value = torch.where(beta <= 0, _divergence(log_q, log_p), value)
+        value = torch.where(beta >= 1, _reverse_divergence(log_p, log_q), value)
+    elif beta <= 0:
+        value = _divergence(log_q, log_p)
+    elif beta >= 1:
+        value = _reverse_divergence(log_p, log_q)
+    else:
+        value = _jensen_shannon(log_p, log_q, beta)
+    distillation = _gain(temperature, t_squared) * value
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
+
+
+def skew_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    t_squared: bool = True,
+    alpha: Number = 0.1,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    parts: bool = False,
+) -> Tensor:
+    """Skew KL, T^2 KL(q || alpha q + (1 - alpha) p): alpha = 0 is KL(q || p), alpha = 1 is 0.
+
+    Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", arXiv
+    2402.03898, equation 2.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    log_p, log_q = _log_softmaxes(rows, temperature)
+    value = _divergence(log_q, _log_mixture(log_q, log_p, alpha))
+    distillation = _gain(temperature, t_squared) * value
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
+
+
+def skew_reverse_kl(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    t_squared: bool = True,
+    alpha: Number = 0.1,
+    detach_mixture: bool = False,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    parts: bool = False,
+) -> Tensor:
+    """Skew reverse KL, T^2 KL(p || m) with m = alpha p + (1 - alpha) q.
+
+    With detach_mixture m is not differentiated. Ko et al., DistiLLM, arXiv 2402.03898, and
+    DistiLLM-2, arXiv 2503.07067, which detaches.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    log_p, log_q = _log_softmaxes(rows, temperature)
+    in_mixture = log_p.detach() if detach_mixture else log_p
+    value = _reverse_divergence(log_p, _log_mixture(in_mixture, log_q, alpha))
+    distillation = _gain(temperature, t_squared) * value
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
+
+
+def tvd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    t_squared: bool = False,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    parts: bool = False,
+) -> Tensor:
+    """Total variation distance, 1/2 sum |p - q|; where p_i = q_i its gradient is 0.
+
+    Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", arXiv
+    2307.15190.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    log_p, log_q = _log_softmaxes(rows, temperature)
+    value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
+    distillation = _gain(temperature, t_squared) * value
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
+
+
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -434,6 +556,25 @@ def _reverse_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     value = _times(kept, torch.where(lacking, 0.0, log_p - log_q)).sum(dim=-1)
     value = value - (kept - kept.detach()).sum(dim=-1)
     return value + torch.where(lacking.any(dim=-1), math.inf, 0.0)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, alpha: Number) -> Tensor:
+    """log(alpha a + (1 - alpha) b)."""
+    if not isinstance(alpha, Tensor):
+        alpha = torch.tensor(alpha, dtype=log_a.dtype, device=log_a.device)
+    # Not by log(alpha), whose derivative at 0 is infinite.
+    neither = (log_a == _NEG_INF) & (log_b == _NEG_INF)
+    largest = torch.where(neither, 0.0, torch.maximum(log_a, log_b)).detach()
+    sum_ = alpha * (log_a - largest).exp() + (1 - alpha) * (log_b - largest).exp()
+    nothing = sum_ == 0  # then it has the gradient of what it is made of
+    none = torch.where(alpha == 0, log_b, log_a)
+    return torch.where(nothing, none, largest + torch.where(nothing, 1.0, sum_).log())
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: Number) -> Tensor:
+    log_m = _log_mixture(log_q, log_p, beta)
+    to_teacher, to_student = _divergence(log_q, log_m), _divergence(log_p, log_m)
+    return beta * to_teacher + (1 - beta) * to_student
 
 
 def _is_zero(weight: Number) -> bool:

@@ -52,6 +52,10 @@ LOSSES = {
     "aekt": Loss(reference.aekt, choices=("variant",)),
     "reverse_kl": Loss(reference.reverse_kl, target=False),
     "mixed_kl": Loss(reference.mixed_kl, target=False),
+    "jsd": Loss(reference.jsd, target=False),
+    "skew_kl": Loss(reference.skew_kl, target=False),
+    "skew_reverse_kl": Loss(reference.skew_reverse_kl, target=False, choices=("detach_mixture",)),
+    "tvd": Loss(reference.tvd, target=False),
     "cross_entropy": Loss(reference.cross_entropy, teacher=False),
     "target_split": Loss(reference.target_split, teacher=False, outputs=3),
 }

@@ -64,6 +64,7 @@ class Loss:
     grows: Callable[[Options, Tensor, Tensor], Tensor | float] = lambda *_: 1.0
     weights: bool = True  # kd_weight, ce_weight and return_parts are taken
     lacking: Callable[[Options], bool] = lambda _: False  # infinite where the teacher lacks a class
+    bounded: Callable[[Options], bool] = lambda _: False  # finite whatever lacks a class
     held: Callable[[Options], bool] = lambda options: False  # factors are: no gradcheck
     unmoved: Options = field(default_factory=dict)  # under which a common offset changes nothing
     apart: Options = field(default_factory=dict)  # options under which rows do not share a number
@@ -207,6 +208,75 @@ LOSSES = {
         grows=_log_ratio,
         exponentials=[(2, 2), (3, 3)],
     ),
+    "jsd": Loss(
+        tested=[
+            {"temperature": 1.0, "beta": 0.5},
+            {"temperature": 2.5, "beta": 0.1, "t_squared": False},
+            {"temperature": 1.0, "beta": 0.0},
+            {"temperature": 2.5, "beta": 1.0},
+            {"temperature": 3.0, "beta": 0.7, "kd_weight": 0.5, "ce_weight": 0.7,
+             "label_smoothing": 0.1},
+        ],
+        defaults={"temperature": 1.0, "t_squared": True, "beta": 0.5},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        drawn={"beta": (0.0, 0.1, 0.5, 0.9, 1.0)},
+        module="JSDLoss",
+        lacking=lambda o: o["beta"] == 1,
+        bounded=lambda o: 0 < o["beta"] < 1,
+        target=False,
+        grows=_log_ratio,
+        exponentials=[(2, 2), (3, 3)],
+    ),
+    "skew_kl": Loss(
+        tested=[
+            {"temperature": 1.0, "alpha": 0.1},
+            {"temperature": 2.5, "alpha": 0.9, "ce_weight": 0.7},
+            {"temperature": 2.5, "alpha": 0.0, "t_squared": False},
+            {"temperature": 1.0, "alpha": 1.0},
+        ],
+        defaults={"temperature": 1.0, "t_squared": True, "alpha": 0.1},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        drawn={"alpha": (0.0, 0.1, 0.5, 0.9, 1.0)},
+        module="SkewKLLoss",
+        bounded=lambda o: o["alpha"] > 0,
+        target=False,
+        grows=_log_ratio,
+        exponentials=[(2, 2), (3, 3)],
+    ),
+    "skew_reverse_kl": Loss(
+        tested=[
+            {"temperature": 1.0, "alpha": 0.1},
+            {"temperature": 2.5, "alpha": 0.3, "detach_mixture": True},
+            {"temperature": 2.5, "alpha": 0.0, "t_squared": False, "ce_weight": 0.7},
+            {"temperature": 1.0, "alpha": 1.0},
+        ],
+        defaults={"temperature": 1.0, "t_squared": True, "alpha": 0.1, "detach_mixture": False},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        drawn={"alpha": (0.0, 0.1, 0.5, 0.9, 1.0), "detach_mixture": (False, True)},
+        module="SkewReverseKLLoss",
+        lacking=lambda o: o["alpha"] == 0,
+        bounded=lambda o: o["alpha"] > 0,
+        target=False,
+        held=lambda o: o["detach_mixture"],
+        grows=_log_ratio,
+        exponentials=[(2, 2), (3, 3)],
+    ),
+    "tvd": Loss(
+        tested=[
+            {"temperature": 1.0},
+            {"temperature": 2.5, "t_squared": True, "ce_weight": 0.7},
+        ],
+        defaults={"temperature": 1.0, "t_squared": False},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        module="TVDLoss",
+        bounded=lambda o: True,
+        target=False,
+        exponentials=[(2, 2), (3, 3)],
+    ),
     "cross_entropy": Loss(
         tested=[
             {},
@@ -287,6 +357,10 @@ class Case:
     @property
     def lacking(self) -> bool:
         return self.facts.lacking(self.all_options)
+
+    @property
+    def bounded(self) -> bool:
+        return self.facts.bounded(self.all_options)
 
     @property
     def temperature(self) -> float:

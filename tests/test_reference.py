@@ -177,6 +177,31 @@ def author_mixed_kl(s, t, y, temperature, t_squared, ratio):
     return gain(temperature, t_squared) * (ratio * kl(q, p) + (1 - ratio) * kl(p, q))
 
 
+def author_jsd(s, t, y, temperature, t_squared, beta):
+    """TRL: the formula is switched at the ends."""
+    p, q = probabilities(s, temperature), probabilities(t, temperature)
+    if beta in (0, 1):
+        return gain(temperature, t_squared) * (kl(p, q) if beta else kl(q, p))
+    m = beta * q + (1 - beta) * p
+    return gain(temperature, t_squared) * (beta * kl(q, m) + (1 - beta) * kl(p, m))
+
+
+def author_skew_kl(s, t, y, temperature, t_squared, alpha):
+    p, q = probabilities(s, temperature), probabilities(t, temperature)
+    return gain(temperature, t_squared) * kl(q, alpha * q + (1 - alpha) * p)
+
+
+def author_skew_reverse_kl(s, t, y, temperature, t_squared, alpha, detach_mixture):
+    p, q = probabilities(s, temperature), probabilities(t, temperature)
+    m = alpha * (p.detach() if detach_mixture else p) + (1 - alpha) * q
+    return gain(temperature, t_squared) * kl(p, m)
+
+
+def author_tvd(s, t, y, temperature, t_squared):
+    p, q = probabilities(s, temperature), probabilities(t, temperature)
+    return gain(temperature, t_squared) * (p - q).abs().sum(1) / 2
+
+
 def author_cross_entropy(s, t, y, label_smoothing, z_weight):
     ce = torch.nn.functional.cross_entropy(s, y, reduction="none", label_smoothing=label_smoothing)
     return ce + z_weight * s.exp().sum(1).log() ** 2
