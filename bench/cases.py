@@ -42,7 +42,7 @@ class Spec:
     title: str
     eager: Loss
     # kdkernels' function with the parameters of `eager`: (student, teacher, target, **options).
-    fused: Callable[..., Tensor] | None  # None: there is none yet
+    fused: Callable[..., Tensor]
     plain: Loss | None = None  # the fastest plain formula; None: that is `eager`
     tensors: int = 2  # of logits that it reads: the teacher's or not
     exponentials: int = 2  # of a pair of logits; a logarithm counts as one
@@ -71,9 +71,38 @@ LOSSES: dict[str, Spec] = {
         exponentials=1,
         coupled=True,
     ),
-    # What kdkernels does not have yet: the floor that all losses share, and what LLM trainers use.
-    "ce": Spec("CE", eager.cross_entropy, None, tensors=1, exponentials=1),
-    "jsd": Spec("JSD", eager.jsd, None, exponentials=3, target=False),
+    # The floor that all losses share, and what trainers of language models use, at T = 1.
+    "ce": Spec(
+        "CE",
+        eager.cross_entropy,
+        partial(_no_teacher, kdkernels.cross_entropy_loss),
+        tensors=1,
+        exponentials=1,
+    ),
+    "reverse_kl": Spec(
+        "reverse KL", eager.reverse_kl, kdkernels.reverse_kl_loss, plain.reverse_kl, target=False
+    ),
+    "mixed_kl": Spec(
+        "mixed KL", eager.mixed_kl, kdkernels.mixed_kl_loss, plain.mixed_kl, target=False
+    ),
+    "tvd": Spec("TVD", eager.tvd, kdkernels.tvd_loss, target=False),
+    "skew_kl": Spec(
+        "skew KL",
+        eager.skew_kl,
+        kdkernels.skew_kl_loss,
+        plain.skew_kl,
+        exponentials=3,
+        target=False,
+    ),
+    "skew_reverse_kl": Spec(
+        "skew reverse KL",
+        eager.skew_reverse_kl,
+        kdkernels.skew_reverse_kl_loss,
+        plain.skew_reverse_kl,
+        exponentials=3,
+        target=False,
+    ),
+    "jsd": Spec("JSD", eager.jsd, kdkernels.jsd_loss, plain.jsd, exponentials=3, target=False),
 }
 
 
@@ -182,6 +211,7 @@ def dense(*shapes: tuple[int, int]) -> list[tuple[int, int, str]]:
 
 
 OURS = ("kd", "dkd", "nkd", "aekt", "kd_ce", "tf_nkd")
+OF_LANGUAGE_MODELS = ("reverse_kl", "mixed_kl", "tvd", "skew_kl", "skew_reverse_kl", "jsd")
 # What each kernel of the CUDA backend is for, in bfloat16 on an H200: csrc/cuda/plan.h.
 REGIMES = [
     *dense((65536, 10)),  # lanes: 8
@@ -217,7 +247,7 @@ def _default(device: str) -> list[Case]:
         large = dense((4096, 128256))
         # torch.compile takes seconds for every case, so that most of them are without it.
         cases = [
-            *grid(("kd", "dkd", "nkd", "ce", "jsd"), large, ["bfloat16"]),
+            *grid(("kd", "dkd", "nkd", "ce", *OF_LANGUAGE_MODELS), large, ["bfloat16"]),
             *grid(("kd",), dense((4096, 32000), (1024, 1000), (4096, 100)), ["bfloat16"]),
             *grid(("kd",), REGIMES, ["bfloat16"], providers=uncompiled),
             *grid(("dkd", "nkd"), dense((1024, 1000), (4096, 100)), ["bfloat16"]),
@@ -238,7 +268,8 @@ def _default(device: str) -> list[Case]:
             *grid(("kd", "nkd"), more, ["float32"], providers=uncompiled),
             *grid(("kd",), large[1:] + small[:1], ["float32"], DIRECTIONS, uncompiled),
             *grid(("kd",), large[1:], ["float32"], providers=uncompiled, ignored=(50, 90)),
-            *grid(("jsd", "ce"), large[1:] + small[:1], ["float32"]),
+            *grid((*OF_LANGUAGE_MODELS, "ce"), large + small[:1], ["float32"]),
+            *grid(OF_LANGUAGE_MODELS, large[:1], ["bfloat16"]),
         ]
     # A case that stands in two lists is measured once, where it comes first.
     seen: dict[Case, Case] = {}
@@ -297,8 +328,8 @@ def truth(
 ) -> tuple[Tensor, Tensor, list[int]]:
     """In float64: the mean over the rows that count, the gradient of some rows, and those rows.
 
-    kdkernels' reference, which its tests hold against the papers' formulas, or what is published
-    where kdkernels has no such loss. Gradients are those of `checked_rows` and of ignored rows.
+    kdkernels' reference, which its tests hold against the papers' formulas. Gradients are those of
+    `checked_rows` and of ignored rows.
     """
     counted = (target != IGNORED).nonzero().flatten()
     if len(counted) < len(target):
@@ -309,18 +340,12 @@ def truth(
     spec, rows = LOSSES[loss], len(target)
     step = max(1, CHUNK // student.shape[1])
     chunks = [slice(start, start + step) for start in range(0, rows, step)]
-    function = spec.eager
-    if spec.fused is not None:
-        options = {"backend": "reference"}
-        if spec.coupled:
-            options["mean_confidence"] = (
-                sum(
-                    student[part].double().softmax(1).gather(1, target[part, None]).sum()
-                    for part in chunks
-                )
-                / rows
-            )
-        function = partial(spec.fused, **options)
+    function = partial(spec.fused, backend="reference")
+    if spec.coupled:
+        confidences = (
+            student[part].double().softmax(1).gather(1, target[part, None]) for part in chunks
+        )
+        function = partial(function, mean_confidence=sum(x.sum() for x in confidences) / rows)
     with torch.no_grad():
         total = sum(
             function(student[part].double(), teacher[part].double(), target[part])

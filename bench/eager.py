@@ -2,8 +2,9 @@
 
 Written anew from the published formulations, operation for operation, so that time and memory are
 those of the code people run today: megvii-research/mdistiller (KD, DKD), yzd-v/cls_KD (NKD in its
-final form, tf-NKD) and huggingface/trl (generalised JSD). No code of AEKT was found; `aekt` is what
-kdkernels' derived default costs when it is built on mdistiller's DKD.
+final form, tf-NKD), huggingface/trl (generalised JSD), pytorch/torchtune (reverse and symmetric KL)
+and jongwooko/distillm (skew KL, skew reverse KL, total variation). No code of AEKT was found;
+`aekt` is what kdkernels' derived default costs when it is built on mdistiller's DKD.
 
 These are baselines, not a reference. They keep on purpose what the originals do badly: logarithms
 of probabilities that may be 0, a mask of -1000, one full tensor per step.
@@ -57,6 +58,39 @@ def jsd(student: Tensor, teacher: Tensor, target: Tensor, beta: float = 0.5) -> 
     from_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
     from_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
     return (beta * from_teacher + (1.0 - beta) * from_student).sum() / student.shape[0]
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """torchtune's reverse KL at T = 1, KL(p || q)."""
+    p = F.softmax(_upcast(student), dim=1)
+    log_p, log_q = F.log_softmax(_upcast(student), dim=1), F.log_softmax(_upcast(teacher), dim=1)
+    return -(p * log_q - p * log_p).sum(1).mean()
+
+
+def mixed_kl(student: Tensor, teacher: Tensor, target: Tensor, ratio: float = 0.5) -> Tensor:
+    """torchtune's symmetric KL at T = 1, each direction from softmaxes of its own."""
+    forward = kd(student, teacher, target, temperature=1.0)
+    return ratio * forward + (1.0 - ratio) * reverse_kl(student, teacher, target)
+
+
+def skew_kl(student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 0.1) -> Tensor:
+    """DistiLLM's skew KL at T = 1, with the teacher's entropy, which it leaves out."""
+    p, q = F.softmax(_upcast(student), dim=1), F.softmax(_upcast(teacher), dim=1)
+    log_m = (alpha * q + (1.0 - alpha) * p).log()
+    return (q * F.log_softmax(_upcast(teacher), dim=1) - q * log_m).sum(1).mean()
+
+
+def skew_reverse_kl(student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 0.1) -> Tensor:
+    """DistiLLM's skew reverse KL at T = 1."""
+    p, q = F.softmax(_upcast(student), dim=1), F.softmax(_upcast(teacher), dim=1)
+    log_m = ((1.0 - alpha) * q + alpha * p).log()
+    return -(p * log_m - p * F.log_softmax(_upcast(student), dim=1)).sum(1).mean()
+
+
+def tvd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """DistiLLM's total variation distance at T = 1."""
+    p, q = F.softmax(_upcast(student), dim=1), F.softmax(_upcast(teacher), dim=1)
+    return 0.5 * (p - q).abs().sum(1).mean()
 
 
 def _mask(logits: Tensor, target: Tensor, at_target: bool) -> Tensor:

@@ -89,3 +89,41 @@ def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5) ->
     explicit = -b * log_c
     rest = (-torch.linalg.vecdot(q, log_p) - explicit) / (1.0 - b) + torch.log1p(-log_c.exp())
     return (explicit + gamma * rest).mean()
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """KL(p || q) at T = 1."""
+    log_p, log_q = _log_softmaxes(student, teacher, 1.0)
+    return _divergence(log_q, log_p).mean()
+
+
+def mixed_kl(student: Tensor, teacher: Tensor, target: Tensor, ratio: float = 0.5) -> Tensor:
+    """Both directions in one product: sum of (ratio q - (1 - ratio) p) log(q / p)."""
+    log_p, log_q = _log_softmaxes(student, teacher, 1.0)
+    weights = torch.lerp(-log_p.exp(), log_q.exp(), ratio)
+    return torch.linalg.vecdot(weights, log_q - log_p).mean()
+
+
+def _mixed(student: Tensor, teacher: Tensor, of_teacher: float) -> tuple[Tensor, ...]:
+    """log p, log q, log m with m = of_teacher q + (1 - of_teacher) p, at T = 1."""
+    log_p, log_q = _log_softmaxes(student, teacher, 1.0)
+    return log_p, log_q, torch.lerp(log_p.exp(), log_q.exp(), of_teacher).log()
+
+
+def jsd(student: Tensor, teacher: Tensor, target: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(q || m) + (1 - beta) KL(p || m), the mixture m taken of probabilities."""
+    log_p, log_q, log_m = _mixed(student, teacher, beta)
+    to_teacher, to_student = _divergence(log_m, log_q), _divergence(log_m, log_p)
+    return (beta * to_teacher + (1.0 - beta) * to_student).mean()
+
+
+def skew_kl(student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(q || m) with m = alpha q + (1 - alpha) p."""
+    _, log_q, log_m = _mixed(student, teacher, alpha)
+    return _divergence(log_m, log_q).mean()
+
+
+def skew_reverse_kl(student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(p || m) with m = alpha p + (1 - alpha) q."""
+    log_p, _, log_m = _mixed(student, teacher, 1.0 - alpha)
+    return _divergence(log_m, log_p).mean()

@@ -40,8 +40,6 @@ def missing(name: str, case: Case, device: str) -> str | None:
     if name in PEERS:
         return PEERS[name].missing(torch.device(device))
     if name in FUSED:
-        if case.spec.fused is None:
-            return f"kdkernels has no {case.spec.title} yet"
         state = kdkernels.backends()[name]
         return None if state.available else state.reason
     return None
@@ -58,7 +56,6 @@ def build(name: str, case: Case) -> Loss:
             loss = _of_counted_rows(loss)
         return torch.compile(loss, dynamic=False) if name in COMPILED else loss
     fused = case.spec.fused
-    assert fused is not None
 
     def mean(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         known = target if case.takes_target else None

@@ -296,9 +296,7 @@ def speed(reports: dict[str, Report]) -> str:
     parts = []
     for folder, report in headline(reports).items():
         results = Results(report["records"])
-        cases = [
-            x for x in results.by_case if x.direction == "both" and x.spec.fused and not x.ignored
-        ]
+        cases = [x for x in results.by_case if x.direction == "both" and not x.ignored]
         names = [x for x in providers.FUSED if any(x in results.by_case[c] for c in cases)]
         for name in names:
             # The shapes at which most losses were measured.
@@ -325,8 +323,8 @@ def limits() -> str:
     rows = []
     for name, spec in LOSSES.items():
         passes = [Case(name, 1, 1, direction=x).passes for x in DIRECTIONS]
-        rows.append([spec.title, *passes, spec.exponentials, "yes" if spec.fused else "not yet"])
-    header = ["loss", *(f"NV, {x}" for x in DIRECTIONS), "exponentials per pair", "in kdkernels"]
+        rows.append([spec.title, *passes, spec.exponentials])
+    header = ["loss", *(f"NV, {x}" for x in DIRECTIONS), "exponentials per pair"]
     return markdown(header, rows)
 
 
