@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <sstream>
 #include <string>
@@ -57,8 +58,7 @@ py::dict losses() {
   return out;
 }
 
-// What a call of a loss sums, by a name that only serves comparison: calls of one name share their kernels.
-std::string sums(const std::string& loss, const std::vector<double>& params) {
+kd::Problem call_of(const std::string& loss, const std::vector<double>& params) {
   int number = 0;
   while (number < kd::Losses::size && loss != kd::Losses::facts[number].name) ++number;
   if (number == kd::Losses::size) throw py::value_error("loss: unknown name '" + loss + "'");
@@ -66,7 +66,70 @@ std::string sums(const std::string& loss, const std::vector<double>& params) {
   if (static_cast<int>(params.size()) != facts.params) throw py::value_error("params: wrong number");
   kd::Problem p;
   p.set_loss(number, facts, params.data());
-  return kd::Losses::chosen(p, [](auto tag) { return typeid(typename decltype(tag)::type::Sums).name(); });
+  return p;
+}
+
+// What a call of a loss sums, by a name that only serves comparison: calls of one name share their kernels.
+std::string sums(const std::string& loss, const std::vector<double>& params) {
+  return kd::Losses::chosen(call_of(loss, params),
+                            [](auto tag) { return typeid(typename decltype(tag)::type::Sums).name(); });
+}
+
+// The contract of `Sums` (stats.h) on one row, once relative to the pivots `to` and once relative to `from` and moved:
+// pairs that must agree. numbers: random ones, for coefficients and for what opens a second round.
+template <class Sums>
+py::dict algebra_of(const kd::Problem& p, const std::vector<double>& s, const std::vector<double>& t,
+                    const std::vector<double>& from, const std::vector<double>& to,
+                    const std::vector<double>& numbers) {
+  const kd::Chosen<double> chosen(p);
+  const auto& scales = chosen.template scales<Sums>();
+  const kd::Pivots<double> a = {from[0], from[1]}, b = {to[0], to[1]};
+  typename Sums::template Stats<double> there = {}, here = {};
+  typename Sums::template Coef<double> coef = {}, rebased;
+  for (int k = 0; k < Sums::coefs; ++k) coef.c[k] = numbers[k];
+  rebased = coef;
+  Sums::template rebase<double>(scales, rebased, b, a);
+  std::vector<double> gradient, gradient_moved;
+  std::vector<std::vector<double>> refined, refined_moved;
+  for (size_t i = 0; i < s.size(); ++i) {
+    const auto x = Sums::template exps<double>(scales, s[i] - a.s, t[i] - a.t);
+    const auto y = Sums::template exps<double>(scales, s[i] - b.s, t[i] - b.t);
+    Sums::template add<double>(there, x);
+    Sums::template add<double>(here, y);
+    gradient.push_back(Sums::template gradient<double>(y.e, coef.c));
+    gradient_moved.push_back(Sums::template gradient<double>(x.e, rebased.c));
+    if constexpr (Sums::refined > 0) {
+      const auto refine = [&](const double* kept, bool move, std::vector<std::vector<double>>& out) {
+        kd::Multipliers<double, Sums::kept> opening;
+        double e[Sums::kept], more[Sums::refined] = {};
+        for (int k = 0; k < Sums::kept; ++k) opening.c[k] = std::fabs(numbers[k]);
+        for (int k = 0; k < Sums::kept; ++k) e[k] = kept[k];
+        if (move) Sums::template rebase<double>(scales, opening, b, a);
+        Sums::template refine<double>(scales, e, opening, more);
+        out.emplace_back(e, e + Sums::kept);
+        out.back().insert(out.back().end(), more, more + Sums::refined);
+      };
+      refine(y.e, false, refined);
+      refine(x.e, true, refined_moved);
+    }
+  }
+  const auto moved = Sums::template moved_to<double>(scales, there, a, b);
+  py::dict out;
+  out["stats"] = py::make_tuple(std::vector<double>(here.v, here.v + Sums::count),
+                                std::vector<double>(moved.v, moved.v + Sums::count));
+  out["gradient"] = py::make_tuple(gradient, gradient_moved);
+  if (Sums::refined) out["refined"] = py::make_tuple(refined, refined_moved);
+  return out;
+}
+
+py::dict algebra(const std::string& loss, const std::vector<double>& params, const std::vector<double>& s,
+                 const std::vector<double>& t, const std::vector<double>& from, const std::vector<double>& to,
+                 const std::vector<double>& numbers) {
+  if (s.size() != t.size() || from.size() != 2 || to.size() != 2 || numbers.size() < 16)
+    throw py::value_error("two rows of one length, two pivots each, 16 numbers");
+  const kd::Problem p = call_of(loss, params);
+  return kd::Losses::chosen(
+      p, [&](auto tag) { return algebra_of<typename decltype(tag)::type::Sums>(p, s, t, from, to, numbers); });
 }
 
 // The regime for contiguous logits, or for logits with the class dimension in the middle.
@@ -141,6 +204,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("isas", &isas, "Instruction sets built in and supported by this processor, best last.");
   m.def("losses", &losses, "The C++ list of losses: name -> what LossFacts says.");
   m.def("sums", &sums, py::arg("loss"), py::arg("params"), "What a call sums: calls of one name share their kernels.");
+  m.def("algebra", &algebra, py::arg("loss"), py::arg("params"), py::arg("student"), py::arg("teacher"),
+        py::arg("from"), py::arg("to"), py::arg("numbers"),
+        "Statistics, gradients and refined classes of a row, relative to pivots, and moved there from others.");
   m.def("plan", &plan, py::arg("isa"), py::arg("rows"), py::arg("classes"), py::arg("class_strided") = false,
         "The regime the planner picks.");
   m.def(

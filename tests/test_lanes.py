@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import assert_same
+from cases import KERNEL_CASES, Case, assert_same
 from numpy.typing import NDArray
 
 from kdkernels import ops
@@ -83,6 +83,30 @@ def test_sizes(size: int, isa: str) -> None:
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match=r"isa: 'mmx'.*allowed: baseline"):
         _host.exp2_f32("mmx", np.zeros(1, np.float32))
+
+
+# ---- the algebra of sums --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_coefficients_move_against_what_is_kept(case: Case, generator: torch.Generator) -> None:
+    """Sums relative to one pair of pivots are those relative to another, moved; `rebase` of
+    coefficients, and of what opens a second round, is the transpose of how a class moves.
+    """
+    for _ in range(20):
+        name, params = case.operator
+        student, teacher = (3 * torch.randn(7, generator=generator).double() for _ in range(2))
+        student[0] = teacher[0] = teacher[1] = -torch.inf
+        pivots = [(10 * torch.randn(2, generator=generator)).tolist() for _ in range(2)]
+        numbers = torch.randn(16, generator=generator).tolist()
+        found = _host.algebra(
+            name, list(params), student.tolist(), teacher.tolist(), *pivots, numbers
+        )
+        assert set(found) == {"stats", "gradient"} | ({"refined"} if case.rounds == 2 else set())
+        for what, (here, moved) in found.items():
+            size = float(np.abs(here).max())
+            assert size > 0, what
+            np.testing.assert_allclose(moved, here, rtol=1e-11, atol=1e-13 * size, err_msg=what)
 
 
 # ---- 16-bit logits --------------------------------------------------------------------------

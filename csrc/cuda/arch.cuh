@@ -9,6 +9,7 @@
 #define KD_EXP2F kd::arch::exp2
 #define KD_LOG2F log2f
 #define KD_UNROLL
+#define KD_ROLL
 #include "../stored.h"
 
 namespace kd {
@@ -62,6 +63,7 @@ inline uint32_t funnel(uint32_t low, uint32_t high, int shift) {
 #define KD_LOG2F kd::arch::log2
 #define KD_RECIPROCALF kd::arch::reciprocal
 #define KD_UNROLL _Pragma("unroll")
+#define KD_ROLL _Pragma("unroll 1")
 
 namespace kd {
 namespace arch {

@@ -627,6 +627,7 @@ part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
       KD_UNROLL
       for (int k = 0; k < Sums::refined; ++k) {
         S sum_of_lane = 0;
+        KD_ROLL
         for (int n = rank; n < a.parts; n += 32)
           sum_of_lane += arch::load(a.part_refined + (in_wave * a.parts + n) * kMostRefined + k);
         stats.v[Sums::count + k] = lanes_sum<32>(sum_of_lane);
@@ -682,7 +683,9 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
       for (int64_t c = 0; g_row && c < a.classes; ++c) fs.put(g_row, c * g_step, 0);
       continue;
     }
-    constexpr int kChunk = 64;  // classes that are summed before the sum joins the others: rounding stays small
+    // Classes that are summed before the sum joins the others: rounding stays small. The second round makes differences
+    // of what it divides by the sums.
+    constexpr int kChunk = Sums::refined ? 16 : 64;
     // Classes c .. c + U, the target and what is behind the last one at -inf.
     const auto fetch = [&](int64_t c, S(&s)[U], S(&t)[U]) {
       KD_UNROLL

@@ -3,6 +3,7 @@
 
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "aekt.h"
 #include "cross_entropy.h"
@@ -21,6 +22,19 @@ struct Tag {
   using type = Loss;
 };
 
+// A loss `As` which another one is computed, from what that one's own parameters become there: numbers(own, to). Else
+// the loss itself.
+template <class Loss, class = void>
+struct ComputedAs {
+  using type = Loss;
+};
+template <class Loss>
+struct ComputedAs<Loss, std::void_t<typename Loss::As>> {
+  using type = typename Loss::As;
+};
+template <class Loss>
+using As = typename ComputedAs<Loss>::type;
+
 // A loss, built for every kind of call that it has: the plain one first, then those that serve what it does not. A call
 // is taken by the last one that serves it.
 template <class Plain, class... Others>
@@ -34,6 +48,9 @@ struct Variants {
   static auto chosen(const Problem& p, Use use) {
     return pick<Plain, Others...>(p, use);
   }
+  // Whether one of them is computed as this loss.
+  template <class Loss>
+  static constexpr bool computed_as = (std::is_same_v<As<Plain>, Loss> || ... || std::is_same_v<As<Others>, Loss>);
 
  private:
   template <class Loss, class... Rest, class Use>
@@ -45,9 +62,10 @@ struct Variants {
 };
 template <template <Variant> class Loss, Variant... kMore>
 using Of = Variants<Loss<Variant::plain>, Loss<kMore>...>;
-// Those of two rounds, and what they are where their mixture is one of the two.
-template <template <Variant> class Loss, template <Variant> class Limit>
-using Mixture = Variants<Loss<Variant::plain>, Loss<Variant::smooth>, Limit<Variant::plain>, Limit<Variant::smooth>>;
+// Mixtures, and what they are where they are one of the two.
+template <template <Variant> class Loss>
+using OfMixture = Variants<Loss<Variant::plain>, Loss<Variant::smooth>, AtAnEnd<Loss<Variant::plain>, Variant::plain>,
+                           AtAnEnd<Loss<Variant::smooth>, Variant::smooth>>;
 
 // Losses, each with its variants. The place of one in the list is its number.
 template <class... Entries>
@@ -60,6 +78,13 @@ struct List {
   static auto chosen(const Problem& p, Use use) {
     return pick<Entries...>(p.loss, p, use);
   }
+  // The first entry with a variant that is computed so.
+  template <class Loss>
+  static constexpr int first() {
+    int at = 0, found = -1;
+    ((found = found < 0 && Entries::template computed_as<Loss> ? at : found, ++at), ...);
+    return found;
+  }
 
  private:
   template <class Entry, class... Rest, class Use>
@@ -70,29 +95,34 @@ struct List {
   }
 };
 
-using Losses =
-    List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
-         Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
-         Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>, Of<MixedKl, Variant::smooth>,
-         Of<Tvd, Variant::smooth>, Mixture<Jsd, JsdLimit>, Mixture<SkewKl, SkewKlLimit>,
-         Mixture<SkewReverseKl, SkewReverseKlLimit>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
+using Losses = List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
+                    Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
+                    Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>,
+                    Of<MixedKl, Variant::smooth>, Of<Tvd, Variant::smooth>, OfMixture<Jsd>, OfMixture<SkewKl>,
+                    OfMixture<SkewReverseKl>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
 
 // The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So
-// losses that sum alike share their kernels.
+// losses that sum alike share their kernels, and those that are computed alike their code.
 template <class S>
 class Chosen {
  public:
   int outputs = 1;
 
   Chosen() = default;
-  explicit Chosen(const Problem& p) : outputs(Losses::facts[p.loss].outputs), number_(p.loss) {
+  explicit Chosen(const Problem& p) : outputs(Losses::facts[p.loss].outputs) {
     Losses::chosen(p, [&](auto tag) {
-      using Params = typename decltype(tag)::type::template Params<S>;
-      using OwnScales = typename decltype(tag)::type::Sums::template Scales<S>;
+      using Loss = typename decltype(tag)::type;
+      using Params = typename As<Loss>::template Params<S>;
+      using OwnScales = typename Loss::Sums::template Scales<S>;
       static_assert(sizeof(Params) <= kRoom, "room for every loss's parameters");
       static_assert(std::is_trivially_copyable_v<Params>, "they are copied to the device");
       static_assert(std::is_base_of_v<OwnScales, Params>, "they begin with the scales");
-      scales_ = *new (params_) Params(p.params);
+      double params[kMaxParams];
+      for (int i = 0; i < kMaxParams; ++i) params[i] = p.params[i];
+      if constexpr (!std::is_same_v<As<Loss>, Loss>)
+        Loss::numbers(Params::own(p.params), params + (Params::own(p.params) - p.params));
+      number_ = Losses::first<As<Loss>>();
+      scales_ = *new (params_) Params(params);
     });
   }
 
@@ -109,29 +139,33 @@ class Chosen {
   template <class Sums, class V, class Stats, class Coef>
   KD_FN void finish(const Stats& stats, const Pivots<V>& pivots, V s_y, V t_y, const V* upstream, V* values,
                     Coef& coef) const {
-    in_list<Sums>(Tag<Losses>(), number_, stats, pivots, s_y, t_y, upstream, values, coef);
+    in_list<Sums>(Tag<Losses>(), std::make_integer_sequence<int, Losses::size>(), stats, pivots, s_y, t_y, upstream,
+                  values, coef);
   }
 
  private:
-  template <class Sums, class... Entries, class... Arguments>
-  KD_FN void in_list(Tag<List<Entries...>>, int number, Arguments&&... arguments) const {
+  template <class Sums, class... Entries, int... kNumbers, class... Arguments>
+  KD_FN void in_list(Tag<List<Entries...>>, std::integer_sequence<int, kNumbers...>, Arguments&&... arguments) const {
     // Where one loss alone sums so, nothing is asked.
-    constexpr bool kAlone = (users<Sums>(Tag<Entries>()) + ...) == 1;
-    ((kAlone || number-- == 0 ? in_variants<Sums>(Tag<Entries>(), arguments...) : void()), ...);
+    constexpr bool kAlone = (users<Sums, kNumbers>(Tag<Entries>()) + ...) == 1;
+    ((kAlone || number_ == kNumbers ? in_variants<Sums, kNumbers>(Tag<Entries>(), arguments...) : void()), ...);
   }
-  template <class Sums, class... Losses>
-  static constexpr KD_FN int users(Tag<Variants<Losses...>>) {
-    return (std::is_same_v<typename Losses::Sums, Sums> + ...);
+  template <class Sums, int kNumber, class... Variant>
+  static constexpr KD_FN int users(Tag<Variants<Variant...>>) {
+    return (is_user<Sums, kNumber, Variant> + ...);
   }
-  template <class Sums, class... Losses, class... Arguments>
-  KD_FN void in_variants(Tag<Variants<Losses...>>, Arguments&&... arguments) const {
-    (in_one<Sums, Losses>(arguments...), ...);
+  template <class Sums, int kNumber, class... Variant, class... Arguments>
+  KD_FN void in_variants(Tag<Variants<Variant...>>, Arguments&&... arguments) const {
+    (in_one<Sums, kNumber, As<Variant>>(arguments...), ...);
   }
-  template <class Sums, class Loss, class... Arguments>
+  template <class Sums, int kNumber, class Loss, class... Arguments>
   KD_FN void in_one(Arguments&&... arguments) const {
-    if constexpr (std::is_same_v<typename Loss::Sums, Sums>)
+    if constexpr (is_user<Sums, kNumber, Loss>)
       Loss::finish(*reinterpret_cast<const typename Loss::template Params<S>*>(params_), arguments...);
   }
+  template <class Sums, int kNumber, class Loss>
+  static constexpr bool is_user =
+      std::is_same_v<typename Loss::Sums, Sums> && Losses::template first<As<Loss>>() == kNumber;
 
   static constexpr size_t kRoom = 104;
   int number_ = 0;

@@ -6,7 +6,7 @@
 KD_NAMESPACE_BEGIN
 
 template <Variant kVariant>
-struct MixedKl : ReverseLoss<MixedKl<kVariant>, kVariant, true> {
+struct MixedKl : ReverseLoss<kVariant, true> {
   static constexpr const char* name = "mixed_kl";
   static constexpr int outputs = 1, param_count = PairParams<double>::count + 1;
   static constexpr bool needs_target = false;

@@ -114,7 +114,7 @@ struct ReverseSums : Kept<2 + kForward + (kVariant == Variant::smooth), kVariant
 };
 
 // T^2 (ratio KL(q || p) + (1 - ratio) KL(p || q)); without kForward the ratio is 0.
-template <class Loss, Variant kVariant, bool kForward>
+template <Variant kVariant, bool kForward>
 struct ReverseLoss : ReverseSums<kVariant, kForward> {
   using Sums = ReverseSums<kVariant, kForward>;
   static constexpr bool has_temperature = true;

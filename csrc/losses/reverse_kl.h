@@ -7,7 +7,7 @@
 KD_NAMESPACE_BEGIN
 
 template <Variant kVariant>
-struct ReverseKl : ReverseLoss<ReverseKl<kVariant>, kVariant, false> {
+struct ReverseKl : ReverseLoss<kVariant, false> {
   static constexpr const char* name = "reverse_kl";
   static constexpr int outputs = 1, param_count = PairParams<double>::count;
   static constexpr bool needs_target = false;

@@ -8,7 +8,8 @@
 //   others'
 //                 p h): nothing cancels where p_y is near 1
 //
-// A form brings at(p, q, d = p - q) -> value and score. A constant in the score counts for nothing: H takes it away.
+// A form brings at(p, q, d = p - q) -> value and score, and crowded (stats.h). A constant in the score counts for
+// nothing: H takes it away.
 #pragma once
 
 #include "mixed_kl.h"
@@ -29,6 +30,7 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
   using Scales = typename Form::template Scales<S>;
   static constexpr int count = kSmooth ? 5 : 2;
   static constexpr int held = Base::kept + 1;  // beside them what opens the second round, and its sums
+  static constexpr bool crowded = kSmooth || Form::crowded;
   enum { sum_s, sum_t, sum_s1, value = count, score };
   static constexpr int at_one = kSmooth ? sum_s1 : sum_s, kept_at_one = kSmooth ? 2 : 0;
 
@@ -109,21 +111,20 @@ struct ScoreLoss : ScoreSums<Form, kVariant> {
   template <class Params, class V>
   static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
                            V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
-    const V t = Ops<V>::splat(params.temperature), kd_weight = Ops<V>::splat(params.kd_weight),
-            gain = Ops<V>::splat(params.gain), relative = s_y - usable(pivots.s);
+    const V t = Ops<V>::splat(params.temperature), weight = Ops<V>::splat(params.gained),
+            relative = s_y - usable(pivots.s);
     const Split<V> p = Split<V>::of(relative, params.temperature, a.v[Sums::sum_s]);
     const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, a.v[Sums::sum_t]);
     V value, h;
     Form::at(params, p.p, q.p, difference(p, q), value, h);
-    const V distillation = t * (t * (a.v[Sums::value] + value)) * gain,
-            g = upstream[0] * Ops<V>::splat(params.gained) * t;
+    const V distillation = t * (t * (a.v[Sums::value] + value)), g = upstream[0] * weight * t;
     for (V& c : coef.c) c = lit<V>(0);
     coef.c[0] = -g * (a.v[Sums::score] + p.p * h);
     coef.c[1] = g;
     coef.y = g * p.p * (p.rest * h - a.v[Sums::score]);
-    loss[0] = weighted(kd_weight, distillation);
+    loss[0] = weighted(weight, distillation);
     if constexpr (Sums::smooth) {
-      loss[1] = distillation;
+      loss[1] = distillation * Ops<V>::splat(params.gain);
       add_cross_entropy<Sums, false>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
     }
   }
@@ -131,6 +132,7 @@ struct ScoreLoss : ScoreSums<Form, kVariant> {
 
 // |p - q| / 2.
 struct TvdForm {
+  static constexpr bool crowded = false;
   template <class S>
   using Scales = kd::KD_ISA::Scales<S>;
   template <class V>
@@ -145,17 +147,18 @@ struct TvdForm {
 // What is summed is A (q log(q / m) - q + m) + B (p log(p / m) - p + m): the additions sum to 0 over a row, and every
 // class is positive then, and of second order in p - q.
 struct MixtureForm {
+  static constexpr bool crowded = true;  // by its numbers
   template <class S>
   struct Scales : kd::KD_ISA::Scales<S> {
     S a, b, A, B, D, E;
-    KD_FN Scales(double t, double teacher, double student, double of_q, double of_p, double ratio)
+    KD_FN Scales(double t, const double* x)
         : kd::KD_ISA::Scales<S>(t),
-          a(static_cast<S>(teacher)),
-          b(static_cast<S>(student)),
-          A(static_cast<S>(of_q * kLn2)),
-          B(static_cast<S>(of_p * kLn2)),
-          D(static_cast<S>(ratio)),
-          E(static_cast<S>(of_p * teacher - of_q * student)) {}
+          a(static_cast<S>(x[0])),
+          b(static_cast<S>(x[1])),
+          A(static_cast<S>(x[2] * kLn2)),
+          B(static_cast<S>(x[3] * kLn2)),
+          D(static_cast<S>(x[4])),
+          E(static_cast<S>(x[3] * x[0] - x[2] * x[1])) {}
   };
   template <class V>
   static KD_FN void at(const Scales<ScalarOf<V>>& x, V p, V q, V d, V& value, V& h) {
@@ -181,90 +184,77 @@ struct Tvd : ScoreLoss<TvdForm, kVariant> {
   using Params = PairParams<S>;
 };
 
-// The parameters of a mixture: Loss says which one, of the mixture's parameter.
-template <class Loss, class S>
-struct MixtureParams : PairParams<S, MixtureForm::Scales<S>> {
-  using Base = PairParams<S, MixtureForm::Scales<S>>;
-  explicit KD_FN MixtureParams(const double* p) : Base(p, Loss::template mixture<S>(p[0], Base::own(p))) {}
-};
-
-// What a mixture is at an end of its parameter: KL in one direction. Loss says whether it is there, and the ratio of
-// forward KL.
-template <class Loss, Variant kVariant>
-struct MixtureLimit : MixedKl<kVariant> {
-  static constexpr int param_count = Loss::param_count;
-  static bool serves(const double* p, bool parts) {
-    return Loss::ends(PairParams<double>::own(p)) && pair_serves<kVariant, false>(p, parts);
+// What all mixtures compute, from these numbers (MixtureForm). A loss says what they are.
+template <Variant kVariant>
+struct Mixture : ScoreLoss<MixtureForm, kVariant> {
+  static void set(double* to, double a, double b, double of_q, double of_p, double ratio) {
+    const double numbers[] = {a, b, of_q, of_p, ratio};
+    for (int i = 0; i < 5; ++i) to[i] = numbers[i];
   }
+  using As = Mixture;
   template <class S>
-  struct Params : PairParams<S> {
-    S ratio;
-    explicit KD_FN Params(const double* p)
-        : PairParams<S>(p), ratio(static_cast<S>(Loss::forward(PairParams<double>::own(p)))) {}
+  struct Params : PairParams<S, MixtureForm::Scales<S>> {
+    using Base = PairParams<S, MixtureForm::Scales<S>>;
+    explicit KD_FN Params(const double* p) : Base(p, MixtureForm::Scales<S>(p[0], Base::own(p))) {}
   };
 };
 
 // Generalised Jensen-Shannon divergence: T^2 (beta KL(q || m) + (1 - beta) KL(p || m)), m = beta q + (1 - beta) p. GKD,
 // arXiv 2306.13649. Where beta is 0 or 1 it is KL in one direction.
 template <Variant kVariant>
-struct Jsd : ScoreLoss<MixtureForm, kVariant> {
+struct Jsd : Mixture<kVariant> {
   static constexpr const char* name = "jsd";
   static constexpr int outputs = 1, param_count = PairParams<double>::count + 1;
   static constexpr bool needs_target = false;
 
-  template <class S>
-  using Params = MixtureParams<Jsd, S>;
-  template <class S>
-  static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
+  static void numbers(const double* own, double* to) {
     const double beta = own[0];
-    return {t, beta, 1 - beta, beta, 1 - beta, 0};
+    Mixture<kVariant>::set(to, beta, 1 - beta, beta, 1 - beta, 0);
   }
   static bool ends(const double* own) { return own[0] == 0 || own[0] == 1; }
-  static KD_FN double forward(const double* own) { return 1 - own[0]; }
+  static double forward(const double* own) { return 1 - own[0]; }
 };
 
 // Skew KL: T^2 KL(q || alpha q + (1 - alpha) p). DistiLLM, arXiv 2402.03898.
 template <Variant kVariant>
-struct SkewKl : ScoreLoss<MixtureForm, kVariant> {
+struct SkewKl : Mixture<kVariant> {
   static constexpr const char* name = "skew_kl";
   static constexpr int outputs = 1, param_count = PairParams<double>::count + 1;
   static constexpr bool needs_target = false;
 
-  template <class S>
-  using Params = MixtureParams<SkewKl, S>;
-  template <class S>
-  static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
+  static void numbers(const double* own, double* to) {
     const double alpha = own[0];
-    return {t, alpha, 1 - alpha, 1, 0, alpha - 1};
+    Mixture<kVariant>::set(to, alpha, 1 - alpha, 1, 0, alpha - 1);
   }
   static bool ends(const double* own) { return own[0] == 0; }
-  static KD_FN double forward(const double*) { return 1; }
+  static double forward(const double*) { return 1; }
 };
 
 // Skew reverse KL: T^2 KL(p || alpha p + (1 - alpha) q), the mixture differentiated or not. DistiLLM, arXiv 2402.03898,
 // and DistiLLM-2, arXiv 2503.07067, which does not.
 template <Variant kVariant>
-struct SkewReverseKl : ScoreLoss<MixtureForm, kVariant> {
+struct SkewReverseKl : Mixture<kVariant> {
   static constexpr const char* name = "skew_reverse_kl";
   static constexpr int outputs = 1, param_count = PairParams<double>::count + 2;
   static constexpr bool needs_target = false;
 
-  template <class S>
-  using Params = MixtureParams<SkewReverseKl, S>;
-  template <class S>
-  static KD_FN MixtureForm::Scales<S> mixture(double t, const double* own) {
+  static void numbers(const double* own, double* to) {
     const double alpha = own[0];
-    return {t, 1 - alpha, alpha, 0, 1, own[1] != 0 ? 0 : 1 - alpha};
+    Mixture<kVariant>::set(to, 1 - alpha, alpha, 0, 1, own[1] != 0 ? 0 : 1 - alpha);
   }
   static bool ends(const double* own) { return own[0] == 0; }
-  static KD_FN double forward(const double*) { return 0; }
+  static double forward(const double*) { return 0; }
 };
 
-template <Variant kVariant>
-using JsdLimit = MixtureLimit<Jsd<kVariant>, kVariant>;
-template <Variant kVariant>
-using SkewKlLimit = MixtureLimit<SkewKl<kVariant>, kVariant>;
-template <Variant kVariant>
-using SkewReverseKlLimit = MixtureLimit<SkewReverseKl<kVariant>, kVariant>;
+// What they are at an end of their parameter: KL in one direction.
+template <class Loss, Variant kVariant>
+struct AtAnEnd : MixedKl<kVariant> {
+  static constexpr int param_count = Loss::param_count;
+  static bool serves(const double* p, bool parts) {
+    return Loss::ends(PairParams<double>::own(p)) && pair_serves<kVariant, false>(p, parts);
+  }
+  using As = MixedKl<kVariant>;
+  static void numbers(const double* own, double* to) { to[0] = Loss::forward(own); }
+};
 
 KD_NAMESPACE_END
