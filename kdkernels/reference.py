@@ -566,7 +566,8 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, alpha: Number) -> Tensor:
     neither = (log_a == _NEG_INF) & (log_b == _NEG_INF)
     largest = torch.where(neither, 0.0, torch.maximum(log_a, log_b)).detach()
     sum_ = alpha * (log_a - largest).exp() + (1 - alpha) * (log_b - largest).exp()
-    nothing = sum_ == 0  # then it has the gradient of what it is made of
+    # Then it has the gradient of what it is made of. 1 / sum_ must not overflow.
+    nothing = sum_ < torch.finfo(sum_.dtype).tiny
     none = torch.where(alpha == 0, log_b, log_a)
     return torch.where(nothing, none, largest + torch.where(nothing, 1.0, sum_).log())
 

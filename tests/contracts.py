@@ -261,6 +261,30 @@ def check_that_extreme_temperatures_give_numbers(
         agree_with_reference(case, *make_inputs("normal", 3, classes), backend)
 
 
+def check_digits_near_the_teacher(
+    case: Case, classes: int, backend: str, variants: Variants, with_target: bool,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    """A divergence is of second order there; at equal logits it is 0, and so is its gradient."""
+    student, _, target = make_inputs("normal", 3, classes, generator=generator)
+    given = target if with_target else None
+    teacher = student + 1e-3 * torch.randn(student.shape, generator=generator)
+    exact = (student.double(), teacher.double(), given)
+    truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
+    allowed = 1e-3 * truth_gradient.abs().amax(-1, keepdim=True).expand_as(truth_gradient)
+    if case.facts.kinked:  # the sign of what rounding hides
+        ones = torch.ones_like(truth)
+        allowed = allowed + gradient_tolerance(
+            case, truth_gradient, student, teacher, given, ones, F32
+        )
+    for variant in variants():
+        value, gradient = evaluate(case.rows, student, student, given, backend=backend)
+        assert not value.any() and not gradient.any(), variant
+        value, gradient = evaluate(case.rows, student, teacher, given, backend=backend)
+        assert_within(value, truth, truth, 1e-3 * truth, f"value, {variant}")
+        assert_within(gradient, truth_gradient, truth_gradient, allowed, f"gradient, {variant}")
+
+
 LARGE_TEMPERATURES = (33.0, 100.0, 1e4)
 
 

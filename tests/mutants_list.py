@@ -775,8 +775,8 @@ MUTANTS = [
     Mutant(
         "cpu-pivot-of-the-other-tensor",
         "csrc/cpu/row.h",
-        "Pivots<double>{tile_pivots[i].s, tile_pivots[i].t}",
-        "Pivots<double>{tile_pivots[i].s, tile_pivots[i].s}",
+        "pivots,\n                           Pivots<double>{tile_pivots[i].s, tile_pivots[i].t}",
+        "pivots,\n                           Pivots<double>{tile_pivots[i].s, tile_pivots[i].s}",
         "the teacher's exponentials of a tile are rebased by the student's pivot",
     ),
     Mutant(
@@ -881,8 +881,8 @@ MUTANTS = [
     Mutant(
         "cuda-missing-barrier-of-one-warp",
         "csrc/cuda/row.cuh",
-        "  if (arch::threads() == 32) arch::sync_block();",
-        "  if (arch::threads() < 32) arch::sync_block();",
+        "  if (arch::threads() == 32) arch::sync_block();  //",
+        "  if (arch::threads() < 32) arch::sync_block();  //",
         "a warp's results of a row are overwritten by the next row's before all have read them",
     ),
     Mutant(
@@ -895,8 +895,8 @@ MUTANTS = [
     Mutant(
         "cuda-last-stride-not-written",
         "csrc/cuda/kernels.cuh",
-        "for (int n = (at.count + U * size - 1) / (U * size) - 1; n >= 0; --n)",
-        "for (int n = at.count / (U * size) - 1; n >= 0; --n)",
+        "const int strides = (at.count + U * size - 1) / (U * size);",
+        "const int strides = at.count / (U * size);",
         "off by one: vectors that do not fill a stride have no gradient",
     ),
     Mutant(
@@ -951,8 +951,8 @@ MUTANTS = [
     Mutant(
         "cuda-one-message-slot",
         "csrc/cuda/cluster.cuh",
-        "      slot ^= 1;\n",
-        "",
+        "\n      slot ^= 1;\n",
+        "\n",
         "a block that is one row ahead overwrites messages that a peer still reads",
     ),
     Mutant(
@@ -1000,8 +1000,8 @@ MUTANTS = [
     Mutant(
         "cuda-scratch-of-floats",
         "csrc/cuda/run.h",
-        "plan.wave * plan.parts * kStatsWidth * (c.problem.computes_in_double() ? 8 : 4)",
-        "plan.wave * plan.parts * kStatsWidth * 4",
+        "plan.wave * plan.parts * width * (c.problem.computes_in_double() ? 8 : 4)",
+        "plan.wave * plan.parts * width * 4",
         "statistics in double get half the scratch they need",
     ),
     Mutant(
@@ -1028,15 +1028,15 @@ MUTANTS = [
     Mutant(
         "cpu-smoothing-counts-masked-classes",
         "csrc/stats.h",
-        "v[kCount - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(kShare));",
-        "v[kCount - 1] += lit<V>(kShare);",
+        "v[kEnd - 1] += select(ds == -infinity<V>(), lit<V>(0), lit<V>(kShare));",
+        "v[kEnd - 1] += lit<V>(kShare);",
         "label smoothing spreads over the classes at -inf, too",
     ),
     Mutant(
         "cpu-smoothing-without-the-shift",
         "csrc/stats.h",
-        "out[kCount - 2] = v[kCount - 1] * ds + v[kCount - 2];",
-        "out[kCount - 2] = v[kCount - 2];",
+        "out[kEnd - 2] = v[kEnd - 1] * ds + v[kEnd - 2];",
+        "out[kEnd - 2] = v[kEnd - 2];",
         "the sum of logits keeps the old pivot",
     ),
     Mutant(
@@ -1108,5 +1108,82 @@ MUTANTS = [
         "    if kind in _warned:",
         "    if torch.compiler.is_compiling() or kind in _warned:",
         "no warning under torch.compile",
+    ),
+    Mutant(
+        "cpu-refined-by-the-rows-pivots",
+        "csrc/cpu/row.h",
+        "refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(c),",
+        "refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(opening),",
+        "what opens the second round is not moved to the tile's pivots",
+    ),
+    Mutant(
+        "cpu-score-of-the-target-whole",
+        "csrc/losses/score.h",
+        "coef.y = g * p.p * (p.rest * h - a.v[Sums::score]);",
+        "coef.y = g * p.p * (h - a.v[Sums::score]);",
+        "the mean of the score leaves the target out",
+    ),
+    Mutant(
+        "cpu-mixture-of-first-order",
+        "csrc/losses/score.h",
+        " - x.E * d;",
+        ";",
+        "near the teacher the classes' terms cancel",
+    ),
+    Mutant(
+        "cpu-mixture-logarithms-far",
+        "csrc/cpu/simd.h",
+        "const VecF f = exponent == 0 ? z : m;",
+        "const VecF f = m;",
+        "the logarithm of a rounded quotient",
+    ),
+    Mutant(
+        "cpu-jsd-at-its-limit",
+        "csrc/losses/score.h",
+        "static bool ends(const double* own) { return own[0] == 0 || own[0] == 1; }",
+        "static bool ends(const double* own) { return own[0] == 0; }",
+        "the mixture's formula tends to 0 where beta is 1",
+    ),
+    Mutant(
+        "cuda-refined-of-one-part",
+        "csrc/cuda/kernels.cuh",
+        "sum_of_lane += arch::load(a.part_refined",
+        "sum_of_lane = arch::load(a.part_refined",
+        "of more than 32 parts the last ones count alone",
+    ),
+    Mutant(
+        "cuda-refined-edges-left-out",
+        "csrc/cuda/kernels.cuh",
+        "if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, slope, sums);",
+        "",
+        "the edges of a row are in no part's second round",
+    ),
+    Mutant(
+        "cuda-exchanges-share-a-slot",
+        "csrc/cuda/cluster.cuh",
+        "c.exchange(slot ^ 1, slot ? parity ^ 1 : parity, sums);",
+        "c.exchange(slot, parity, sums);",
+        "the sums of the second round meet in the first one's messages",
+    ),
+    Mutant(
+        "triton-score-of-the-target-whole",
+        "triton_kernels/score.py",
+        "y = c * p[2] * (p[3] * h - score)",
+        "y = c * p[2] * (h - score)",
+        "the mean of the score leaves the target out",
+    ),
+    Mutant(
+        "triton-logarithm-of-a-sum",
+        "triton_kernels/score.py",
+        "z * near,",
+        "tl.log(1.0 + z),",
+        "the logarithm of a rounded sum",
+    ),
+    Mutant(
+        "python-mixture-without-a-class",
+        "kdkernels/reference.py",
+        "none = torch.where(alpha == 0, log_b, log_a)",
+        "none = _NEG_INF * torch.ones_like(log_a)",
+        "a student without a class learns nothing of it",
     ),
 ]

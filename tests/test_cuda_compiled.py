@@ -1,6 +1,7 @@
 """The CUDA kernels as nvcc compiled them, without a device: registers, accesses, exponentials.
 
-By default of the build at hand, for sm_90. `make gate` compiles anew, for KDKERNELS_GATE_ARCHS.
+By default of the build at hand, for sm_90. `make gate` compiles anew, for KDKERNELS_GATE_ARCHS,
+each of which may name the types of logits, those of setup.py's KD_TYPES: "80:f32+bf16 100".
 
     python tests/test_cuda_compiled.py [80 90 100]    a table; with architectures, compiles for them
 """
@@ -33,7 +34,7 @@ CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "gate"
 MAIN = "90"
 BUILT = "built"
-GATE = re.findall(r"\w+", os.environ.get("KDKERNELS_GATE_ARCHS", "80,90,100"))
+GATE = re.findall(r"\w+(?::[\w+]+)?", os.environ.get("KDKERNELS_GATE_ARCHS", "80,90,100"))
 
 
 # ---- facts of the sources -------------------------------------------------------------------
@@ -68,9 +69,11 @@ LANES, MIDDLE, MANY_MOST, FEW_MOST = map(
 FEW_ROWS = [(x, FEW_CLASSES) for x in (LANES, MIDDLE, FEW_MOST)]
 MANY_ROWS = [(x, MANY_CLASSES) for x in sorted({LANES, MIDDLE, MANY_MOST})]
 MANY_KEPT = int(fact(PLAN, r"many = x\.kept < (\d+)"))
-BY_FEATURES = r"return \(kept > 3 \? (\d+) : kept > 2 \? (\d+) : (\d+)\) - "
+BY_FEATURES = r"\(kept > 3 \? (\d+) : kept > 2 \? (\d+) : (\d+)\) - "
 *KEPT, LESS_OF_FOUR = map(int, facts(PLAN, BY_FEATURES + r"\(vector == 4 \? (\d+) : 0\)"))
-*CLUSTER, CLUSTER_LESS = map(int, facts(PLAN, BY_FEATURES + r"(\d+) \* less"))
+*CLUSTER, CLUSTER_LESS, CLUSTER_LEAST = map(
+    int, facts(PLAN, BY_FEATURES + r"(\d+) \* less; return classes < (\d+)")
+)
 STAGED_MOST, STAGED_CROWDED, STAGED = map(
     int, facts(PLAN, r"staged_threads\(int kept\) \{ return kept > (\d) \? (\d+) : (\d+);")
 )
@@ -80,10 +83,14 @@ FEWER_CLASSES = int(
 )
 FEWER_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ >= (\d+) constexpr bool kFewer")) // 10
 CLUSTERS_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ < (\d+) constexpr bool kHas")) // 10
-UNROLL_WIDE, UNROLL_SKEWED, UNROLL = map(
-    int, facts(KERNELS, r"int U = F::wide \? (\d+) : kSkewed \? (\d+) : (\d+);")
+# By rounds, less for those of two.
+BY_ROUNDS = r"\(?Sums::refined \? (\d+) : (\d+)\)?"
+UNROLL_WIDE, *UNROLLS = map(
+    int, facts(KERNELS, rf"int U = F::wide \? (\d+) : kSkewed \? {BY_ROUNDS} : {BY_ROUNDS};")
 )
+UNROLL_SKEWED, UNROLL = UNROLLS[1::-1], UNROLLS[:1:-1]
 PART_WIDE, PART = map(int, facts(KERNELS, r"int kPartUnroll = F::wide \? (\d+) : (\d+);"))
+REFINED_LESS = int(fact(KERNELS, r"int U = kPartUnroll<F> / (\d+);"))
 STRIDED_WIDE, STRIDED = map(int, facts(KERNELS, r"int U = F::wide \? (\d+) : (\d+);"))
 
 
@@ -97,11 +104,16 @@ class Sums:
     kept: int  # those of them that its gradient needs
     finish: int  # at most, per row, by all losses that sum so; of float kernels
     crowded: bool = False  # as Sums::crowded
+    logarithms: int = -1  # of a class, in the second round; -1: there is none
     features: int = 0  # as Sums::held, where it is not the number of exponentials kept
 
     @property
     def held(self) -> int:
         return self.features or self.kept
+
+    @property
+    def rounds(self) -> int:
+        return 1 if self.logarithms < 0 else 2
 
     def room(self, by_features: list[int]) -> int:
         """Of the classes that a thread has room for with 4, 3 and 2 features."""
@@ -125,10 +137,20 @@ SUMS = {
     "ReverseSums<0,1>": Sums(2, 2, 2, 11, features=4),
     "ReverseSums<2,0>": Sums(2, 3, 2, 11, crowded=True, features=4),
     "ReverseSums<2,1>": Sums(2, 3, 3, 11, crowded=True, features=5),
+    "TvdSums<0>": Sums(2, 2, 2, 11, logarithms=0, features=3),
+    "TvdSums<2>": Sums(2, 3, 3, 11, logarithms=0, crowded=True, features=4),
+    "MixtureSums<0>": Sums(2, 2, 2, 11, logarithms=2, crowded=True, features=3),
+    "MixtureSums<2>": Sums(2, 3, 3, 11, logarithms=2, crowded=True, features=4),
 }
-PARTS = ("part_stats", "part_gradient")
+PARTS = ("part_stats", "part_refined", "part_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
-FORMATS = ("Format<float>", "Format<F16>", "Format<BF16>", "AnyFormat<float>", "AnyFormat<double>")
+FORMATS = {
+    "f32": "Format<float>",
+    "f16": "Format<F16>",
+    "bf16": "Format<BF16>",
+    "mixed": "AnyFormat<float>",
+    "f64": "AnyFormat<double>",
+}
 BYTES = {"float": 4, "F16": 2, "BF16": 2, "double": 8}
 
 
@@ -194,10 +216,13 @@ class Kernel:
         if self.name == "cluster":  # that registers hold
             less = FEWER_CLASSES if int(self.arch) >= FEWER_FROM else self.wide
             less += SUMS[self.sums].crowded
-            return (SUMS[self.sums].room(CLUSTER) - CLUSTER_LESS * less) // self.vector
+            classes = SUMS[self.sums].room(CLUSTER) - CLUSTER_LESS * less
+            return max(classes, CLUSTER_LEAST) // self.vector
         if self.name in PARTS:
-            return PART_WIDE if self.wide else PART
-        return UNROLL_WIDE if self.wide else UNROLL_SKEWED if self.skewed else UNROLL
+            each = PART_WIDE if self.wide else PART
+            return each // REFINED_LESS if self.name == "part_refined" else each
+        unroll = UNROLL_SKEWED if self.skewed else UNROLL
+        return UNROLL_WIDE if self.wide else unroll[SUMS[self.sums].rounds - 1]
 
     @property
     def empty(self) -> bool:
@@ -217,11 +242,14 @@ class Kernel:
         return self.vectors * self.vector + (0 if self.name == "cluster" else self.edges)
 
 
-def expected() -> set[Kernel]:
+def expected(source: str) -> set[Kernel]:
+    """What is compiled for "80", "80:f32+bf16", or in the build at hand."""
     found = {Kernel("count")}
+    forms = [FORMATS[x] for x in types_of(source)]
     for sums, facts in SUMS.items():
-        for form in FORMATS:
-            found |= {Kernel(name, sums, form) for name in ("strided", "sweeps", *PARTS)}
+        for form in forms:
+            parts = PARTS if facts.rounds == 2 else PARTS[::2]
+            found |= {Kernel(name, sums, form) for name in ("strided", "sweeps", *parts)}
             if form != "AnyFormat<double>":
                 found.add(Kernel("cluster", sums, form))
             if form.startswith("Any"):
@@ -230,14 +258,25 @@ def expected() -> set[Kernel]:
             found |= {Kernel(name, sums, form, skewed=False) for name in ("sweeps", "cluster")}
             few = FEW_ROWS + (MANY_ROWS if facts.held < MANY_KEPT else [])
             found |= {Kernel("few", sums, form, *x) for x in few}
-    for data in ("float", "F16", "BF16"):
-        found |= {Kernel("scale", "", f"{data}, {x}") for x in ("float", "double")}
-    return found | {Kernel("scale", "", "double, double")}
+    for form in forms:
+        data = form.removeprefix("Any").removeprefix("Format<").removesuffix(">")
+        factors = ("double",) if form.startswith("Any") else ("float", "double")
+        data = "double" if form.startswith("Any") else data
+        found |= {Kernel("scale", "", f"{data}, {x}") for x in factors}
+    return found
+
+
+def types_of(source: str) -> list[str]:
+    _, _, types = source.partition(":")
+    chosen = types.split("+") if types else KD_TYPES
+    assert set(chosen) <= set(KD_TYPES), f"KDKERNELS_GATE_ARCHS: {source}; types: {KD_TYPES}"
+    return chosen
 
 
 MANGLED = re.compile(
     r"_ZN2kd\d+\w+?4cuda\d+(?P<name>[a-z_]+)I"
-    r"(?:NS0_\d+(?P<sums>(?:Student|Pair|Reverse)SumsILNS_7VariantE\dE(?:Lb\dE)?E)E)?"
+    r"(?:NS0_\d+(?P<sums>(?:Student|Pair|Reverse|Score)SumsI(?:NS0_\d+(?P<form>\w+)FormE)?"
+    r"LNS_7VariantE\dE(?:Lb\dE)?E)E)?"
     r"(?:NS\d_\d+(?P<format>Format|AnyFormat)I(?:NS0_)?(?P<type>f|d|3F16|4BF16)E?EE)?"
     r"(?:(?:NS0_)?(?P<data>f|d|3F16E|4BF16E)(?P<factor>[fd])E)?"
     r"(?:Li(?P<number>\d+)E(?:Li(?P<classes>\d+)E)?)?(?:Lb(?P<skewed>\d)E)?"
@@ -250,6 +289,7 @@ def kernel(mangled: str) -> Kernel:
     types = {short: name for name, short in TYPES.items()}
     numbers = ",".join(re.findall(r"(?:Variant|Lb)E?(\d)E", x["sums"] or ""))
     sums = re.sub(r"I.*", f"<{numbers}>", x["sums"] or "")
+    sums = sums.replace("Score", x["form"] or "")
     form = f"{x['format']}<{types[x['type']]}>" if x["format"] else ""
     if x["data"]:
         form = f"{types[x['data'].removesuffix('E')]}, {types[x['factor']]}"
@@ -399,7 +439,8 @@ def compile_cuda(nvcc: list[str], arch: str, source: str, out: Path, *flags: str
     assert done.returncode == 0 and "warning" not in said.lower(), said[-4000:]
 
 
-def compiled(arch: str) -> list[Kernel]:
+def compiled(source: str) -> list[Kernel]:
+    arch, types = source.partition(":")[0], types_of(source)
     nvcc = find_nvcc()
     tools()
     known_to(nvcc, arch)
@@ -409,7 +450,7 @@ def compiled(arch: str) -> list[Kernel]:
 
     def make() -> list[Kernel]:
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-            paths = [Path(folder, f"{x}.cubin") for x in KD_TYPES]
+            paths = [Path(folder, f"{x}.cubin") for x in types]
             jobs = [
                 pool.submit(
                     compile_cuda,
@@ -426,7 +467,8 @@ def compiled(arch: str) -> list[Kernel]:
                 job.result()
             return read_cubins(paths, arch)
 
-    key = digest(*text, flags, output(*nvcc, "--version"), os.environ.get("NVCC_APPEND_FLAGS", ""))
+    appended = os.environ.get("NVCC_APPEND_FLAGS", "")
+    key = digest(*text, flags, output(*nvcc, "--version"), appended, *types)
     return cached(f"sm_{arch}-{key}", make)
 
 
@@ -505,9 +547,9 @@ def logits_read(x: Kernel) -> int:
         return 0
     if x.name == "cluster":  # all logits come by the copy engine
         return 0
-    if x.name == "strided":  # the row twice, some classes at a time, and the target
-        return SUMS[x.sums].tensors * (2 * x.pairs + 1)
-    reads = 2 if x.name in ("sweeps", "staged") else 1
+    if x.name == "strided":  # the row in each round and for the gradient, and the target
+        return SUMS[x.sums].tensors * ((1 + SUMS[x.sums].rounds) * x.pairs + 1)
+    reads = 1 + SUMS[x.sums].rounds if x.name in ("sweeps", "staged") else 1
     target = 0 if x.name == "part_stats" else 1
     return SUMS[x.sums].tensors * (reads * x.edges + target)
 
@@ -565,8 +607,8 @@ def vector_loads(x: Kernel) -> Iterator[str]:
     else:
         alike = x.name in ("few", "block") or not x.skewed
         granules = x.granules if alike else x.granules + 1
-        # Of sweeps, both. part_gradient: before the row is finished, and in its loop.
-        sweeps = 2 if x.name in ("sweeps", "part_gradient") else 1
+        # Of sweeps, all. part_gradient: before the row is finished, and in its loop.
+        sweeps = {"sweeps": 1 + SUMS[x.sums].rounds, "part_gradient": 2}.get(x.name, 1)
         wanted = sweeps * SUMS[x.sums].tensors * x.vectors * granules
     if loads != wanted:
         yield f"{loads} loads of 16 bytes, not {wanted}"
@@ -575,7 +617,7 @@ def vector_loads(x: Kernel) -> Iterator[str]:
 def vector_stores(x: Kernel) -> Iterator[str]:
     stores = x.count(r"STG\.E\..*\b128\b.*")
     halves = x.count(r"STG\.E\.[US]16.*")
-    if x.name in ("count", "strided", "part_stats") or x.empty:
+    if x.name in ("count", "strided", "part_stats", "part_refined") or x.empty:
         wanted = 0
     elif x.name == "cluster":  # of what is kept, of the rest, and zeros
         wanted = x.granules * (x.vectors + 2)
@@ -598,12 +640,13 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
     """(exponentials of a pair, most of the row beside), as they stand in the code."""
     s = SUMS[x.sums]
     moves = 1 + x.vectors + 2  # an edge, vectors, merges of the lanes and of the warps
+    again = s.rounds * s.kept  # where nothing is kept: for a second round, and for the gradient
     if x.name == "few":
         return s.exps, s.finish
     if x.name == "cluster":
         # What is kept: those of the sums alone. Beside it the rest, once per sweep, an edge, the
         # merges of warps and of blocks, and coefficients moved to a warp's pivots.
-        rest = x.vector * (s.exps + s.kept)
+        rest = x.vector * (s.exps + again)
         return s.exps, rest + 7 * s.exps + s.kept + s.finish
     if x.name == "block":  # forward and, from saved statistics, backward: two pieces of code
         return s.exps + s.kept, 2 * s.exps + s.kept + s.finish
@@ -613,9 +656,11 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
         # The merge of the warps stands there twice: ptxas has code of its own for the case that
         # the warp, of which the others have returned, has diverged (BRA.DIV). It never runs.
         return s.exps, (moves + 1) * s.exps
+    if x.name == "part_refined":
+        return s.kept, 13 * s.exps + s.finish
     if x.name == "strided":
-        return s.exps + s.kept, 3 * s.exps + s.finish
-    return s.exps + s.kept, moves * s.exps + s.finish
+        return s.exps + again, 3 * s.exps + s.finish
+    return s.exps + again, moves * s.exps + s.finish
 
 
 def exponentials(x: Kernel) -> Iterator[str]:
@@ -657,9 +702,10 @@ def opcodes(x: Kernel) -> Iterator[str]:
         yield f"{double}"
 
 
-def test_every_kernel_is_there(kernels):
-    assert set(map(str, kernels)) == set(map(str, expected()))
-    assert len(kernels) == len(expected())
+def test_every_kernel_is_there(kernels, request):
+    wanted = expected(request.node.callspec.params["kernels"])
+    assert set(map(str, kernels)) == set(map(str, wanted))
+    assert len(kernels) == len(wanted)
 
 
 def test_no_kernel_spills_registers(kernels):

@@ -32,6 +32,7 @@ from cases import (
     MAIN_KERNEL_CASES,
     MAIN_SCALARS,
     OPERATORS,
+    PRECISE_CASES,
     SCALAR_CASES,
     SOME,
     USUAL,
@@ -47,6 +48,7 @@ from contracts import (
     Reduction,
     Variants,
     check_a_weight_of_0,
+    check_digits_near_the_teacher,
     check_infinite_logits,
     check_operators,
     check_reduction,
@@ -324,6 +326,13 @@ def test_infinite_logits(
 ) -> None:
     for _ in one(regime, seed)():
         check_infinite_logits(case, pattern, classes, "cuda", generator)
+
+
+@pairwise(case=PRECISE_CASES, regime=[*REGIMES], with_target=[True, False])
+def test_digits_near_the_teacher(
+    case: Case, regime: str, with_target: bool, generator: torch.Generator
+) -> None:
+    check_digits_near_the_teacher(case, 70, "cuda", one(regime, 0), with_target, generator)
 
 
 @pairwise(regime=[*REGIMES], gap=[20.0, 60.0, 120.0, 200.0], temperature=[1.0, 3.0])

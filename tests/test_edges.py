@@ -20,7 +20,9 @@ from cases import (
     IGNORED,
     INF,
     KINDS,
+    PRECISE_CASES,
     SCALAR_CASES,
+    USUAL,
     Case,
     assert_same,
     evaluate,
@@ -34,6 +36,7 @@ from contracts import (
     PATTERNS,
     agree_with_reference,
     check_a_weight_of_0,
+    check_digits_near_the_teacher,
     check_infinite_logits,
     check_large_temperatures,
     check_saturated_target_of_dkd,
@@ -270,6 +273,26 @@ def test_divergence_is_not_negative(
         bound = value_tolerance(case, torch.zeros(30), student, teacher, F32)
         assert (value >= -bound).all()
         assert (bound < 1e-3 * case.weight * case.temperature**2).all()
+
+
+@needs_cpu
+@pytest.mark.parametrize("with_target", [True, False])
+@pytest.mark.parametrize("case", PRECISE_CASES, ids=str)
+def test_digits_near_the_teacher(
+    case: Case, with_target: bool, isa: str, generator: torch.Generator
+) -> None:
+    for classes in (10, 1000, 5000):
+        variants = partial(iter, [isa])
+        check_digits_near_the_teacher(case, classes, "cpu", variants, with_target, generator)
+
+
+@pytest.mark.parametrize("loss", ["skew_kl", "skew_reverse_kl"])
+def test_a_mixture_that_is_the_distribution_itself(loss: str, backend: str) -> None:
+    """The loss is 0 then."""
+    case = USUAL[loss].having(alpha=1.0)
+    value, gradient = evaluate(case.rows, *make_inputs("normal", 5, 9), backend=backend)
+    torch.testing.assert_close(value, torch.zeros(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradient, torch.zeros(5, 9), rtol=0, atol=1e-6)
 
 
 # ---- saturated target -----------------------------------------------------------------------

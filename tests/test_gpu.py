@@ -792,7 +792,9 @@ def test_launches_of_a_mean(
     student, teacher, target = inputs_on_device("normal", *shape, BF16)
     student.requires_grad_(with_gradient)
     names = kernels_of(lambda: case(student, teacher, target, backend=cuda_backend), tmp_path)
-    assert our_kernels(names) == kernels, names
+    first = kernels.index("part_stats") + 1 if "part_stats" in kernels else 0
+    refined = ["part_refined"] if first and case.rounds == 2 else []
+    assert our_kernels(names) == [*kernels[:first], *refined, *kernels[first:]], names
 
 
 @pytest.mark.parametrize("shape", REGIMES.values(), ids=REGIMES)

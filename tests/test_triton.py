@@ -32,6 +32,7 @@ from cases import (
     MAIN_KERNEL_CASES,
     MAIN_SCALARS,
     OPERATORS,
+    PRECISE_CASES,
     SCALAR_CASES,
     SOME,
     USUAL,
@@ -48,6 +49,7 @@ from contracts import (
     Reduction,
     Variants,
     check_a_weight_of_0,
+    check_digits_near_the_teacher,
     check_infinite_logits,
     check_operators,
     check_reduction,
@@ -291,24 +293,12 @@ def test_infinite_logits(case: Case, pattern: str, regime: str, generator: torch
         check_infinite_logits(case, pattern, 9, "triton", generator)
 
 
-@pairwise(
-    name=["jsd", "skew_kl", "skew_reverse_kl", "tvd"], regime=REGIMES, with_target=[True, False]
-)
-def test_losses_of_two_rounds_keep_their_digits_near_the_teacher(
-    name: str, regime: str, with_target: bool, generator: torch.Generator
+@pairwise(case=PRECISE_CASES, regime=REGIMES, with_target=[True, False])
+def test_digits_near_the_teacher(
+    case: Case, regime: str, with_target: bool, generator: torch.Generator
 ) -> None:
-    """They are of second order there, and exactly 0 with a gradient of 0 at equal logits."""
-    student, _, target = make_inputs("normal", 2, 70, F32, generator)
-    noise = 1e-3 * torch.randn(student.shape, generator=generator)
-    given = target if with_target else None
-    for _ in in_regime(regime):
-        value, gradient = evaluate(USUAL[name].rows, student, student, given, backend="triton")
-        assert not value.any() and not gradient.any()
-        teacher = student + noise
-        value, _ = evaluate(USUAL[name].rows, student, teacher, given, backend="triton")
-        exact = (student.double(), teacher.double(), given)
-        truth, _ = evaluate(USUAL[name].rows, *exact, backend="reference")
-        torch.testing.assert_close(value, truth, rtol=1e-3, atol=0, check_dtype=False)
+    variants = partial(in_regime, regime)
+    check_digits_near_the_teacher(case, 70, "triton", variants, with_target, generator)
 
 
 @pairwise(regime=REGIMES, gap=[20.0, 60.0, 120.0, 200.0], temperature=[1.0, 3.0])
