@@ -29,7 +29,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from kdkernels.triton_kernels import launch
+from kdkernels.triton_kernels import launch, planner
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 PATH = os.pathsep.join([str(TOOLS), os.environ.get("PATH", "")])
@@ -53,7 +53,7 @@ def pretend(name: str, ctas: int) -> None:
             get_current_stream=lambda device: 0,
         )
     )
-    launch._device = lambda device: launch.Device(multiprocessors=132, ctas=ctas)
+    launch.device_of = lambda device: planner.Device(multiprocessors=132, ctas=ctas)
 
 
 # ---- calls ----------------------------------------------------------------------------------

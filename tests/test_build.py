@@ -421,7 +421,7 @@ def test_a_wheel_fits_every_python(checkout, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert [x for x in names if x.endswith(".so")] == ["kdkernels/_C.abi3.so"]
-    assert {"kdkernels/_build.json", "kdkernels/triton_kernels/row.py"} < set(names)
+    assert {"kdkernels/_build.json", "kdkernels/triton_kernels/kernels.py"} < set(names)
 
 
 @needs_compiler

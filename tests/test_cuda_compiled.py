@@ -138,9 +138,9 @@ SUMS = {
     "ReverseSums<2,0>": Sums(2, 3, 2, 11, crowded=True, features=4),
     "ReverseSums<2,1>": Sums(2, 3, 3, 11, crowded=True, features=5),
     "TvdSums<0>": Sums(2, 2, 2, 11, logarithms=0, features=3),
-    "TvdSums<2>": Sums(2, 3, 3, 11, logarithms=0, crowded=True, features=4),
+    "TvdSums<2>": Sums(2, 3, 3, 15, logarithms=0, crowded=True, features=4),
     "MixtureSums<0>": Sums(2, 2, 2, 11, logarithms=2, crowded=True, features=3),
-    "MixtureSums<2>": Sums(2, 3, 3, 11, logarithms=2, crowded=True, features=4),
+    "MixtureSums<2>": Sums(2, 3, 3, 15, logarithms=2, crowded=True, features=4),
 }
 PARTS = ("part_stats", "part_refined", "part_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
@@ -649,7 +649,8 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
         rest = x.vector * (s.exps + again)
         return s.exps, rest + 7 * s.exps + s.kept + s.finish
     if x.name == "block":  # forward and, from saved statistics, backward: two pieces of code
-        return s.exps + s.kept, 2 * s.exps + s.kept + s.finish
+        opening = 2 * s.tensors if s.rounds == 2 else 0
+        return s.exps + s.kept, 2 * s.exps + s.kept + opening + s.finish
     if x.name == "part_gradient":  # merges parts in a loop that is unrolled
         return s.kept, 13 * s.exps + s.finish
     if x.name == "part_stats":
@@ -675,6 +676,26 @@ def exponentials(x: Kernel) -> Iterator[str]:
     copies = 3 if x.name == "strided" else 1
     if not each * x.pairs <= ex2 <= copies * each * x.pairs + row:
         yield f"{ex2} exponentials, not {each} x {x.pairs} pairs and up to {row}"
+
+
+def logarithms(x: Kernel) -> Iterator[str]:
+    """Of a class in the second round, and half of them again where a gradient refines it anew; the
+    finish has those of the target. Other logarithms are not the unit's."""
+    found = x.count(r"MUFU\.LG2.*")
+    if not x.sums or x.empty or x.in_double or SUMS[x.sums].rounds == 1:
+        each, row = 0, 0
+    else:
+        round_, again = SUMS[x.sums].logarithms, SUMS[x.sums].logarithms // 2
+        each = {"part_stats": 0, "part_gradient": again, "few": round_, "part_refined": round_}.get(
+            x.name, round_ + again
+        )
+        each *= x.pairs
+        if x.name == "cluster":  # of what registers hold, and of the rest
+            each = round_ * x.pairs + (round_ + again) * x.vector
+        # block and cluster have two pieces of code that finish
+        row = 0 if x.name in PARTS[:2] else 2 * round_
+    if not each <= found <= each + row:
+        yield f"{found} logarithms, not {each} and up to {row}"
 
 
 # Of float kernels: losses are summed up in double, and a flag lies among those numbers.
@@ -732,6 +753,10 @@ def test_no_exponential_is_computed_twice(kernels):
     check(kernels, exponentials)
 
 
+def test_no_logarithm_is_computed_twice(kernels):
+    check(kernels, logarithms)
+
+
 def test_instructions_are_those_expected(kernels):
     check(kernels, opcodes)
 
@@ -769,7 +794,9 @@ GOOD = Kernel(
         "ATOMG.E.INC.STRONG.GPU": 1,
     },
 )
-CHECKS = [spills, too_large, vector_loads, scalar_loads, vector_stores, exponentials, opcodes]
+CHECKS = [
+    spills, too_large, vector_loads, scalar_loads, vector_stores, exponentials, logarithms, opcodes
+]  # fmt: skip
 FAULTS: list[tuple[Check, dict[str, Any]]] = [
     (spills, {"stack": 8}),
     (spills, {"ops": {"LDL.64": 1}}),
@@ -782,6 +809,7 @@ FAULTS: list[tuple[Check, dict[str, Any]]] = [
     (vector_stores, {"ops": {"STG.E.U16": 16}}),
     (exponentials, {"ops": {"MUFU.EX2": 90}}),
     (exponentials, {"ops": {"MUFU.EX2": 67}}),
+    (logarithms, {"ops": {"MUFU.LG2": 1}}),
     (opcodes, {"ops": {"RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 1}}),
     (opcodes, {"ops": {"ATOMG.E.ADD.F64.RN.STRONG.GPU": 1}}),
     (opcodes, {"ops": {"DFMA": 1}}),

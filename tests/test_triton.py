@@ -67,8 +67,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 if TRITON.available:
-    from kdkernels.triton_kernels import launch
-    from kdkernels.triton_kernels.launch import Device, Plan, plan
+    from kdkernels.triton_kernels import launch, planner
+    from kdkernels.triton_kernels.planner import Device, Plan, plan
 
 
 def forced(regime: str, block: int) -> object:
@@ -99,8 +99,8 @@ def in_regime(regime: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if regime != "as planned":
             patch.setattr(launch, "plan", forced(regime, 32))
-            patch.setattr(launch, "SLICE", (32, 4))
-            patch.setattr(launch, "SLICE_WIDE", (32, 4))
+            patch.setattr(planner, "SLICE", (32, 4))
+            patch.setattr(planner, "SLICE_WIDE", (32, 4))
         yield regime
 
 
@@ -159,7 +159,7 @@ def test_large_vocabulary_in_a_cluster(
         run(kernel, grid, warps, arguments, *ctas)
 
     monkeypatch.setattr(launch, "launch", spied)
-    monkeypatch.setattr(launch, "_device", lambda device: Device(4, ctas=16))
+    monkeypatch.setattr(launch, "device_of", lambda device: Device(4, ctas=16))
     inputs = make_inputs("normal", 2, 20011, BF16, generator)
     check_rows(case, *inputs, generator, backend="triton", variants=one("as planned"))
     assert seen[0] == (32768, 4, 4)
@@ -503,7 +503,7 @@ def test_the_planner_takes_clusters(
 
 
 def test_which_devices_have_clusters() -> None:
-    largest = partial(launch.largest_cluster, version="3.9.0", amd=False)
+    largest = partial(planner.largest_cluster, version="3.9.0", amd=False)
     assert [largest(x, H200) for x in (8, 9, 10, 11, 12)] == [1, 16, 16, 1, 1]
     assert [largest(9, x) for x in (78, 114, 127, 128)] == [8, 8, 8, 16]
     assert largest(9, 304, amd=True) == 1
@@ -530,8 +530,8 @@ def test_every_plan_covers_every_class_once(rows: int, window: int, wide: bool) 
         if chosen.regime == "split":
             covered = chosen.parts * chosen.part_chunks * chosen.block
             assert covered >= window > covered - chosen.part_chunks * chosen.block
-            assert chosen.parts <= launch.MOST_PARTS
-        back = launch.backward_plan(rows, window, wide=wide)
+            assert chosen.parts <= planner.MOST_PARTS
+        back = planner.backward_plan(rows, window, wide=wide)
         assert back.parts * back.block >= window and back.programs * back.rows >= rows
 
 

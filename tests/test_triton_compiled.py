@@ -20,7 +20,7 @@ from cases import CASES, MAIN_CASES, OPERATORS
 from kdkernels import ops
 
 triton = pytest.importorskip("triton")
-from kdkernels.triton_kernels import launch  # noqa: E402
+from kdkernels.triton_kernels import losses  # noqa: E402
 from kdkernels.triton_kernels.stats import (  # noqa: E402
     APART,
     PLAIN,
@@ -83,7 +83,7 @@ class Job:
 def served(name: str, params: tuple[float, ...]) -> tuple[Any, list[float]]:
     """The module that serves a call, and the numbers it gets."""
     own = params if ops.LOSSES[name].temperature else (1.0, *params)
-    return launch._serving(launch.LOSSES[name], list(own))
+    return losses.serving(losses.LOSSES[name], list(own))
 
 
 def variant(name: str, params: tuple[float, ...]) -> int:
@@ -96,7 +96,7 @@ def variants(name: str) -> dict[int, list[tuple[float, ...]]]:
     """The parameters that an operator is tested with, by the variant that they need; those which
     another loss serves are left to it. Each loss with a cross-entropy, too."""
     tested = dict.fromkeys(case.operator for case in CASES)  # each once
-    every = [x for loss, x in tested if loss == name and served(name, x)[0] is launch.LOSSES[name]]
+    every = [x for loss, x in tested if loss == name and served(name, x)[0] is losses.LOSSES[name]]
     if ops.LOSSES[name].params[2:3] == ("ce_weight",):
         every += [(*x[:2], 0.7, *x[3:]) for x in every[:1]]
     return {

@@ -6,8 +6,10 @@ Installed as `kdkernels.triton_kernels`; a top-level `triton_kernels` belongs to
             two more (opening, refine) where it takes a second round over the classes
 stats.py    the mergeable pieces that losses are made of;  split.py  the target against the rest
 reverse.py  KL in either direction;  score.py  losses of two rounds
-row.py      the generic kernels, the only loads and stores
-launch.py   the planner, from tensors to launches, the operators
+kernels.py  the generic kernels; rows.py and tiles.py, of which they are made, have the only loads
+            and stores: of what a row has, and of its logits
+losses.py   the list of losses;  planner.py  which kernel takes a call
+launch.py   from tensors to launches, the operators
 """
 
 from . import launch as launch

@@ -1,4 +1,4 @@
-"""From tensors to launches: the plan of a call, the arguments of the kernels, the operators."""
+"""From tensors to launches: what is refused, the arguments of the kernels, the operators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -18,162 +17,16 @@ from torch import Tensor
 from kdkernels import ops
 from kdkernels.reference import LARGE_TEMPERATURE
 
-from . import (
-    aekt,
-    cross_entropy,
-    dkd,
-    jsd,
-    kd,
-    mixed_kl,
-    nkd,
-    reverse_kl,
-    row,
-    skew_kl,
-    skew_reverse_kl,
-    target_split,
-    tvd,
-)
+from . import kernels
+from .losses import LOSSES, serving
+from .planner import Plan, backward_plan, device_of, plan
 from .stats import PLAIN, pair_grad, student_grad
 
-# The list of losses: one line each.
-LOSSES: dict[str, ModuleType] = {
-    "kd": kd,
-    "dkd": dkd,
-    "nkd": nkd,
-    "aekt": aekt,
-    "reverse_kl": reverse_kl,
-    "mixed_kl": mixed_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "tvd": tvd,
-    "cross_entropy": cross_entropy,
-    "target_split": target_split,
-}
-
-assert row.WIDTH.value == ops.STATS_WIDTH
+assert kernels.WIDTH.value == ops.STATS_WIDTH
 _MOST_PARAMS = 10  # p0 to p9 of the kernels; the first is a temperature
 assert all(len(x.params) + (not x.temperature) <= _MOST_PARAMS for x in ops.LOSSES.values())
-INTERPRETED = not isinstance(row.resident, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(kernels.resident, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set at import: the kernels then run in NumPy, on CPU tensors."""
-
-
-# ---- the planner ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the planner asks of a device."""
-
-    multiprocessors: int
-    ctas: int = 1  # of the largest cluster; 1: none
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a call is run; see row.py for the regimes."""
-
-    regime: str  # "resident", "sweeps", "split" or, for the backward pass, "gradient"
-    block: int  # tile indices of one row that a program holds at a time
-    rows: int  # rows of a tile
-    warps: int
-    programs: int  # per slice
-    parts: int = 1  # slices of a row
-    part_chunks: int = 1  # blocks of a slice
-    stages: int = 1  # chunks under way at a time, all but one in shared memory
-    ctas: int = 1  # of a program: a cluster, each of which holds its share of the block
-
-
-# (block, rows, warps): the first block that holds a row. A tile has 8 logits of each tensor per
-# thread where it can. Registers bound the largest: 32 exponentials of each tensor per thread.
-RESIDENT = (
-    (16, 64, 4),
-    (32, 32, 4),
-    (64, 16, 4),
-    (128, 8, 4),
-    (256, 4, 4),
-    (512, 2, 4),
-    (1024, 1, 4),
-    (2048, 1, 4),
-    (4096, 1, 8),
-    (8192, 1, 16),
-    (16384, 1, 16),
-)
-# The largest of RESIDENT: with 16-bit logits at one temperature, of which nothing but exponentials
-# is kept; otherwise; in float64.
-LARGEST, LARGEST_ELSE, LARGEST_WIDE = 16384, 8192, 2048
-# (tile indices, warps) of a CTA in a cluster, for the same calls and otherwise:
-# two to a multiprocessor, where one waits while the other computes, and one that fills it.
-CLUSTER, CLUSTER_ELSE = ((8192, 8), (16384, 16)), ((4096, 8), (8192, 16))
-# (block, warps) of rows that are walked in chunks. A whole row: fills a multiprocessor. A slice of
-# a row: several programs share one.
-CHUNK, CHUNK_WIDE = (8192, 16), (1024, 8)
-# Chunks of a whole row that are under way: 64 KiB of shared memory for the two tensors, for the
-# same calls and otherwise; in float64 nothing waits for memory.
-STAGES, STAGES_ELSE, STAGES_WIDE = 3, 2, 1
-SLICE, SLICE_WIDE = (4096, 8), (1024, 8)
-MOST_PARTS = 64  # of a split row: their statistics are merged by every program
-
-
-def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> Plan:
-    """The plan for rows of `window` tile indices. A pure function.
-
-    small: 16-bit logits at one temperature, of which nothing but exponentials is kept; wide:
-    computed in float64.
-    """
-    if window <= (LARGEST_WIDE if wide else LARGEST if small else LARGEST_ELSE):
-        block, tile, warps = next(x for x in RESIDENT if x[0] >= window)
-        if wide and block == LARGEST_WIDE:
-            warps *= 2  # as many registers per thread as below; the logarithms of JSD need them
-        return Plan("resident", block, tile, warps, triton.cdiv(rows, tile))
-    if device.ctas > 1 and not wide:
-        # For few rows, too: one launch, which reads them once, where slices take two.
-        block = triton.next_power_of_2(window)
-        for own, warps in CLUSTER if small else CLUSTER_ELSE:
-            if block <= own * device.ctas:
-                return Plan("resident", block, 1, warps, rows, ctas=block // own)
-    if rows >= device.multiprocessors:
-        # One row in flight per multiprocessor, which the reversed sweep finds in the L2 cache as
-        # far as they fit; fewer would leave bandwidth unused.
-        block, warps = CHUNK_WIDE if wide else CHUNK
-        stages = STAGES_WIDE if wide else STAGES if small else STAGES_ELSE
-        return Plan("sweeps", block, 1, warps, device.multiprocessors, stages=stages)
-    block, warps = SLICE_WIDE if wide else SLICE
-    chunks = triton.cdiv(window, block)
-    parts = min(chunks, MOST_PARTS, triton.cdiv(4 * device.multiprocessors, max(rows, 1)))
-    part_chunks = triton.cdiv(chunks, parts)
-    return Plan("split", block, 1, warps, rows, triton.cdiv(chunks, part_chunks), part_chunks)
-
-
-def backward_plan(rows: int, window: int, *, wide: bool) -> Plan:
-    """The plan of the gradient from known statistics: every slice of every row at once."""
-    largest, _ = SLICE_WIDE if wide else SLICE
-    block, tile, warps = next(x for x in RESIDENT if x[0] >= min(window, largest))
-    return Plan("gradient", block, tile, warps, triton.cdiv(rows, tile), triton.cdiv(window, block))
-
-
-def largest_cluster(
-    major: int,
-    multiprocessors: int,
-    version: str = triton.__version__,
-    amd: bool = torch.version.hip is not None,
-) -> int:
-    """CTAs of the largest cluster, by compute capability and version of Triton; 1: none."""
-    # Older Tritons do not compile a reduction across CTAs; from sm_110 on it is not supported.
-    too_old = tuple(int(x) for x in version.split(".")[:2]) < (3, 9)
-    if amd or too_old or major not in (9, 10):
-        return 1
-    # Every device runs 8. 16 need a GPC of so many multiprocessors, and there are 8 GPCs at most.
-    return 16 if multiprocessors >= 8 * 16 else 8
-
-
-@lru_cache
-def _device(device: torch.device) -> Device:
-    if device.type == "cpu":  # interpreted
-        return Device(multiprocessors=4)
-    found = torch.cuda.get_device_properties(device)
-    count = found.multi_processor_count
-    return Device(count, largest_cluster(found.major, count))
 
 
 # ---- arguments ------------------------------------------------------------------------------
@@ -259,12 +112,6 @@ def _check_operands(
     )
 
 
-def _serving(loss: ModuleType, params: list[float]) -> tuple[ModuleType, list[float]]:
-    """The loss that serves a call, with its parameters: at their ends mixtures are others."""
-    instead = loss.instead(params) if hasattr(loss, "instead") else None
-    return (loss, params) if instead is None else instead
-
-
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -313,7 +160,7 @@ class Call:
         numbers = params.tolist()
         if not ops.LOSSES[loss].temperature:
             numbers.insert(0, 1.0)  # the kernels' first parameter is always one
-        module, numbers = _serving(LOSSES[loss], numbers)
+        module, numbers = serving(LOSSES[loss], numbers)
         s, t, g = _place(student), _place(teacher), _place(grad)
         vec = max(16 // x.itemsize for x in (student, teacher, grad) if x is not None)
         loads = s[4] == 1 and _lie_alike(s, t, shape, vec) and _is_aligned(s[0], t[0])
@@ -442,23 +289,23 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
     """Losses, and the gradient if the call has one, in the plan's regime."""
     if call.rows == 0:
         return
-    device = _device(call.device)
+    device = device_of(call.device)
     chosen = plan(call.rows, call.window, device, small=call.small, wide=call.wide)
     arguments = call.arguments(chosen, losses=losses, stats=stats, **reduction)
     if chosen.regime == "resident":
-        launch(row.resident, (chosen.programs,), chosen.warps, arguments, chosen.ctas)
+        launch(kernels.resident, (chosen.programs,), chosen.warps, arguments, chosen.ctas)
     elif chosen.regime == "sweeps":
-        launch(row.sweeps, (chosen.programs,), chosen.warps, arguments)
+        launch(kernels.sweeps, (chosen.programs,), chosen.warps, arguments)
     else:
         dtype = torch.float64 if call.wide else call.dtype
         scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH), dtype=dtype)
         grid = (chosen.programs, chosen.parts)  # in this order: only the first may exceed 65535
-        launch(row.partial, grid, chosen.warps, {**arguments, "stats": scratch})
+        launch(kernels.partial, grid, chosen.warps, {**arguments, "stats": scratch})
         arguments["part_stats"] = scratch
         if arguments["REFINE"] is not None:
-            launch(row.refined, grid, chosen.warps, arguments)
+            launch(kernels.refined, grid, chosen.warps, arguments)
         grid = grid if call.grad is not None else (chosen.programs, 1)
-        launch(row.gradient, grid, chosen.warps, arguments)
+        launch(kernels.gradient, grid, chosen.warps, arguments)
 
 
 # ---- the operators --------------------------------------------------------------------------
@@ -506,7 +353,7 @@ def backward(
     chosen = backward_plan(call.rows, call.window, wide=call.wide)
     arguments = call.arguments(chosen, upstream=grad_rows, part_stats=stats, parts=1)
     with _on(student.device):
-        launch(row.gradient, (chosen.programs, chosen.parts), chosen.warps, arguments)
+        launch(kernels.gradient, (chosen.programs, chosen.parts), chosen.warps, arguments)
     return grad
 
 
@@ -562,7 +409,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         block = 4096
         arguments = {"grad": grad, "factor": factor, "size": grad.numel(), "BLOCK": block}
         with _on(grad.device):
-            launch(row.scale_in_place, (triton.cdiv(grad.numel(), block),), 8, arguments)
+            launch(kernels.scale_in_place, (triton.cdiv(grad.numel(), block),), 8, arguments)
 
 
 for _device_type in ("cuda", *(("cpu",) if INTERPRETED else ())):

@@ -1,7 +1,7 @@
 """The mergeable pieces that losses are made of: what is summed over the classes of a row, target
 class left out. The twin of csrc/stats.h, in units of blocks.
 
-A loss hands four of these (or its own) to the kernels of row.py:
+A loss hands four of these (or its own) to the kernels:
 
     STATS(ds, dt, k, VARIANT)            what a class adds to the sums, and its features
     MERGE(sums, moved_s, moved_t, k, VARIANT)   sums whose pivots moved; added up, they are merged
