@@ -51,7 +51,7 @@ def facts(path: str, pattern: str) -> tuple[str, ...]:
     return found.groups()
 
 
-PLAN, KERNELS = "csrc/cuda/plan.h", "csrc/cuda/kernels.cuh"
+PLAN, SPLIT = "csrc/cuda/plan.h", "csrc/cuda/split.cuh"
 
 
 def number(name: str) -> int:
@@ -86,12 +86,17 @@ CLUSTERS_FROM = int(fact("csrc/cuda/arch.cuh", r"__CUDA_ARCH__ < (\d+) constexpr
 # By rounds, less for those of two.
 BY_ROUNDS = r"\(?Sums::refined \? (\d+) : (\d+)\)?"
 UNROLL_WIDE, *UNROLLS = map(
-    int, facts(KERNELS, rf"int U = F::wide \? (\d+) : kSkewed \? {BY_ROUNDS} : {BY_ROUNDS};")
+    int,
+    facts(
+        "csrc/cuda/sweeps.cuh", rf"int U = F::wide \? (\d+) : kSkewed \? {BY_ROUNDS} : {BY_ROUNDS};"
+    ),
 )
 UNROLL_SKEWED, UNROLL = UNROLLS[1::-1], UNROLLS[:1:-1]
-PART_WIDE, PART = map(int, facts(KERNELS, r"int kPartUnroll = F::wide \? (\d+) : (\d+);"))
-REFINED_LESS = int(fact(KERNELS, r"int U = kPartUnroll<F> / (\d+);"))
-STRIDED_WIDE, STRIDED = map(int, facts(KERNELS, r"int U = F::wide \? (\d+) : (\d+);"))
+PART_WIDE, PART = map(int, facts(SPLIT, r"int kPartUnroll = F::wide \? (\d+) : (\d+);"))
+REFINED_LESS = int(fact(SPLIT, r"int U = kPartUnroll<F> / (\d+);"))
+STRIDED_WIDE, STRIDED = map(
+    int, facts("csrc/cuda/strided.cuh", r"int U = F::wide \? (\d+) : (\d+);")
+)
 
 
 # ---- kernels --------------------------------------------------------------------------------

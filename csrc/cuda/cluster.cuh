@@ -2,7 +2,8 @@
 // statistics of the parts travel between them. Student and teacher are read once, the gradient is written once.
 #pragma once
 
-#include "kernels.cuh"
+#include "resident.cuh"
+#include "sweeps.cuh"
 
 KD_NAMESPACE_BEGIN
 

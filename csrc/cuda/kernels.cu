@@ -1,6 +1,12 @@
 // Compiled once per set of logit types, KD_TYPES: f32, f16, bf16, mixed (any types computed in float) or f64 (any types
 // computed in double). By nvcc for GPUs, by the host compiler for the emulation.
+#include "beside.cuh"
 #include "cluster.cuh"
+#include "resident.cuh"
+#include "split.cuh"
+#include "staged.cuh"
+#include "strided.cuh"
+#include "sweeps.cuh"
 // The kernels decide first what an exponential is.
 #include "run.h"
 

@@ -1,0 +1,168 @@
+// Rows that several blocks share, in two launches or, with a second round, three.
+#pragma once
+
+#include "sweeps.cuh"
+
+KD_NAMESPACE_BEGIN
+
+namespace cuda {
+
+using namespace gpu;
+
+template <class F>
+constexpr int kPartUnroll = F::wide ? 2 : 4;
+
+// The statistics of one part of a row. The edges belong to the first part.
+template <class Sums, class F>
+KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
+part_stats(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  constexpr int U = kPartUnroll<F>;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
+  const int rank = arch::thread(), size = arch::threads();
+  const int64_t in_wave = arch::block() / a.parts, row = a.first_row + in_wave;
+  const int part = static_cast<int>(arch::block() - in_wave * a.parts);
+  const Open<S> opened = open(a, row);
+  if (!opened.read) return;
+  const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
+  const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
+  Running<Sums, S> running;
+  if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).add(a, running);
+  for (int i = begin + rank; i < end; i += U * size) {
+    Stride<Sums, F, U, true, false> stride;
+    stride.fetch(fs, ft, at, i, size, end);
+    stride.each(fs, ft, at, i, size, end,
+                [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
+  }
+  lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
+  warps_merge<Sums>(a, scratch, running.stats, running.pivots);
+  if (rank == 0) store_stats<Sums>(a.part_stats + arch::block() * kStatsWidth, running.pivots, running.stats);
+}
+
+// The row's statistics from those of its parts, by the first warp.
+template <class Sums, class S, class Stats>
+KD_DEVICE void parts_merge(const Args<S>& a, int64_t in_wave, Stats& stats, Pivots<S>& pivots) {
+  for (int n = arch::thread(); n < a.parts; n += 32) {
+    Pivots<S> part_pivots;
+    typename Sums::template Stats<S> part_sums;
+    load_stats<Sums>(a.part_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
+    merge<Sums>(scales_of<Sums>(a), stats, pivots, part_sums, part_pivots);
+  }
+  lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
+}
+
+// The second round of one part of a row, between the other two launches.
+template <class Sums, class F>
+KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
+part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  constexpr int U = kPartUnroll<F> / 2;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
+  const int rank = arch::thread(), size = arch::threads();
+  // From the end, as part_gradient.
+  const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / a.parts,
+                row = a.first_row + in_wave;
+  const int part = static_cast<int>(from_end - in_wave * a.parts);
+  const Open<S> opened = open(a, row);
+  if (!opened.read) return;
+  const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
+  const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
+  const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
+  if (rank < 32) {
+    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+    typename Sums::template Stats<S> stats = {};
+    parts_merge<Sums>(a, in_wave, stats, pivots);
+    put_opening<Sums>(a, scratch, y, pivots, stats);
+    if (rank == 0) {
+      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
+      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
+    }
+  }
+  arch::sync_block();
+  Slope<Sums, S> slope;
+  get_opening(scratch, slope);
+  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
+  S sums[Sums::refined] = {};
+  for (int i = begin + rank; i < end; i += U * size) {
+    Stride<Sums, F, U, true, false> stride;
+    stride.fetch(fs, ft, at, i, size, end);
+    stride.each(fs, ft, at, i, size, end, [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
+      refine_sums<Sums>(scales_of<Sums>(a), slope, s, t, sums);
+    });
+  }
+  if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, slope, sums);
+  warps_sum<Sums>(scratch, sums);
+  KD_UNROLL
+  for (int k = 0; k < Sums::refined && rank == 0; ++k)
+    arch::store(a.part_refined + from_end * kMostRefined + k, sums[k]);
+}
+
+// Finishes a row from the statistics of its parts, or from those of a forward pass, and writes the gradient of a part.
+// The block of the first part writes the loss. The last parts come first: they are what the cache still has.
+template <class Sums, class F>
+KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
+part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
+  using S = typename F::S;
+  constexpr int U = kPartUnroll<F>;
+  arch::Carver carver = arch::shared();
+  const Scratch<Sums, S> scratch(carver);
+  const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
+  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const int rank = arch::thread(), size = arch::threads(), parts = a.grad.data ? a.parts : 1;
+  const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / parts, row = a.first_row + in_wave;
+  const int part = static_cast<int>(from_end - in_wave * parts);
+  const Open<S> opened = open(a, row);
+  const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
+  const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
+  double sum = 0;
+  if (opened.read) {
+    const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
+    // The last stride, which comes first, is on its way while the row is finished.
+    const int strides = end > begin ? (end - begin + U * size - 1) / (U * size) : 0;
+    int i = begin + (strides - 1) * U * size + rank;
+    Stride<Sums, F, U, true, true> stride;
+    if (at.g && strides) stride.fetch(fs, ft, at, i, size, end);
+    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+    typename Sums::template Stats<S> stats = {};
+    if (rank < 32 && a.backward) {
+      load_row_stats<Sums>(a, row, pivots, stats);
+    } else if (rank < 32) {
+      parts_merge<Sums>(a, in_wave, stats, pivots);
+      KD_UNROLL
+      for (int k = 0; k < Sums::refined; ++k) {
+        S sum_of_lane = 0;
+        KD_ROLL
+        for (int n = rank; n < a.parts; n += 32)
+          sum_of_lane += arch::load(a.part_refined + (in_wave * a.parts + n) * kMostRefined + k);
+        stats.v[Sums::count + k] = lanes_sum<32>(sum_of_lane);
+      }
+    }
+    Slope<Sums, S> slope;
+    sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, part == 0);
+    for (int n = strides - 1; at.g && n >= 0; --n) {
+      stride.each(fs, ft, at, i, size, end, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
+        write_vector<Sums>(a, fs, at, vector, s, t, slope);
+      });
+      i -= U * size;
+      if (n > 0) stride.fetch(fs, ft, at, i, size, end);
+    }
+    if (at.g && part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
+  } else {
+    if (rank == 0 && part == 0) write_nothing(a, row);
+    if (at.g) {
+      write_zeros(fs, at, begin + rank, end, size);
+      if (part == 0) write_zero_edges(fs, at, rank, size);
+    }
+  }
+  if (!a.total) return;
+  if (rank == 0 && part == 0) arch::store(a.sums + row, sum);
+  total(a, scratch.doubles);
+}
+
+}  // namespace cuda
+
+KD_NAMESPACE_END
