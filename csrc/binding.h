@@ -71,11 +71,6 @@ inline void check_rows(const Tensor& x, const char* name, const Problem& p, cons
       " elements of the right dtype, on the device of the student");
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return std::equal(x.begin(), x.end(), y.begin(), y.end());
-}
-
 inline ScalarType compute_type(const Problem& p) { return p.in_double() ? ScalarType::Double : ScalarType::Float; }
 
 // A number that is read on the host.
@@ -91,7 +86,7 @@ inline double number(const Tensor& x, const char* name) {
 inline Problem describe_call(const LossFacts* losses, int loss_count, const Place& place, const std::string& loss,
                              const Tensor& student, const std::optional<Tensor>& teacher,
                              const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
-                             const Tensor& params, int64_t ignore_index) {
+                             const Tensor& params, int64_t ignore_index, int64_t classes) {
   Problem p;
   int number = 0;
   while (number < loss_count && loss != losses[number].name) ++number;
@@ -101,13 +96,19 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
   const int64_t dims = student.dim();
   p.outer = dims > 2 ? student.size(0) : 1;
   p.inner = dims > 1 ? student.size(dims - 2) : 1;
-  p.classes = student.size(dims - 1);
-  STD_TORCH_CHECK(p.classes > 0, "student: needs at least one class");
+  const int64_t all = student.size(dims - 1);
+  p.classes = classes == 0 ? all : classes;
+  STD_TORCH_CHECK(all > 0, "student: needs at least one class");
+  STD_TORCH_CHECK(classes >= 0 && p.classes <= all, "classes: got ", classes, ", the student has ", all);
   STD_TORCH_CHECK(teacher.has_value() == facts.teacher, "teacher: '", loss, facts.teacher ? "' needs" : "' takes no",
                   " teacher");
   if (teacher) {
     p.teacher = describe(*teacher, "teacher", place);
-    STD_TORCH_CHECK(same_shape(*teacher, student), "teacher: must have the student's shape");
+    const auto x = teacher->sizes(), y = student.sizes();
+    const int64_t own = teacher->size(teacher->dim() - 1);
+    STD_TORCH_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end() - 1, y.begin()) &&
+                        (classes == 0 ? own == all : own >= classes),
+                    "teacher: must have the student's shape, or, with `classes`, at least so many of them");
   }
   STD_TORCH_CHECK(
       params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous() && params.dim() == 1,
@@ -151,6 +152,18 @@ inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype, const P
 inline Tensor fresh_like(const Tensor& x, const Place& place) {
   return x.is_contiguous() ? fresh_strided(x.sizes(), x.strides(), x.scalar_type(), place)
                            : torch::stable::empty_like(x);
+}
+
+// A gradient of the student, 0 where classes do not count.
+inline Tensor fresh_gradient(const Tensor& student, Problem& p, const Place& place) {
+  Tensor grad = fresh_like(student, place);
+  p.grad = describe(grad, "grad", place);
+  const int64_t dim = student.dim() - 1, rest = student.size(dim) - p.classes;
+  if (rest > 0) {
+    Tensor unread = torch::stable::narrow(grad, dim, p.classes, rest);
+    torch::stable::zero_(unread);
+  }
+  return grad;
 }
 
 // (outputs, *rows), or the shape of the rows for one output.

@@ -45,11 +45,12 @@ struct Call {
 
 Call describe_call(const kd::Kernels& build, const std::string& loss, const Tensor& student,
                    const std::optional<Tensor>& teacher, const std::optional<Tensor>& target,
-                   const std::optional<Tensor>& row_weight, const Tensor& params, int64_t ignore_index) {
+                   const std::optional<Tensor>& row_weight, const Tensor& params, int64_t ignore_index,
+                   int64_t classes) {
   STD_TORCH_CHECK(student.is_cpu(), "student: must be on the CPU");
   const Place place = Place::of(student);
   const kd::Problem p = kd::binding::describe_call(build.losses, build.loss_count, place, loss, student, teacher,
-                                                   target, row_weight, params, ignore_index);
+                                                   target, row_weight, params, ignore_index, classes);
   return {place, p, target ? check_targets(p) : p.rows_total()};
 }
 
@@ -67,17 +68,16 @@ void run(const kd::Kernels& build, const kd::Problem& p) {
 }
 
 Tensor empty_gradient(const Tensor& student, Call& call) {
-  Tensor grad = fresh_like(student, call.place);
-  call.problem.grad = describe(grad, "grad", call.place);
+  Tensor grad = fresh_gradient(student, call.problem, call.place);
   kd::advise_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size());
   return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
                                            std::optional<Tensor> target, std::optional<Tensor> row_weight,
-                                           Tensor params, int64_t ignore_index, bool with_parts) {
+                                           Tensor params, int64_t ignore_index, bool with_parts, int64_t classes) {
   const kd::Kernels& build = current_kernels();
-  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
+  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = call.problem;
   const int outputs = build.losses[p.loss].outputs;
   Tensor rows = fresh_rows(student, outputs, p, call.place);
@@ -92,9 +92,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std
 
 Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optional<Tensor> teacher,
                 std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor stats, Tensor params,
-                int64_t ignore_index) {
+                int64_t ignore_index, int64_t classes) {
   const kd::Kernels& build = current_kernels();
-  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
+  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = call.problem;
   check_rows(stats, "stats", p, call.place, ScalarType::Double, kd::kStatsWidth);
   grad_rows = torch::stable::contiguous(grad_rows);
@@ -110,9 +110,9 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
 std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
                                            std::optional<Tensor> target, std::optional<Tensor> row_weight,
                                            std::optional<Tensor> normalizer, bool mean, Tensor params,
-                                           int64_t ignore_index, bool with_grad, bool with_parts) {
+                                           int64_t ignore_index, bool with_grad, bool with_parts, int64_t classes) {
   const kd::Kernels& build = current_kernels();
-  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index);
+  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = call.problem;
   STD_TORCH_CHECK(build.losses[p.loss].outputs == 1, "loss: '", loss, "' has several outputs, none to reduce");
   if (normalizer) p.scale /= number(*normalizer, "normalizer");

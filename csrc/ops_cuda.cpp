@@ -28,12 +28,12 @@ struct Described {
 
 Described describe_call(const std::string& loss, const Tensor& student, const std::optional<Tensor>& teacher,
                         const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
-                        const Tensor& params, int64_t ignore_index) {
+                        const Tensor& params, int64_t ignore_index, int64_t classes) {
   STD_TORCH_CHECK(student.is_cuda(), "student: must be on a CUDA device");
   const Place place = Place::of(student);
   Call call;
   call.problem = kd::binding::describe_call(kd::gpu::kLosses, kd::gpu::kLossCount, place, loss, student, teacher,
-                                            target, row_weight, params, ignore_index);
+                                            target, row_weight, params, ignore_index, classes);
   const kd::Problem& p = call.problem;
   STD_TORCH_CHECK(p.classes < (int64_t(1) << 31) - 64, "student: at most 2^31 - 65 classes, got ", p.classes);
   for (const Tensor* x : {&student, teacher ? &*teacher : nullptr})
@@ -60,16 +60,10 @@ void run(Described& d) {
   check(kd::gpu::run(d.call, needs, scratch ? scratch->data_ptr() : nullptr));
 }
 
-Tensor empty_gradient(const Tensor& student, Described& d) {
-  Tensor grad = fresh_like(student, d.place);
-  d.call.problem.grad = describe(grad, "grad", d.place);
-  return grad;
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
                                            std::optional<Tensor> target, std::optional<Tensor> row_weight,
-                                           Tensor params, int64_t ignore_index, bool with_parts) {
-  Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
+                                           Tensor params, int64_t ignore_index, bool with_parts, int64_t classes) {
+  Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = d.call.problem;
   Tensor rows = fresh_rows(student, d.facts.outputs, p, d.place);
   Tensor stats = fresh({p.rows_total(), kd::kStatsWidth}, compute_type(p), d.place);
@@ -83,13 +77,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std
 
 Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optional<Tensor> teacher,
                 std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor stats, Tensor params,
-                int64_t ignore_index) {
-  Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
+                int64_t ignore_index, int64_t classes) {
+  Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = d.call.problem;
   check_rows(stats, "stats", p, d.place, compute_type(p), kd::kStatsWidth);
   grad_rows = torch::stable::contiguous(grad_rows);
   check_rows(grad_rows, "grad_rows", p, d.place, compute_type(p), d.facts.outputs);
-  Tensor grad = empty_gradient(student, d);
+  Tensor grad = fresh_gradient(student, d.call.problem, d.place);
   p.pass = kd::Pass::backward;
   p.grad_rows = grad_rows.data_ptr();
   p.stats = stats.data_ptr();
@@ -100,8 +94,8 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
 std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std::optional<Tensor> teacher,
                                            std::optional<Tensor> target, std::optional<Tensor> row_weight,
                                            std::optional<Tensor> normalizer, bool mean, Tensor params,
-                                           int64_t ignore_index, bool with_grad, bool with_parts) {
-  Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index);
+                                           int64_t ignore_index, bool with_grad, bool with_parts, int64_t classes) {
+  Described d = describe_call(loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = d.call.problem;
   STD_TORCH_CHECK(d.facts.outputs == 1, "loss: '", loss, "' has several outputs, none to reduce");
   if (normalizer && normalizer->is_cpu()) {
@@ -114,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
   }
   if (mean && !target) p.scale /= static_cast<double>(std::max<int64_t>(p.rows_total(), 1));
   d.call.mean = mean && target;
-  Tensor grad = with_grad ? empty_gradient(student, d) : fresh({0}, student.scalar_type(), d.place);
+  Tensor grad = with_grad ? fresh_gradient(student, d.call.problem, d.place) : fresh({0}, student.scalar_type(), d.place);
   Tensor total = fresh({}, compute_type(p), d.place);
   if (p.rows_total() == 0) torch::stable::zero_(total);
   Tensor parts = fresh_parts(d.facts, student, p, d.place, with_parts);

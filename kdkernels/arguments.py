@@ -32,6 +32,7 @@ class OfRows(TypedDict, total=False):
     normalizer: float | Tensor | None
     reduction: str
     dim: int
+    classes: int | None
     causal: bool
     backend: str | None
 
@@ -54,6 +55,7 @@ COMMON: dict[str, Any] = {
     "normalizer": None,
     "reduction": "mean",
     "dim": -1,
+    "classes": None,
     "causal": False,
     "return_parts": False,
     "backend": None,
@@ -77,6 +79,9 @@ Common keyword arguments:
         "batchmean" by the size of the first dimension left without the classes (1 if there is
         none), "sum" by nothing; "none" returns each row's loss in the shape of the target.
     dim: the dimension of the classes.
+    classes: how many count, the first ones, from 1 to those of the smaller of the logits. The
+        others are not read and their gradient is 0; student and teacher may then have different
+        numbers of them, as padded or extended vocabularies do. None: all, as many in both.
     causal: logits `(batch, length, classes)` at position i are judged by the target, and weighed by
         the row_weight, at i + 1; the last position of a sequence is an ignored row. Nothing is
         sliced or copied at the size of the logits.
@@ -233,6 +238,15 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
+def _classes(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    value = _integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: got {value}; must be at least 1, or None")
+    return value
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}; must be True or False")
@@ -287,6 +301,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "ignore_index": _integer,
     "reduction": _reduction,
     "dim": _integer,
+    "classes": _classes,
     "causal": _flag,
     "return_parts": _flag,
     "backend": _backend,
@@ -343,6 +358,18 @@ class Inputs(NamedTuple):
     ignore_index: int
     dtype: torch.dtype  # of the loss
     backend: str
+    classes: int = 0  # that count; 0: all
+
+    @property
+    def logits(self) -> tuple[Tensor, Tensor | None]:
+        """Student and teacher, of the classes that count."""
+        if not self.classes:
+            return self.student, self.teacher
+        teacher = self.teacher
+        return (
+            self.student[..., : self.classes],
+            None if teacher is None else teacher[..., : self.classes],
+        )
 
 
 def read_tensors(
@@ -361,7 +388,7 @@ def read_tensors(
         raise ValueError(f"dim: got {dim}; {student_name} has {dims} dimensions")
     if entry.teacher:
         teacher = tensor("teacher", teacher, LOGIT_DTYPES)
-        check_like("teacher", teacher, student.shape, student)
+    counted = _counted_classes(options["classes"], dim, student_name, student, teacher)
     if options["causal"] and (dims != 3 or dim not in (-1, 2)):
         raise ValueError(
             f"causal: got {student_name} of {dims} dimensions with dim={dim};"
@@ -374,8 +401,9 @@ def read_tensors(
         check_like("target", target, student.shape, student)
         _check_soft(target, options)
         # NaN is no label: its class is one that does not exist.
-        classes = student.shape[dim]
-        target = torch.where(target.isnan().any(dim), classes, target.argmax(dim))
+        nan = target.isnan().any(dim)
+        target = target.narrow(dim, 0, counted or student.shape[dim]).argmax(dim)
+        target = torch.where(nan, student.shape[dim], target)
     if dim not in (-1, dims - 1):
         student = student.movedim(dim, -1)
         teacher = teacher.movedim(dim, -1) if teacher is not None else None
@@ -410,7 +438,7 @@ def read_tensors(
         # Whatever an ignored row is weighed by, inf and NaN too, its loss is 0.
         row_weight = torch.where(target == ignore_index, 0.0, row_weight)
     backend = choose(options["backend"], student.device)
-    inputs = Inputs(student, teacher, target, row_weight, ignore_index, dtype, backend)
+    inputs = Inputs(student, teacher, target, row_weight, ignore_index, dtype, backend, counted)
     # The CPU kernels check the range themselves; see run() in call.py.
     if (
         backend != "cpu"
@@ -422,6 +450,24 @@ def read_tensors(
         if wrong:
             raise ValueError(wrong)
     return inputs
+
+
+def _counted_classes(
+    classes: int | None, dim: int, student_name: str, student: Tensor, teacher: Tensor | None
+) -> int:
+    """How many classes count, 0 for all, and whether student and teacher have them."""
+    if teacher is not None:
+        shape = list(student.shape)
+        if classes is not None and teacher.dim() == student.dim():
+            shape[dim] = teacher.shape[dim]
+        check_like("teacher", teacher, torch.Size(shape), student)
+    if classes is None:
+        return 0
+    for name, x in ((student_name, student), ("teacher", teacher)):
+        if x is not None and classes > x.shape[dim]:
+            raise ValueError(f"classes: got {classes}; {name} has {x.shape[dim]}")
+    same = all(x is None or x.shape[dim] == classes for x in (student, teacher))
+    return 0 if same else classes
 
 
 def _hint(soft_target: bool, target: Any) -> str:
@@ -472,7 +518,8 @@ def wrong_target(inputs: Inputs) -> str | None:
     """What is wrong with the range of the target, if anything. As words: an exception that a frame
     holds by a name holds that frame, and its tensors, until the garbage is collected.
     """
-    target, classes, ignore_index = inputs.target, inputs.student.shape[-1], inputs.ignore_index
+    target, ignore_index = inputs.target, inputs.ignore_index
+    classes = inputs.classes or inputs.student.shape[-1]
     if target is None:
         return None
     bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]

@@ -105,24 +105,25 @@ def _with(values: Sequence[Any], places: Sequence[int], replaced: Sequence[Any])
     return out
 
 
+# What a call has beside tensors, `how`: ignore_index, and how many classes count (0: all).
 # Places in (student, teacher, target, row_weight, params); of the others that can have a gradient.
 _STUDENT, _OTHERS = 0, (1, 3, 4)
 
 
 def _rows_of(
-    loss: str, inputs: Sequence[Any], ignore_index: int, places: Sequence[int]
+    loss: str, inputs: Sequence[Any], how: tuple[int, int], places: Sequence[int]
 ) -> Differentiable:
     """The rows of the reference as a function of the inputs at these places."""
 
     def rows(*given: Tensor) -> Tensor:
         student, teacher, target, row_weight, params = _with(inputs, places, given)
-        return reference_rows(loss, student, teacher, target, row_weight, params, ignore_index)
+        return reference_rows(loss, student, teacher, target, row_weight, params, *how)
 
     return rows
 
 
 def _gradient_of(
-    loss: str, inputs: Sequence[Any], ignore_index: int, places: Sequence[int]
+    loss: str, inputs: Sequence[Any], how: tuple[int, int], places: Sequence[int]
 ) -> Differentiable:
     """The reference's gradient of the student as a function of upstream gradients and inputs:
     of (grad_rows, *inputs), those at these places.
@@ -131,7 +132,7 @@ def _gradient_of(
     def gradient(*given: Tensor) -> Tensor:
         grad_rows, *own = _with(inputs, places, given)
         with torch.enable_grad():
-            pull = _pullback(_rows_of(loss, own, ignore_index, (_STUDENT,)), (own[_STUDENT],))
+            pull = _pullback(_rows_of(loss, own, how, (_STUDENT,)), (own[_STUDENT],))
             (out,) = pull(grad_rows)
         assert out is not None
         return out
@@ -198,14 +199,16 @@ class Rows(_Function):
         params: Tensor,
         ignore_index: int,
         with_parts: bool,
+        classes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (student, teacher, target, row_weight)
         with below_autograd():
-            return operators.forward(loss, *inputs, params, ignore_index, with_parts)
+            return operators.forward(loss, *inputs, params, ignore_index, with_parts, classes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.operators, ctx.loss, *tensors, ctx.ignore_index, _ = inputs
+        ctx.operators, ctx.loss, *tensors, ignore_index, _, classes = inputs
+        ctx.how = ignore_index, classes
         _, stats, parts = output
         ctx.save_for_backward(*tensors, stats)
         ctx.save_for_forward(*tensors, stats)
@@ -221,15 +224,15 @@ class Rows(_Function):
             needed = ctx.needs_input_grad[2:7]
             if needed[_STUDENT]:
                 gradients[_STUDENT] = Gradient.apply(
-                    ctx.operators, ctx.loss, grad_rows, *inputs, stats, ctx.ignore_index
+                    ctx.operators, ctx.loss, grad_rows, *inputs, stats, *ctx.how
                 )
             others = [place for place in _OTHERS if needed[place]]
             if others:
                 found = _gradients_of_others(
-                    ctx.operators, ctx.loss, grad_rows, inputs, ctx.ignore_index, others
+                    ctx.operators, ctx.loss, grad_rows, inputs, ctx.how, others
                 )
                 gradients = _with(gradients, others, found)
-        return None, None, *gradients, None, None
+        return None, None, *gradients, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -243,7 +246,7 @@ class Rows(_Function):
             each = []
             for unit in units.view(count, count, *[1] * len(shape)).expand(count, count, *shape):
                 upstream = unit if _several(loss) else unit[0]
-                args = (upstream, *inputs, stats, ctx.ignore_index)
+                args = (upstream, *inputs, stats, *ctx.how)
                 gradient = Gradient.apply(ctx.operators, loss, *args).to(dtype)
                 along_student = along[_STUDENT].to(dtype)
                 # What is not read is not read in the tangent either.
@@ -252,20 +255,20 @@ class Rows(_Function):
             found.append(torch.stack(each) if _several(loss) else each[0])
         others = [place for place in _OTHERS if along[place] is not None]
         if others:
-            rows = _rows_of(loss, inputs, ctx.ignore_index, others)
+            rows = _rows_of(loss, inputs, ctx.how, others)
             given = [inputs[place] for place in others]
             found.append(_pushforward(rows, given, [along[place] for place in others]))
         return sum(found[1:], found[0]) if found else None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        operators, loss, *inputs, params, ignore_index, with_parts = args
+        operators, loss, *inputs, params, ignore_index, with_parts, classes = args
         if in_dims[6] is not None:
             return _one_by_one(Rows, info, in_dims, args)
         size, lead = info.batch_size, _several(loss)
         tensors = [_in_front(size, *x) for x in zip(in_dims[2:6], inputs, strict=True)]
         rows, stats, parts = Rows.apply(
-            operators, loss, *as_rows(*tensors), params, ignore_index, with_parts
+            operators, loss, *as_rows(*tensors), params, ignore_index, with_parts, classes
         )
         shape = tensors[_STUDENT].shape[:-1]
         rows = rows.reshape(*rows.shape[:lead], *shape)
@@ -289,16 +292,18 @@ class Gradient(_Function):
         params: Tensor,
         stats: Tensor,
         ignore_index: int,
+        classes: int,
     ) -> Tensor:
         inputs = (student, teacher, target, row_weight)
         with below_autograd():
             return operators.backward(
-                loss, grad_rows.contiguous(), *inputs, stats, params, ignore_index
+                loss, grad_rows.contiguous(), *inputs, stats, params, ignore_index, classes
             )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.operators, ctx.loss, *tensors, ctx.ignore_index = inputs
+        ctx.operators, ctx.loss, *tensors, ignore_index, classes = inputs
+        ctx.how = ignore_index, classes
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -307,22 +312,22 @@ class Gradient(_Function):
         *inputs, _ = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:8]
         places = [place for place, wanted in enumerate(needed) if wanted]
-        gradient = _gradient_of(ctx.loss, inputs, ctx.ignore_index, places)
+        gradient = _gradient_of(ctx.loss, inputs, ctx.how, places)
         found = _pullback(gradient, [inputs[place] for place in places])(upstream)
-        return None, None, *_with([None] * 6, places, found), None, None
+        return None, None, *_with([None] * 6, places, found), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         *inputs, _ = ctx.saved_tensors
         along = tangents[2:8]
         places = [place for place, tangent in enumerate(along) if tangent is not None]
-        gradient = _gradient_of(ctx.loss, inputs, ctx.ignore_index, places)
+        gradient = _gradient_of(ctx.loss, inputs, ctx.how, places)
         given = [inputs[place] for place in places]
         return _pushforward(gradient, given, [along[place] for place in places])
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        operators, loss, grad_rows, *inputs, params, stats, ignore_index = args
+        operators, loss, grad_rows, *inputs, params, stats, ignore_index, classes = args
         if in_dims[7] is not None:
             return _one_by_one(Gradient, info, in_dims, args)
         size, lead = info.batch_size, _several(loss)
@@ -333,7 +338,7 @@ class Gradient(_Function):
         stats = _in_front(size, in_dims[8], stats).reshape(-1, stats.shape[-1]).contiguous()
         out = Gradient.apply(
             *(operators, loss, grad_rows, student, teacher, target, row_weight),
-            *(params, stats, ignore_index),
+            *(params, stats, ignore_index, classes),
         )
         return out.reshape(tensors[_STUDENT].shape), 0
 
@@ -355,16 +360,18 @@ class Reduced(_Function):
         ignore_index: int,
         with_grad: bool,
         with_parts: bool,
+        classes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (student, teacher, target, row_weight, normalizer)
         with below_autograd():
             return operators.reduced(
-                loss, *inputs, mean, params, ignore_index, with_grad, with_parts
+                loss, *inputs, mean, params, ignore_index, with_grad, with_parts, classes
             )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.operators, ctx.loss, *tensors, params, ctx.ignore_index, with_grad, _ = inputs
+        ctx.operators, ctx.loss, *tensors, params, ignore_index, with_grad, _, classes = inputs
+        ctx.how = ignore_index, classes
         student, teacher, target, row_weight, normalizer, ctx.mean = tensors
         _, gradient, parts = output
         # Autograd keeps no tensor that was made in inference mode, and this one has done its part.
@@ -394,7 +401,7 @@ class Reduced(_Function):
                 pull = _pullback(Reduced._again(ctx, inputs, places), given)
                 found = _with(found, places, pull(grad_loss))
         *of_inputs, of_params, of_normalizer = found
-        return None, None, *of_inputs, of_normalizer, None, of_params, None, None, None
+        return None, None, *of_inputs, of_normalizer, None, of_params, None, None, None, None
 
     @staticmethod
     def _scaled(ctx: Any, gradient: Tensor, grad_loss: Tensor) -> Tensor:
@@ -421,10 +428,11 @@ class Reduced(_Function):
 
         def loss(*given: Tensor) -> Tensor:
             *of_rows, normalizer = _with(inputs, places, given)
-            args = (*of_rows, ctx.ignore_index, False)
+            ignore_index, classes = ctx.how
+            args = (*of_rows, ignore_index, False, classes)
             rows, _, _ = Rows.apply(ctx.operators, ctx.loss, *args)
             student, _, target, *_ = of_rows
-            counted = counted_rows(ctx.mean, student.shape[:-1], target, ctx.ignore_index)
+            counted = counted_rows(ctx.mean, student.shape[:-1], target, ignore_index)
             return divided(rows.sum(), normalizer, counted)
 
         return loss
@@ -435,16 +443,16 @@ def _gradients_of_others(
     loss: str,
     grad_rows: Tensor,
     inputs: Sequence[Any],
-    ignore_index: int,
+    how: tuple[int, int],
     places: Sequence[int],
 ) -> Sequence[Tensor | None]:
     """The reference's gradients of teacher, row_weight and params, of those at these places."""
     if is_traced(grad_rows):
         # The values of parameters, which the reference branches on, are not known while tracing.
         *rest, params = inputs
-        found = operators.others(loss, grad_rows, *rest, params, ignore_index)
+        found = operators.others(loss, grad_rows, *rest, params, *how)
         return [found[_OTHERS.index(place)] for place in places]
-    rows = _rows_of(loss, inputs, ignore_index, places)
+    rows = _rows_of(loss, inputs, how, places)
     return _pullback(rows, [inputs[place] for place in places])(grad_rows)
 
 
@@ -457,12 +465,14 @@ def gradients_of_others(
     row_weight: Tensor | None,
     params: Tensor,
     ignore_index: int,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `others`."""
     inputs = (student, teacher, target, row_weight, params)
     apart: list[Any] = [None if x is None else x.detach() for x in inputs]
     places = [place for place in _OTHERS if apart[place] is not None]
-    pull = _pullback(_rows_of(loss, apart, ignore_index, places), [apart[x] for x in places])
+    rows = _rows_of(loss, apart, (ignore_index, classes), places)
+    pull = _pullback(rows, [apart[x] for x in places])
     with torch.no_grad():
         found = dict(zip(places, pull(grad_rows.detach()), strict=True))
 

@@ -296,6 +296,7 @@ def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any
         more: tuple[Any, ...] = (*divisor, packed, inputs.ignore_index, with_grad, with_parts)
     else:
         more = (packed, inputs.ignore_index, *options)
+    more = (*more, inputs.classes)
     try:
         return operators.apply(op, with_grad, name, *as_rows(*inputs[:4]), *more)
     except RuntimeError:
@@ -354,7 +355,7 @@ def _reference_rows(
     name: str, inputs: Inputs, params: Numbers, with_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
     entry = registry.LOSSES[name]
-    logits = inputs[:2] if entry.teacher else inputs[:1]
+    logits = inputs.logits if entry.teacher else inputs.logits[:1]
     more: dict[str, Any] = {"parts": True} if with_parts else {}
     value = entry.reference(
         *logits,
@@ -469,7 +470,7 @@ def _tf_nkd_rows(
         assert inputs.target is not None
         kd_weight, ce_weight, smoothing = weights
         value = reference.tf_nkd(
-            inputs.student,
+            inputs.logits[0],
             inputs.target,
             kd_weight,
             ce_weight,

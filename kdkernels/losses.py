@@ -444,6 +444,7 @@ def target_split(
     *,
     temperature: float | Tensor = 1.0,
     dim: int = -1,
+    classes: int | None = None,
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> TargetSplit:
@@ -453,7 +454,7 @@ def target_split(
         logits: `(..., classes)`, or with the classes at `dim`; any floating dtype of `kd_loss`.
         target: integer class ids, the shape of the logits without the classes.
         temperature: T, from 1e-4 to 1e4.
-        dim, ignore_index, backend: as in `kd_loss`; ignored rows are 0 in all three results.
+        dim, classes, ignore_index, backend: as in `kd_loss`; ignored rows are 0 in all results.
 
     Returns:
         log_target: the logarithm of the target's probability, accurate also when that is near 1.
@@ -466,6 +467,6 @@ def target_split(
     Raises the errors of `kd_loss`.
     """
     own = check_option("temperature", temperature)
-    given = {"dim": dim, "ignore_index": ignore_index, "backend": backend}
+    given = {"dim": dim, "classes": classes, "ignore_index": ignore_index, "backend": backend}
     options = {**COMMON, **{name: check_option(name, value) for name, value in given.items()}}
     return TargetSplit(*call.rows("target_split", logits, target, (own,), options).unbind())

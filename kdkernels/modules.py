@@ -24,6 +24,7 @@ class OfRows(TypedDict, total=False):
     ignore_index: int
     reduction: str
     dim: int
+    classes: int | None
     causal: bool
     backend: str | None
 

@@ -22,6 +22,9 @@ others     the gradients of teacher, row_weight and params, by the reference; em
            no such input
 scale_     multiplies a gradient in place by a 0-d tensor; writes nothing when that is 1
 
+With `classes` only so many classes count, the first ones, of student and teacher, which may then
+have different numbers of them; the gradient of the student's others is 0.
+
 The compiled ones refuse targets out of range on a CPU before they compute anything; elsewhere such
 a target makes its row NaN.
 """
@@ -50,15 +53,15 @@ from kdkernels.registry import LOSSES, STATS_WIDTH, is_functorch, is_transformed
 _LIBRARY = torch.library.Library("kdkernels", "DEF")
 _INPUTS = "Tensor student, Tensor? teacher, Tensor? target, Tensor? row_weight"
 _SCHEMAS = {
-    "forward": f"(str loss, {_INPUTS}, Tensor params, int ignore_index, bool with_parts=False)"
-    " -> (Tensor rows, Tensor stats, Tensor parts)",
+    "forward": f"(str loss, {_INPUTS}, Tensor params, int ignore_index, bool with_parts=False,"
+    " int classes=0) -> (Tensor rows, Tensor stats, Tensor parts)",
     "backward": f"(str loss, Tensor grad_rows, {_INPUTS}, Tensor stats, Tensor params,"
-    " int ignore_index) -> Tensor grad_student",
+    " int ignore_index, int classes=0) -> Tensor grad_student",
     "reduced": f"(str loss, {_INPUTS}, Tensor? normalizer, bool mean, Tensor params,"
-    " int ignore_index, bool with_grad, bool with_parts=False)"
+    " int ignore_index, bool with_grad, bool with_parts=False, int classes=0)"
     " -> (Tensor loss, Tensor grad, Tensor parts)",
-    "others": f"(str loss, Tensor grad_rows, {_INPUTS}, Tensor params, int ignore_index)"
-    " -> (Tensor grad_teacher, Tensor grad_row_weight, Tensor grad_params)",
+    "others": f"(str loss, Tensor grad_rows, {_INPUTS}, Tensor params, int ignore_index,"
+    " int classes=0) -> (Tensor grad_teacher, Tensor grad_row_weight, Tensor grad_params)",
     "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
 }
 # Exact strides: the layout of a gradient follows that of the student, also when compiled.
@@ -82,6 +85,7 @@ def _fake_forward(
     params: Tensor,
     ignore_index: int,
     with_parts: bool = False,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, outputs = student.shape[:-1], LOSSES[loss].outputs
     shape = rows if outputs == 1 else (outputs, *rows)
@@ -109,6 +113,7 @@ def _fake_reduced(
     ignore_index: int,
     with_grad: bool,
     with_parts: bool = False,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.empty_like(student) if with_grad else student.new_empty((0,))
     dtype = loss_dtype(student, teacher)
@@ -124,6 +129,7 @@ def _fake_others(
     row_weight: Tensor | None,
     params: Tensor,
     ignore_index: int,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
         return grad_rows.new_empty((0,)) if x is None else torch.empty_like(x)
@@ -176,21 +182,23 @@ class Operators:
     # It leaves out what has its default.
 
     def _differentiable_forward(self, *args: Any) -> Any:
-        args = _completed(args, 8)
+        args = _completed(args, 9, False, 0)
         if _is_differentiated(args):
             return Rows.apply(self, *args)
         with below_autograd():
             return self.forward(*args)
 
     def _differentiable_backward(self, *args: Any) -> Any:
-        loss, grad_rows, *inputs, stats, params, ignore_index = args
+        args = _completed(args, 10, 0)
+        loss, grad_rows, *inputs, stats, params, ignore_index, classes = args
         if _is_differentiated(args):
-            return Gradient.apply(self, loss, grad_rows, *inputs, params, stats, ignore_index)
+            more = (params, stats, ignore_index, classes)
+            return Gradient.apply(self, loss, grad_rows, *inputs, *more)
         with below_autograd():
             return self.backward(*args)
 
     def _differentiable_reduced(self, *args: Any) -> Any:
-        args = _completed(args, 11)
+        args = _completed(args, 12, False, 0)
         if is_transformed() and not is_functorch():
             return self._reduced_of_rows(*args)
         if _is_differentiated(args):
@@ -211,12 +219,14 @@ class Operators:
         ignore_index: int,
         with_grad: bool,
         with_parts: bool = False,
+        classes: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`reduced` as transforms can look into it; the gradient is theirs to take."""
         if with_grad:
             raise RuntimeError("with_grad: must be False under torch.func and forward mode")
         inputs = (student, teacher, target, row_weight)
-        rows, _, parts = Rows.apply(self, loss, *inputs, params, ignore_index, with_parts)
+        more = (params, ignore_index, with_parts, classes)
+        rows, _, parts = Rows.apply(self, loss, *inputs, *more)
         counted = counted_rows(mean, student.shape[:-1], target, ignore_index)
         value = divided(rows.sum(), normalizer, counted)
         return value, student.new_empty((0,)), parts
@@ -234,9 +244,9 @@ class Operators:
             return op(*inputs)
 
 
-def _completed(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """With the one default that the schemas have."""
-    return args if len(args) == count else (*args, False)
+def _completed(args: tuple[Any, ...], count: int, *defaults: Any) -> tuple[Any, ...]:
+    """All `count` of them, of which the last ones may be missing."""
+    return (*args, *defaults[len(defaults) - count + len(args) :])
 
 
 def _is_differentiated(args: tuple[Any, ...]) -> bool:

@@ -122,6 +122,7 @@ def reference_rows(
     row_weight: Tensor | None,
     params: Tensor,
     ignore_index: int,
+    classes: int = 0,
 ) -> Tensor:
     """The reference under the operators' signature."""
     entry = LOSSES[loss]
@@ -130,6 +131,7 @@ def reference_rows(
             f"params: {loss!r} has {len(entry.params)}, got shape {tuple(params.shape)}"
         )
     logits = (student, teacher) if entry.teacher else (student,)
+    logits = tuple(x if x is None else x[..., : classes or None] for x in logits)
     # As numbers where they are numbers: a term of weight 0 is then left out.
     plain = is_eager(params) and not params.requires_grad
     numbers = params.tolist() if plain else list(params.unbind())

@@ -261,6 +261,28 @@ def check_that_extreme_temperatures_give_numbers(
         agree_with_reference(case, *make_inputs("normal", 3, classes), backend)
 
 
+def check_first_classes(
+    case: Case, sizes: tuple[int, int, int], dtype: torch.dtype, backend: str, variants: Variants,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    """As of the logits without the others, which are NaN here; their gradient is 0."""
+    counted, *of_each = sizes
+    student, teacher, target = make_inputs("normal", 5, counted, dtype, generator, ignored=0.2)
+    wide = [
+        torch.cat((x, torch.full((5, n - counted), math.nan, dtype=dtype)), -1)
+        for x, n in zip((student, teacher), of_each, strict=True)
+    ]
+    upstream = torch.randn(5 if case.outputs == 1 else (3, 5), generator=generator)
+    one = [(case, upstream.flatten()[0])] if case.outputs == 1 else []
+    for call, up in ((case.rows, upstream), *one):
+        for variant in variants():
+            truth, gradient = evaluate(call, student, teacher, target, up, backend=backend)
+            value, ours = evaluate(call, *wide, target, up, backend=backend, classes=counted)
+            torch.testing.assert_close(value, truth, msg=variant)
+            torch.testing.assert_close(ours[:, :counted], gradient, msg=variant)
+            assert ours.shape == wide[0].shape and not ours[:, counted:].any(), variant
+
+
 def check_digits_near_the_teacher(
     case: Case, classes: int, backend: str, variants: Variants, with_target: bool,
     generator: torch.Generator,

@@ -71,8 +71,15 @@ def _run(
     params: Tensor,
     ignore_index: int,
     grad: Tensor | None = None,
+    classes: int = 0,
     **more: Any,
 ) -> None:
+    if classes:
+        if grad is not None:
+            grad[..., classes:] = 0
+        student, teacher, grad = (
+            x if x is None else x[..., :classes] for x in (student, teacher, grad)
+        )
     if student.shape[:-1].numel() == 0:
         return
     shown = _simt.run(
@@ -108,6 +115,7 @@ def forward(
     params: Tensor,
     ignore_index: int,
     with_parts: bool = False,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (student, teacher, target, row_weight, params, ignore_index)
     dtype, outputs = ops.loss_dtype(student, teacher), ops.LOSSES[loss].outputs
@@ -117,7 +125,7 @@ def forward(
     stats = _poisoned(student.new_empty((count, ops.STATS_WIDTH), dtype=dtype))
     parts = _poisoned(ops.empty_parts(student, dtype, with_parts))
     asked = {"parts": parts} if with_parts else {}
-    _run("forward", loss, *inputs, rows=rows, stats=stats, **asked)
+    _run("forward", loss, *inputs, classes=classes, rows=rows, stats=stats, **asked)
     return rows, stats, parts
 
 
@@ -131,10 +139,12 @@ def backward(
     stats: Tensor,
     params: Tensor,
     ignore_index: int,
+    classes: int = 0,
 ) -> Tensor:
     grad = _poisoned(torch.empty_like(student))
     inputs = (student, teacher, target, row_weight, params, ignore_index)
-    _run("backward", loss, *inputs, grad=grad, upstream=grad_rows.contiguous(), stats=stats)
+    known = {"upstream": grad_rows.contiguous(), "stats": stats}
+    _run("backward", loss, *inputs, grad, classes, **known)
     return grad
 
 
@@ -150,6 +160,7 @@ def reduced(
     ignore_index: int,
     with_grad: bool,
     with_parts: bool = False,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, scale, dtype = student.shape[:-1].numel(), 1.0, ops.loss_dtype(student, teacher)
     # A number on the host, unless it is in the dtype of the loss and so stands for the device's.
@@ -162,7 +173,7 @@ def reduced(
     parts = _poisoned(ops.empty_parts(student, dtype, with_parts))
     _run(
         "forward_grad", loss, student, teacher, target, row_weight, params, ignore_index, grad,
-        scale=scale, normalizer=normalizer, mean=mean and target is not None, total=total,
+        classes, scale=scale, normalizer=normalizer, mean=mean and target is not None, total=total,
         **({"parts": parts} if with_parts else {}),
     )  # fmt: skip
     return total, student.new_empty((0,)) if grad is None else grad, parts

@@ -49,6 +49,7 @@ from contracts import (
     Variants,
     check_a_weight_of_0,
     check_digits_near_the_teacher,
+    check_first_classes,
     check_infinite_logits,
     check_operators,
     check_reduction,
@@ -326,6 +327,13 @@ def test_infinite_logits(
 ) -> None:
     for _ in one(regime, seed)():
         check_infinite_logits(case, pattern, classes, "cuda", generator)
+
+
+@pairwise(case=KERNEL_CASES, regime=[*REGIMES], sizes=[(5, 8, 10), (37, 37, 48), (70, 77, 70)])
+def test_first_classes(
+    case: Case, regime: str, sizes: tuple[int, int, int], generator: torch.Generator
+) -> None:
+    check_first_classes(case, sizes, F32, "cuda", one(regime, 0), generator)
 
 
 @pairwise(case=PRECISE_CASES, regime=[*REGIMES], with_target=[True, False])

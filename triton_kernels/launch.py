@@ -86,17 +86,20 @@ def _check_operands(
     target: Tensor | None,
     row_weight: Tensor | None,
     params: Tensor,
+    classes: int,
 ) -> None:
     """What memory safety needs; the functions have checked what users can get wrong."""
     _check(loss in LOSSES, f"loss: unknown name {loss!r}")
     entry = ops.LOSSES[loss]
     _check(1 <= student.dim() <= 3, f"student: must have 1 to 3 dimensions, got {student.dim()}")
-    _check(student.shape[-1] > 0, "student: needs at least one class")
+    _check(student.shape[-1] > 0 and classes >= 0, "student: needs at least one class")
     _check((teacher is not None) == entry.teacher, f"teacher: wrong for {loss!r}")
     for name, x in (("student", student), ("teacher", teacher)):
         if x is not None:
             _check(x.dtype.is_floating_point and x.itemsize > 1, f"{name}: dtype {x.dtype}")
-            _check(x.shape == student.shape, f"{name}: must have the student's shape")
+            same = x.shape[:-1] == student.shape[:-1]
+            enough = x.shape[-1] >= classes if classes else x.shape[-1] == student.shape[-1]
+            _check(same and enough, f"{name}: must have the student's shape, or `classes`")
             _check(x.device == student.device, f"{name}: must be on {student.device}")
     _check(target is not None or not entry.target, f"target: {loss!r} needs one")
     if target is not None:
@@ -149,8 +152,15 @@ class Call:
         ignore_index: int,
         grad: Tensor | None,
         with_parts: bool = False,
+        classes: int = 0,
     ) -> Call:
-        _check_operands(loss, student, teacher, target, row_weight, params)
+        _check_operands(loss, student, teacher, target, row_weight, params, classes)
+        if classes:
+            if grad is not None:
+                grad[..., classes:].zero_()
+            student, teacher, grad = (
+                None if x is None else x[..., :classes] for x in (student, teacher, grad)
+            )
         _check(
             ops.LOSSES[loss].teacher or not with_parts,
             f"with_parts: {loss!r} has no teacher, and so no parts",
@@ -320,10 +330,10 @@ def forward(
     params: Tensor,
     ignore_index: int,
     with_parts: bool = False,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call.of(
-        loss, student, teacher, target, row_weight, params, ignore_index, None, with_parts
-    )
+    inputs = (student, teacher, target, row_weight)
+    call = Call.of(loss, *inputs, params, ignore_index, None, with_parts, classes)
     leading = () if call.outputs == 1 else (call.outputs,)
     rows = student.new_empty(leading + student.shape[:-1], dtype=call.dtype)
     stats = student.new_empty((call.rows, ops.STATS_WIDTH), dtype=call.dtype)
@@ -342,9 +352,11 @@ def backward(
     stats: Tensor,
     params: Tensor,
     ignore_index: int,
+    classes: int = 0,
 ) -> Tensor:
     grad = torch.empty_like(student)
-    call = Call.of(loss, student, teacher, target, row_weight, params, ignore_index, grad)
+    inputs = (student, teacher, target, row_weight)
+    call = Call.of(loss, *inputs, params, ignore_index, grad, classes=classes)
     if call.rows == 0:
         return grad
     grad_rows = grad_rows.contiguous()
@@ -369,11 +381,11 @@ def reduced(
     ignore_index: int,
     with_grad: bool,
     with_parts: bool = False,
+    classes: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.empty_like(student) if with_grad else None
-    call = Call.of(
-        loss, student, teacher, target, row_weight, params, ignore_index, grad, with_parts
-    )
+    inputs = (student, teacher, target, row_weight)
+    call = Call.of(loss, *inputs, params, ignore_index, grad, with_parts, classes)
     _check(call.outputs == 1, f"loss: {loss!r} has several outputs, none to reduce")
     scale = 1.0
     if normalizer is not None:
