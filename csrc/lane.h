@@ -42,9 +42,8 @@ constexpr double kLn2 = 0.69314718055994530942;
 // Scalar, splat, exp2, exp, log, log1p, negative (also of -0.0), abs, and
 //   reciprocal(x)      1 / x of an ordinary x > 0
 //   product(a, b)      a * b, rounded: fused with a subtraction, two equal products would not differ by 0
-//   log2_near(u, z)    log2 u of a u >= 0, z = u - 1 known to more digits than u has near 1: relative accuracy there,
-//   and
-//                      finite at 0. NaN in u may be lost.
+//   log2_near(u, z)    log2 u of a u >= 0, z = u - 1 known to more digits than u has near 1: relatively accurate
+//                      there, and finite at 0. NaN in u may be lost.
 template <class V>
 struct Ops;
 

@@ -7,8 +7,7 @@
 //   Sums::exps(scales, ds, dt)   the exponentials of a class, e[0..kept) are what the gradient needs again
 //   Sums::add(stats, exps)       statistics of one more class
 //   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes
-//   Sums::rebase(...)            coefficients that fit exponentials taken relative to other pivots: the transpose of
-//   how
+//   Sums::rebase(...)            coefficients that fit exponentials relative to other pivots: the transpose of how
 //                                these move
 //   Sums::gradient(e, coef)      d loss / d logit of a class: no new exponential
 //

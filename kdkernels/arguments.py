@@ -225,6 +225,14 @@ def _share(name: str, value: Any) -> float | Tensor:
     return _scheduled(name, value, 0.0, 1.0, "a number from 0 to 1")
 
 
+def _share_of_a_mixture(name: str, value: Any) -> float | Tensor:
+    # A share that float32 does not hold is none, and a divergence of none is another loss.
+    allowed = "0 or a number from 1e-30 to 1"
+    if _is_number(value) and value == 0:
+        return 0.0
+    return _scheduled(name, value, 1e-30, 1.0, allowed, zero=True)
+
+
 def _clamp(name: str, value: Any) -> float:
     return float(number(name, value, 0.0, 80.0, "a number from 0 to 80"))
 
@@ -309,7 +317,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
 
 
 # What is another thing in some losses than in the rest.
-RULES_OF_A_MIXTURE = {"alpha": _share, "beta": _share}
+RULES_OF_A_MIXTURE = {"alpha": _share_of_a_mixture, "beta": _share_of_a_mixture}
 
 
 def check_option(name: str, value: Any, rules: Mapping[str, Callable[..., Any]] = RULES) -> Any:

@@ -355,6 +355,8 @@ def _reference_rows(
     name: str, inputs: Inputs, params: Numbers, with_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
     entry = registry.LOSSES[name]
+    # As the operators take them: what is made of a number of 16 bits, such as 1 - x, is not.
+    params = tuple(x.double() if isinstance(x, Tensor) else x for x in params)
     logits = inputs.logits if entry.teacher else inputs.logits[:1]
     more: dict[str, Any] = {"parts": True} if with_parts else {}
     value = entry.reference(

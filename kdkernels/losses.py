@@ -156,14 +156,14 @@ def jsd_loss(
     q and p are the softmax at T of teacher and student, m = beta q + (1 - beta) p. beta = 0 is
     KL(q || p) and beta = 1 is KL(p || q): the formula is switched there, as TRL does it; these are
     not its limits, which are 0. Agarwal et al., "On-Policy Distillation of Language Models" (GKD),
-    arXiv 2306.13649. Close to 0 where teacher and student nearly agree, and exactly 0 where they
-    do: its terms are summed without cancellation.
+    arXiv 2306.13649. Between the ends its terms are summed without cancellation: it keeps its
+    digits where teacher and student nearly agree, and is exactly 0 where they do.
 
     Args:
         student, teacher, target: as for `kd_loss`, whose other promises hold as well.
         temperature: T, from 1e-4 to 1e4.
         t_squared: whether the distillation is multiplied by T^2.
-        beta: from 0 to 1.
+        beta: 0, or from 1e-30 to 1.
     """
     temperature = check_option("temperature", temperature)
     own = {
@@ -194,7 +194,7 @@ def skew_kl_loss(
         student, teacher, target: as for `kd_loss`, whose other promises hold as well.
         temperature: T, from 1e-4 to 1e4.
         t_squared: whether the distillation is multiplied by T^2.
-        alpha: the teacher's share of the mixture, from 0 to 1.
+        alpha: the teacher's share of the mixture, 0 or from 1e-30 to 1.
     """
     temperature = check_option("temperature", temperature)
     own = {
@@ -226,8 +226,9 @@ def skew_reverse_kl_loss(
         student, teacher, target: as for `kd_loss`, whose other promises hold as well.
         temperature: T, from 1e-4 to 1e4.
         t_squared: whether the distillation is multiplied by T^2.
-        alpha: the student's share of the mixture, from 0 to 1.
-        detach_mixture: whether the mixture is held constant, as DistiLLM-2 does.
+        alpha: the student's share of the mixture, 0 or from 1e-30 to 1.
+        detach_mixture: whether the student's part in the mixture is held constant, as in
+            DistiLLM-2.
     """
     temperature = check_option("temperature", temperature)
     own = {

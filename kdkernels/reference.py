@@ -152,10 +152,14 @@ def jsd(
     rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     log_p, log_q = _log_softmaxes(rows, temperature)
     if isinstance(beta, Tensor):  # which of the three it is, is not looked at
-        inside = (beta > 0) & (beta < 1)
-        value = _jensen_shannon(log_p, log_q, torch.where(inside, beta, 0.5))
-        value = torch.where(beta <= 0, _divergence(log_q, log_p), value)
-        value = torch.where(beta >= 1, _reverse_divergence(log_p, log_q), value)
+        forward, reverse = beta <= 0, beta >= 1
+        value = _jensen_shannon(log_p, log_q, torch.where(forward | reverse, 0.5, beta))
+        # One that is not taken is of equal distributions: its derivatives are 0 then, not NaN.
+        same = log_q.detach()
+        to, of = (torch.where(forward, x, same) for x in (log_p, log_q))
+        value = torch.where(forward, _divergence(of, to), value)
+        of, to = (torch.where(reverse, x, same) for x in (log_p, log_q))
+        value = torch.where(reverse, _reverse_divergence(of, to), value)
     elif beta <= 0:
         value = _divergence(log_q, log_p)
     elif beta >= 1:
@@ -188,7 +192,7 @@ def skew_kl(
     """
     rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     log_p, log_q = _log_softmaxes(rows, temperature)
-    value = _divergence(log_q, _log_mixture(log_q, log_p, alpha))
+    value = _divergence(log_q, _log_mixture(log_q, log_p, *_shares(alpha)))
     distillation = _gain(temperature, t_squared) * value
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
@@ -211,13 +215,13 @@ def skew_reverse_kl(
 ) -> Tensor:
     """Skew reverse KL, T^2 KL(p || m) with m = alpha p + (1 - alpha) q.
 
-    With detach_mixture m is not differentiated. Ko et al., DistiLLM, arXiv 2402.03898, and
-    DistiLLM-2, arXiv 2503.07067, which detaches.
+    With detach_mixture m is not differentiated by the student. Ko et al., DistiLLM, arXiv
+    2402.03898, and DistiLLM-2, arXiv 2503.07067, which detaches.
     """
     rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     log_p, log_q = _log_softmaxes(rows, temperature)
     in_mixture = log_p.detach() if detach_mixture else log_p
-    value = _reverse_divergence(log_p, _log_mixture(in_mixture, log_q, alpha))
+    value = _reverse_divergence(log_p, _log_mixture(in_mixture, log_q, *_shares(alpha)))
     distillation = _gain(temperature, t_squared) * value
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
@@ -558,24 +562,31 @@ def _reverse_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return value + torch.where(lacking.any(dim=-1), math.inf, 0.0)
 
 
-def _log_mixture(log_a: Tensor, log_b: Tensor, alpha: Number) -> Tensor:
-    """log(alpha a + (1 - alpha) b)."""
+def _shares(alpha: Number) -> tuple[Tensor, Tensor]:
+    """alpha and 1 - alpha, of which float32 may hold either and not their sum."""
     if not isinstance(alpha, Tensor):
-        alpha = torch.tensor(alpha, dtype=log_a.dtype, device=log_a.device)
-    # Not by log(alpha), whose derivative at 0 is infinite.
+        alpha = torch.tensor(alpha, dtype=torch.float64)
+    return alpha.double(), 1 - alpha.double()
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """log(a exp(log_a) + b exp(log_b)) of shares a and b."""
+    a, b = (x.to(log_a.device, log_a.dtype) for x in (a, b))
+    # Not by their logarithms, whose derivative at 0 is infinite.
     neither = (log_a == _NEG_INF) & (log_b == _NEG_INF)
     largest = torch.where(neither, 0.0, torch.maximum(log_a, log_b)).detach()
-    sum_ = alpha * (log_a - largest).exp() + (1 - alpha) * (log_b - largest).exp()
+    sum_ = a * (log_a - largest).exp() + b * (log_b - largest).exp()
     # Then it has the gradient of what it is made of. 1 / sum_ must not overflow.
     nothing = sum_ < torch.finfo(sum_.dtype).tiny
-    none = torch.where(alpha == 0, log_b, log_a)
+    none = torch.where(a == 0, log_b, log_a)
     return torch.where(nothing, none, largest + torch.where(nothing, 1.0, sum_).log())
 
 
 def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: Number) -> Tensor:
-    log_m = _log_mixture(log_q, log_p, beta)
+    of_teacher, of_student = _shares(beta)
+    log_m = _log_mixture(log_q, log_p, of_teacher, of_student)
     to_teacher, to_student = _divergence(log_q, log_m), _divergence(log_p, log_m)
-    return beta * to_teacher + (1 - beta) * to_student
+    return of_teacher.to(log_p.device) * to_teacher + of_student.to(log_p.device) * to_student
 
 
 def _is_zero(weight: Number) -> bool:

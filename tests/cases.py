@@ -84,6 +84,7 @@ def _log_ratio(options: Options, extent: Tensor, _: Tensor) -> Tensor:
     return 1 + extent
 
 
+SHARES = (0.0, 1e-8, 0.1, 0.5, 0.9, 1 - 1e-8, 1.0)
 FACTORS = (0.0, 0.5, 1.0, 8.0)
 # Temperature 1 and others, with and without cross-entropy: the kernels sum at one temperature or
 # at two.
@@ -222,7 +223,7 @@ LOSSES = {
         defaults={"temperature": 1.0, "t_squared": True, "beta": 0.5},
         weight=lambda o: 1 + _ce(o),
         divergence=lambda o: _ce(o) == 0,
-        drawn={"beta": (0.0, 0.1, 0.5, 0.9, 1.0)},
+        drawn={"beta": SHARES},
         module="JSDLoss",
         lacking=lambda o: o["beta"] == 1,
         bounded=lambda o: 0 < o["beta"] < 1,
@@ -240,7 +241,7 @@ LOSSES = {
         defaults={"temperature": 1.0, "t_squared": True, "alpha": 0.1},
         weight=lambda o: 1 + _ce(o),
         divergence=lambda o: _ce(o) == 0,
-        drawn={"alpha": (0.0, 0.1, 0.5, 0.9, 1.0)},
+        drawn={"alpha": SHARES},
         module="SkewKLLoss",
         bounded=lambda o: o["alpha"] > 0,
         rounds=lambda o: 1 + (o["alpha"] > 0),
@@ -257,7 +258,7 @@ LOSSES = {
         defaults={"temperature": 1.0, "t_squared": True, "alpha": 0.1, "detach_mixture": False},
         weight=lambda o: 1 + _ce(o),
         divergence=lambda o: _ce(o) == 0,
-        drawn={"alpha": (0.0, 0.1, 0.5, 0.9, 1.0), "detach_mixture": (False, True)},
+        drawn={"alpha": SHARES, "detach_mixture": (False, True)},
         module="SkewReverseKLLoss",
         lacking=lambda o: o["alpha"] == 0,
         bounded=lambda o: o["alpha"] > 0,

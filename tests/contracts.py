@@ -185,15 +185,16 @@ def check_that_nan_stays_in_its_row(
 ) -> None:
     case = case.apart
     clean = make_inputs("normal", 3, 70, F32, generator)
-    dirty = [x.clone() for x in clean]
-    dirty[0][2, at] = math.nan
     others = torch.arange(3) != 2
     for _ in variants():
-        value, gradient = evaluate(case.rows, *dirty, backend=backend)
         good = evaluate(case.rows, *clean, backend=backend)
-        assert value[..., 2].isnan().any() and gradient[2].isnan().any()
-        assert_same(value[..., others], good[0][..., others])
-        assert_same(gradient[others], good[1][others])
+        for which in range(1 + case.teacher):
+            dirty = [x.clone() for x in clean]
+            dirty[which][2, at] = math.nan
+            value, gradient = evaluate(case.rows, *dirty, backend=backend)
+            assert value[..., 2].isnan().any() and gradient[2].isnan().any()
+            assert_same(value[..., others], good[0][..., others])
+            assert_same(gradient[others], good[1][others])
 
 
 def check_that_nan_wins(
@@ -259,6 +260,28 @@ def check_that_extreme_temperatures_give_numbers(
             value, gradient = evaluate(case.rows, student, teacher, target, backend=backend)
             assert value.isfinite().all() and gradient.isfinite().all()
         agree_with_reference(case, *make_inputs("normal", 3, classes), backend)
+
+
+# Of a mixture, by the option that has them.
+END_SHARES = [1e-30, 1e-8, 1e-4, 1 - 1e-6, 1 - 1e-8]
+SHARE_OF = {"jsd": "beta", "skew_kl": "alpha", "skew_reverse_kl": "alpha"}
+
+
+def check_shares_near_the_ends(
+    loss: str, share: float, backend: str, variants: Variants, generator: torch.Generator
+) -> None:
+    """Of rows in which either tensor lacks classes: the logarithm of the share is the loss then."""
+    case = USUAL[loss].having(**{SHARE_OF[loss]: share})
+    student, teacher, target = make_inputs("normal", 6, 40, generator=generator)
+    student[1:, 3] = student[2, 5] = teacher[2:, 7] = teacher[3, 5] = -INF
+    exact = (student.double(), teacher.double(), target)
+    truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
+    assert truth.isfinite().all() and truth_gradient.isfinite().all()
+    largest = truth_gradient.abs().amax(-1, keepdim=True).expand_as(truth_gradient)
+    for variant in variants():
+        value, gradient = evaluate(case.rows, student, teacher, target, backend=backend)
+        assert_within(value, truth, truth, 1e-4 * truth + 1e-12, f"value, {variant}")
+        assert_within(gradient, truth_gradient, truth_gradient, 1e-4 * largest + 1e-12, variant)
 
 
 def check_first_classes(

@@ -125,7 +125,7 @@ def logits(call: Call, dtype: str, device: str, generator: torch.Generator) -> T
 
 def results(student: Tensor, teacher: Tensor, target: Tensor, backend: str) -> list[Tensor]:
     out: list[Tensor] = []
-    for loss in (kdkernels.kd_loss, kdkernels.dkd_loss):
+    for loss in (kdkernels.kd_loss, kdkernels.dkd_loss, kdkernels.jsd_loss):
         for reduction in ("mean", "none"):
             leaf = student.detach().requires_grad_()
             value = loss(leaf, teacher, target, backend=backend, reduction=reduction)

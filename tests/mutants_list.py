@@ -1180,6 +1180,20 @@ MUTANTS = [
         "the logarithm of a rounded sum",
     ),
     Mutant(
+        "cpu-second-round-behind-the-first",
+        "csrc/stats.h",
+        "return sum < Sums::count ? 2 + sum : kStatsWidth - kSums<Sums> + sum;",
+        "return 2 + sum;",
+        "the backward pass of another variant finds other sums there",
+    ),
+    Mutant(
+        "triton-second-round-behind-the-first",
+        "triton_kernels/kernels.py",
+        "at = part_stats + (WIDTH - REFINED)",
+        "at = part_stats + (2 + len(like))",
+        "the backward pass of another variant finds other sums there",
+    ),
+    Mutant(
         "python-mixture-without-a-class",
         "kdkernels/reference.py",
         "none = torch.where(alpha == 0, log_b, log_a)",

@@ -31,9 +31,11 @@ from cases import (
     value_tolerance,
 )
 from contracts import (
+    END_SHARES,
     EXTREME_TEMPERATURES,
     LARGE_TEMPERATURES,
     PATTERNS,
+    SHARE_OF,
     agree_with_reference,
     check_a_weight_of_0,
     check_digits_near_the_teacher,
@@ -41,6 +43,7 @@ from contracts import (
     check_large_temperatures,
     check_saturated_target_of_dkd,
     check_saturated_target_of_nkd,
+    check_shares_near_the_ends,
     check_that_extreme_temperatures_give_numbers,
     check_that_nan_wins,
 )
@@ -284,6 +287,39 @@ def test_digits_near_the_teacher(
     for classes in (10, 1000, 5000):
         variants = partial(iter, [isa])
         check_digits_near_the_teacher(case, classes, "cpu", variants, with_target, generator)
+
+
+@needs_cpu
+@pytest.mark.parametrize("share", END_SHARES)
+@pytest.mark.parametrize("loss", SHARE_OF)
+def test_shares_near_the_ends(
+    loss: str, share: float, isa: str, generator: torch.Generator
+) -> None:
+    check_shares_near_the_ends(loss, share, "cpu", partial(iter, [isa]), generator)
+
+
+@pytest.mark.parametrize("loss", SHARE_OF)
+def test_shares_as_tensors(loss: str, generator: torch.Generator) -> None:
+    """Whatever their dtype, the other share is what remains; and where a class is lacking too their
+    own gradient and the teacher's are numbers."""
+    student, teacher, _ = make_inputs("normal", 6, 40, F64, generator)
+    student[1:, 3] = student[2, 5] = -INF
+    name = SHARE_OF[loss]
+    for dtype in (BF16, F16, F32, F64):
+        for number in (0.125, 0.3, 1.0):
+            share = tensor(number, dtype=dtype, requires_grad=True)
+            logits = [x.clone().requires_grad_() for x in (student, teacher)]
+            case = USUAL[loss].having(**{name: share})
+            value = case.rows(*logits, None, backend="reference")
+            known = USUAL[loss].having(**{name: share.item()})
+            truth = known.rows(*logits, None, backend="reference")
+            torch.testing.assert_close(value, truth, rtol=1e-6, atol=1e-9)
+            fine = value.isfinite()
+            gradients = torch.autograd.grad(value[fine].sum(), [*logits, share])
+            assert fine.any() and all(x.isfinite().all() for x in gradients)
+            same = case.rows(student[:1], student[:1], None, backend="reference")
+            if loss != "jsd" or number < 1:
+                torch.testing.assert_close(same, torch.zeros(1).double(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["skew_kl", "skew_reverse_kl"])

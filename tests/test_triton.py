@@ -301,6 +301,14 @@ def test_first_classes(
     check_first_classes(case, sizes, F32, "triton", partial(in_regime, regime), generator)
 
 
+@pairwise(loss=[*contracts.SHARE_OF], share=contracts.END_SHARES, regime=REGIMES)
+def test_shares_near_the_ends(
+    loss: str, share: float, regime: str, generator: torch.Generator
+) -> None:
+    variants = partial(in_regime, regime)
+    contracts.check_shares_near_the_ends(loss, share, "triton", variants, generator)
+
+
 @pairwise(case=PRECISE_CASES, regime=REGIMES, with_target=[True, False])
 def test_digits_near_the_teacher(
     case: Case, regime: str, with_target: bool, generator: torch.Generator

@@ -5,8 +5,8 @@
 beta = 0 is KL(q || p) and beta = 1 is KL(p || q), which are not its limits. Agarwal et al. 2023,
 arXiv 2306.13649, equation 1.
 
-The twin of csrc/losses/jsd.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
-t_squared, beta.
+The twin of Jsd in csrc/losses/score.h.
+Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared, beta.
 """
 
 from types import ModuleType
@@ -33,19 +33,21 @@ from .stats import usable
 __all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
 
 
-def instead(params: list[float]) -> tuple[ModuleType, list[float]] | None:
-    """The loss at the ends of beta."""
+def instead(params: list[float]) -> tuple[ModuleType | None, list[float]]:
+    """Another loss at the ends of beta; else its two shares, of which float32 may hold either."""
     *common, beta = params
-    return (mixed_kl, [*common, 1.0 - beta]) if beta in (0.0, 1.0) else None
+    if beta in (0.0, 1.0):
+        return mixed_kl, [*common, 1.0 - beta]
+    return None, [*params, 1.0 - beta]
 
 
 @triton.jit
 def at(p, q, d, params):
-    beta = params[5]
-    r, z = mixture(p, q, d, beta)
-    log_q = log_near(q * r, (beta - 1.0) * z)
+    beta, rest = params[5], params[6]
+    r, z, _ = mixture(p, q, d, beta, rest)
+    log_q = log_near(q * r, -rest * z)
     log_p = log_near(p * r, beta * z)
-    h = (1.0 - beta) * log_p
+    h = rest * log_p
     # Near p = q the first order of the two cancels, class by class.
     return beta * q * log_q + p * h, h
 

@@ -17,14 +17,15 @@ gradient   merges the statistics of its rows' slices in index order, finishes, a
            gradient of one slice. With the statistics of a forward pass it is the backward pass.
 
 A loss of two rounds has REFINE and OPEN (stats.py), None otherwise. Its second round takes resident
-programs no load, sweeps one more sweep. Its sums are stored behind those of the first round, which
-is all that a backward pass needs to know.
+programs no load, sweeps one more sweep. Its sums are the last of a row of statistics, which is all
+that a backward pass needs to know.
 """
 
 import triton
 import triton.language as tl
 
 from .rows import (
+    REFINED,
     WIDTH,
     _add,
     _features,
@@ -135,7 +136,7 @@ def resident(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists, read, weight, sums, ps, pt,
         target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
-        FINISH, VARIANT, OUTPUTS, DTYPE,
+        REFINE, FINISH, VARIANT, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:
         value = GRAD(exps, coef, VARIANT)
@@ -227,7 +228,7 @@ def sweeps(
             student, s_start, s_class, teacher, t_start, t_class,
             row, rows, y, exists, read, weight, sums, ps, pt,
             target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
-            FINISH, VARIANT, OUTPUTS, DTYPE,
+            REFINE, FINISH, VARIANT, OUTPUTS, DTYPE,
         )  # fmt: skip
         if grad is not None:
             g_start = _start(row, inner, g_base, g_outer, g_inner)
@@ -269,7 +270,7 @@ def partial(
         _shift(s_start, VEC, ALIGNED), readable, y, _scale_of(p0, p5, VARIANT, DTYPE),
         STATS, MERGE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
     )  # fmt: skip
-    _store_stats(stats, row * parts + part, exists, ps, pt, sums)
+    _store_stats(stats, row * parts + part, exists, ps, pt, sums, None)
 
 
 @_kernel
@@ -308,7 +309,7 @@ def refined(
         _shift(s_start, VEC, ALIGNED), readable, y, ps, pt, k, opening, params, (),
         STATS, REFINE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
     )  # fmt: skip
-    to = part_stats + (row * parts + part) * WIDTH + (2 + len(like))
+    to = part_stats + (row * parts + part) * WIDTH + (WIDTH - REFINED)
     for i in tl.static_range(len(more)):
         tl.store(to + i, more[i], mask=exists)
 
@@ -348,7 +349,7 @@ def gradient(
             student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt, params,
             OPEN, DTYPE,
         )  # fmt: skip
-        at = part_stats + (2 + len(like))
+        at = part_stats + (WIDTH - REFINED)
         more = _no_refined(opening, params, k, STATS, REFINE, VARIANT, DTYPE)
         for part in range(parts):
             more = _add(more, _load_sums(at, row * parts + part, exists, more))
@@ -357,7 +358,7 @@ def gradient(
         student, s_start, s_class, teacher, t_start, t_class,
         row, rows, y, exists & (place == 0), read, weight, sums, ps, pt,
         target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
-        FINISH, VARIANT, OUTPUTS, DTYPE,
+        REFINE, FINISH, VARIANT, OUTPUTS, DTYPE,
     )  # fmt: skip
     if grad is not None:
         g_start = _start(row, inner, g_base, g_outer, g_inner)

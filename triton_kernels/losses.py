@@ -36,6 +36,10 @@ LOSSES: dict[str, ModuleType] = {
 
 
 def serving(loss: ModuleType, params: list[float]) -> tuple[ModuleType, list[float]]:
-    """The loss that serves a call, with its parameters: at their ends mixtures are others."""
-    instead = loss.instead(params) if hasattr(loss, "instead") else None
-    return (loss, params) if instead is None else instead
+    """The loss that serves a call, with the numbers that it takes: at their ends mixtures are
+    others, elsewhere they want both of their shares.
+    """
+    if not hasattr(loss, "instead"):
+        return loss, params
+    other, numbers = loss.instead(params)
+    return other or loss, numbers

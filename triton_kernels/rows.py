@@ -8,6 +8,7 @@ import triton.language as tl
 from .stats import INF
 
 WIDTH = tl.constexpr(10)  # of a row of statistics, kdkernels.ops.STATS_WIDTH
+REFINED = tl.constexpr(2)  # sums of a second round, the last in such a row
 
 
 # ---- tuples of sums -------------------------------------------------------------------------
@@ -206,17 +207,22 @@ def _store_parts(row_parts, row, rows, exists, read, values, nan, weight, target
 
 
 @triton.jit
-def _store_stats(stats, row, exists, ps, pt, sums):
-    """Two pivots, the sums, and zeros up to the width."""
+def _store_stats(stats, row, exists, ps, pt, sums, REFINE: tl.constexpr):
+    """Two pivots, the sums, and zeros between them and those of a second round, which are last:
+    there every variant of a loss finds what another one has left."""
+    LATE: tl.constexpr = 0 if REFINE is None else REFINED
+    FIRST: tl.constexpr = len(sums) - LATE
     if stats is not None:
         to = stats + row * WIDTH
         tl.store(to, ps, mask=exists)
         tl.store(to + 1, pt, mask=exists)
         for i in tl.static_range(WIDTH - 2):
-            if i < len(sums):
+            if i < FIRST:
                 tl.store(to + 2 + i, sums[i], mask=exists)
-            else:
+            elif i < WIDTH - 2 - LATE:
                 tl.store(to + 2 + i, 0.0, mask=exists)
+            else:
+                tl.store(to + 2 + i, sums[FIRST + i - (WIDTH - 2 - LATE)], mask=exists)
 
 
 @triton.jit
@@ -294,7 +300,8 @@ def _finish(
     student, s_start, s_class, teacher, t_start, t_class,
     row, rows, y, stored, read, weight, sums, ps, pt,
     target, upstream, losses, row_parts, stats, scale, normalizer, counted, params,
-    FINISH: tl.constexpr, VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
+    REFINE: tl.constexpr, FINISH: tl.constexpr, VARIANT: tl.constexpr, OUTPUTS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """From sums to losses and statistics, stored where asked, and the gradient's coefficients."""
     s_y = _logit(student, s_start, s_class, y, read, DTYPE)
@@ -310,5 +317,5 @@ def _finish(
     nan = tl.where(nan == nan, 0.0, nan)
     _store_rows(losses, row, rows, stored, read, values, nan, g, OUTPUTS)
     _store_parts(row_parts, row, rows, stored, read, values, nan, weight, target)
-    _store_stats(stats, row, stored, ps, pt, sums)
+    _store_stats(stats, row, stored, ps, pt, sums, REFINE)
     return _only(read, coef), at_target

@@ -124,7 +124,8 @@ def log_near(u, z):
     near = tl.full(z.shape, 1.0 / TERMS, z.dtype)
     for i in tl.static_range(1, TERMS):
         near = near * -z + 1.0 / (TERMS - i)
-    return tl.where(tl.abs(z) < 0.0625, z * near, tl.log(tl.maximum(u, _least(u))))
+    # NaN is in z as well: tl.maximum would lose it.
+    return tl.where(tl.abs(z) < 0.0625, z * near, tl.log(tl.maximum(u, _least(u))) + 0.0 * z)
 
 
 @triton.jit
@@ -137,9 +138,9 @@ def _least(x):
 
 
 @triton.jit
-def mixture(p, q, d, a):
-    """1 / m and d / m of m = a q + (1 - a) p. Where m is next to nothing they are 0."""
-    least = _least(d)
-    m = a * q + (1.0 - a) * p
-    r = tl.where(m > least, 1.0 / tl.where(m > least, m, 1.0), 0.0)
-    return r, d * r
+def mixture(p, q, d, a, b):
+    """1 / m, d / m and d of m = a q + b p, b = 1 - a. Where m is next to nothing they are 0."""
+    none = a * q + b * p <= _least(d)
+    r = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, a * q + b * p))
+    d = tl.where(none, 0.0, d)
+    return r, d * r, d

@@ -1,7 +1,7 @@
 """Skew KL: T^2 KL(q || alpha q + (1 - alpha) p). Ko et al. 2024, arXiv 2402.03898, equation 2.
 
-The twin of csrc/losses/skew_kl.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
-t_squared, alpha.
+The twin of SkewKl in csrc/losses/score.h.
+Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared, alpha.
 """
 
 from types import ModuleType
@@ -28,19 +28,19 @@ from .stats import usable
 __all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
 
 
-def instead(params: list[float]) -> tuple[ModuleType, list[float]] | None:
-    """The loss at alpha = 0: KL(q || p)."""
+def instead(params: list[float]) -> tuple[ModuleType | None, list[float]]:
+    """At alpha = 0 KL(q || p); else both shares, of which float32 may hold either."""
     *common, alpha = params
-    return (mixed_kl, [*common, 1.0]) if alpha == 0.0 else None
+    return (mixed_kl, [*common, 1.0]) if alpha == 0.0 else (None, [*params, 1.0 - alpha])
 
 
 @triton.jit
 def at(p, q, d, params):
-    alpha = params[5]
-    r, z = mixture(p, q, d, alpha)
-    z = (alpha - 1.0) * z  # q / m - 1
+    alpha, rest = params[5], params[6]
+    r, z, d = mixture(p, q, d, alpha, rest)
+    z = -rest * z  # q / m - 1
     # With m - q, which sums to 0 over a row, every class is positive and of second order.
-    return q * log_near(q * r, z) + (1.0 - alpha) * d, (alpha - 1.0) * z
+    return q * log_near(q * r, z) + rest * d, -rest * z
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Skew reverse KL: T^2 KL(p || m), m = alpha p + (1 - alpha) q; with detach_mixture m is held
 constant. Ko et al. 2024, arXiv 2402.03898, and DistiLLM-2, arXiv 2503.07067, which detaches.
 
-The twin of csrc/losses/skew_reverse_kl.h. Parameters: temperature, kd_weight, ce_weight,
+The twin of SkewReverseKl in csrc/losses/score.h. Parameters: temperature, kd_weight, ce_weight,
 label_smoothing, t_squared, alpha, detach_mixture.
 """
 
@@ -29,19 +29,19 @@ from .stats import usable
 __all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
 
 
-def instead(params: list[float]) -> tuple[ModuleType, list[float]] | None:
-    """The loss at alpha = 0: KL(p || q)."""
+def instead(params: list[float]) -> tuple[ModuleType | None, list[float]]:
+    """At alpha = 0 KL(p || q); else both shares, of which float32 may hold either."""
     *common, alpha, _ = params
-    return (mixed_kl, [*common, 0.0]) if alpha == 0.0 else None
+    return (mixed_kl, [*common, 0.0]) if alpha == 0.0 else (None, [*params, 1.0 - alpha])
 
 
 @triton.jit
 def at(p, q, d, params):
-    a = 1.0 - params[5]
-    r, z = mixture(p, q, d, a)
+    alpha, a = params[5], params[7]
+    r, z, d = mixture(p, q, d, a, alpha)
     log_p = log_near(p * r, a * z)
     # -alpha p / m, which is a q / m - 1, or without the constant a (q / m - 1).
-    of_mixture = tl.where(params[6] != 0.0, 0.0, a) * ((a - 1.0) * z)
+    of_mixture = tl.where(params[6] != 0.0, 0.0, a) * (-alpha * z)
     # With m - p, which sums to 0 over a row, every class is positive and of second order.
     return p * log_p - a * d, log_p + of_mixture
 

@@ -1,7 +1,7 @@
 """Total variation distance, 1/2 sum |p - q|. Wen et al. 2023, arXiv 2307.15190.
 
-The twin of csrc/losses/tvd.h. Parameters: temperature, kd_weight, ce_weight, label_smoothing,
-t_squared.
+The twin of Tvd in csrc/losses/score.h.
+Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared.
 """
 
 import triton
@@ -25,7 +25,8 @@ __all__ = ["finish", "grad", "merge", "opening", "refine", "stats", "variant"]
 
 @triton.jit
 def at(p, q, d, params):
-    return 0.5 * tl.abs(d), tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0)).to(d.dtype)
+    # NaN stays.
+    return 0.5 * tl.abs(d), tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0 * d)).to(d.dtype)
 
 
 @triton.jit

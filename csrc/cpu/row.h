@@ -57,7 +57,8 @@ typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales
   return stats;
 }
 
-// The second round over what was kept, in place. n: a multiple of the lanes. sums: those of this round are added to it.
+// The second round over what was kept, in place. sums: those of this round are added to it. The last vector may reach
+// beyond n: there the kept are 0, as of a class at -inf.
 template <class Sums, class S>
 void refine_tile(const typename Sums::template Scales<S>& scales, int64_t n, S* kept, int64_t kept_stride,
                  const Multipliers<S, Sums::kept>& opening, double* sums) {

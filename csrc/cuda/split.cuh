@@ -96,6 +96,7 @@ part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
   }
   if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, slope, sums);
   warps_sum<Sums>(scratch, sums);
+  static_assert(Sums::refined <= kMostRefined, "scratch has room for them");
   KD_UNROLL
   for (int k = 0; k < Sums::refined && rank == 0; ++k)
     arch::store(a.part_refined + from_end * kMostRefined + k, sums[k]);

@@ -4,9 +4,8 @@
 //   first round   e_s, e_t and their sums
 //   open          what turns them into p and q, from the sums
 //   refine        p and q -> value f and score h = df / dp of the class. Kept from then on: p and p h
-//   finish        gradient T p (h - H), H the mean of h under p; of the target T p_y ((1 - p_y) h_y - sum of the
-//   others'
-//                 p h): nothing cancels where p_y is near 1
+//   finish        gradient T p (h - H), H the mean of h under p; of the target T p_y ((1 - p_y) h_y - S), S the
+//                 sum of the others' p h: nothing cancels where p_y is near 1
 //
 // A form brings at(p, q, d = p - q) -> value and score, and crowded (stats.h). A constant in the score counts for
 // nothing: H takes it away.
@@ -161,6 +160,7 @@ struct MixtureForm {
           E(static_cast<S>(x[3] * x[0] - x[2] * x[1])) {}
   };
   template <class V>
+  // Skew KL needs one of the logarithms and no score of p; they share the code of all mixtures, and so its kernels.
   static KD_FN void at(const Scales<ScalarOf<V>>& x, V p, V q, V d, V& value, V& h) {
     // 1 / m must not overflow: as if p were q where both are almost 0.
     const V tiny = lit<V>(sizeof(ScalarOf<V>) == 8 ? 1e-300 : 1e-37), one = lit<V>(1);
@@ -169,7 +169,7 @@ struct MixtureForm {
     const V z = select(none, lit<V>(0), d * r), from_m = -x.b * z;  // p / m - 1 is a z, and q / m - 1 is -b z
     const V log_p = Ops<V>::log2_near(select(none, one, p * r), x.a * z);
     const V log_q = Ops<V>::log2_near(select(none, one, q * r), from_m);
-    value = x.A * q * log_q + x.B * p * log_p - x.E * d;
+    value = x.A * q * log_q + x.B * p * log_p - x.E * select(none, lit<V>(0), d);
     h = x.B * log_p + x.D * from_m;
   }
 };
