@@ -296,7 +296,16 @@ def speed(reports: dict[str, Report]) -> str:
     parts = []
     for folder, report in headline(reports).items():
         results = Results(report["records"])
-        cases = [x for x in results.by_case if x.direction == "both" and not x.ignored]
+        measured = {
+            case.loss
+            for case, records in results.by_case.items()
+            if any("ms" in records.get(name, {}) for name in providers.FUSED)
+        }
+        cases = [
+            x
+            for x in results.by_case
+            if x.direction == "both" and not x.ignored and x.loss in measured
+        ]
         names = [x for x in providers.FUSED if any(x in results.by_case[c] for c in cases)]
         for name in names:
             # The shapes at which most losses were measured.
