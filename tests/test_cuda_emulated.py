@@ -186,7 +186,8 @@ def test_every_place_between_two_granules(
 
 @pairwise(
     case=[x for x in WALKED if x.outputs == 1], how=REDUCTIONS, regime=[*REGIMES],
-    classes=[17, 101], dtypes=DTYPE_PAIRS, kind=["normal", "masked"], ignored=[0.0, 0.2], weighted=[True, False], seed=SEEDS,
+    classes=[17, 101], dtypes=DTYPE_PAIRS, kind=["normal", "masked"], ignored=[0.0, 0.2],
+    weighted=[True, False], seed=SEEDS,
 )  # fmt: skip
 def test_reductions(
     case: Case, how: Reduction, regime: str, classes: int, dtypes: Dtypes, kind: str,
