@@ -35,6 +35,7 @@ from cases import (
     PRECISE_CASES,
     SOME,
     USUAL,
+    WALKED,
     Case,
     assert_same,
     evaluate,
@@ -60,9 +61,6 @@ from grid import pairwise
 import kdkernels
 
 pytestmark = pytest.mark.full  # the emulation is built for make test-full
-
-# What becomes of the sums of a row is the CPU's code, tested there with all options.
-WALKED = list(dict.fromkeys([*KERNEL_CASES, *MAIN_CASES]))
 
 REGIMES: dict[str, dict[str, Any]] = {
     "as planned": {},
