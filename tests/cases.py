@@ -551,7 +551,7 @@ def _one_of_each_kernel(cases: list[Case]) -> list[Case]:
 # For tests of how rows are walked, which do not depend on what becomes of their sums.
 KERNEL_CASES = _one_of_each_kernel(CASES)
 MAIN_KERNEL_CASES = _one_of_each_kernel(MAIN_CASES)
-# And each loss. Where what becomes of the sums is the CPU's code, it is tested there with all options.
+# And each loss: what becomes of the sums in the emulation is the CPU code, tested with all options.
 WALKED = list(dict.fromkeys([*KERNEL_CASES, *MAIN_CASES]))
 
 # ---- layouts --------------------------------------------------------------------------------
