@@ -1126,7 +1126,7 @@ MUTANTS = [
     Mutant(
         "cpu-mixture-of-first-order",
         "csrc/losses/score.h",
-        " - x.E * d;",
+        " - x.E * select(none, lit<V>(0), d);",
         ";",
         "near the teacher the classes' terms cancel",
     ),
@@ -1196,7 +1196,7 @@ MUTANTS = [
     Mutant(
         "python-mixture-without-a-class",
         "kdkernels/reference.py",
-        "none = torch.where(alpha == 0, log_b, log_a)",
+        "none = torch.where(a == 0, log_b, log_a)",
         "none = _NEG_INF * torch.ones_like(log_a)",
         "a student without a class learns nothing of it",
     ),

@@ -24,6 +24,7 @@ from cases import (
     make_inputs,
     needs_cpu,
 )
+from contracts import SHARE_OF
 
 import kdkernels
 from kdkernels import arguments, backend, ops, reference, registry
@@ -166,15 +167,19 @@ def test_bad_arguments_are_named(argument, value, error, message):
 NUMBERS = [
     (case, name, value)
     for case in MAIN_CASES
-    for name in ("temperature", "alpha", "beta", "gamma", "ce_weight")
+    for name in ("temperature", "alpha", "beta", "gamma", "ce_weight", "ratio")
     if name in case.all_options
     for value in (-1.0, NAN, INF, -INF, *([0] if name == "temperature" else []))
 ]
+SHARE = f"must be a number from 0 to 1{TENSOR}"
+SHARE_OF_A_MIXTURE = f"must be 0 or a number from 1e-30 to 1{TENSOR}"
 
 
 @pytest.mark.parametrize(("case", "name", "value"), NUMBERS, ids=lambda x: str(x)[:20])
 def test_bad_numbers(case, name, value):
-    allowed = TEMPERATURE if name == "temperature" else WEIGHT
+    allowed = {"temperature": TEMPERATURE, "ratio": SHARE}.get(name, WEIGHT)
+    if SHARE_OF.get(case.loss) == name:
+        allowed = SHARE_OF_A_MIXTURE
     logits = (student, teacher) if case.teacher else (student,)
     with refused(ValueError, name, f"got {value}; {allowed}"):
         case.function(*logits, target, **{name: value})

@@ -347,6 +347,7 @@ def test_rows_of_a_shape_share_one_copy() -> None:
 
 
 @needs_cpu
+@pytest.mark.full
 @pairwise(loss=[*LOSSES], direction=DIRECTIONS, dtype=["float32", "bfloat16"])
 def test_a_record_for_each_provider(loss: str, direction: str, dtype: str) -> None:
     case = Case(loss, 40, 301, dtype, direction=direction)

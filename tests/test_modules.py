@@ -25,6 +25,7 @@ COMMON = {
     "normalizer": None,
     "reduction": "mean",
     "dim": -1,
+    "classes": None,
     "causal": False,
     "return_parts": False,
     "backend": None,

@@ -277,6 +277,7 @@ def test_nan_wins_over_infinities_and_weights_of_0(case: Case, regime: str) -> N
     contracts.check_that_nan_wins(case, 9, "triton", one(regime), step=5)
 
 
+@pytest.mark.full
 @pairwise(
     case=[x for x in MAIN_CASES if x.teacher], temperature=contracts.LARGE_TEMPERATURES,
     regime=REGIMES, dtype=[F32, BF16],
@@ -288,12 +289,14 @@ def test_large_temperatures(
     check(case, temperature, 37, dtype, "triton", one(regime), generator)
 
 
+@pytest.mark.full
 @pairwise(case=KERNEL_CASES, pattern=[*PATTERNS], regime=REGIMES)
 def test_infinite_logits(case: Case, pattern: str, regime: str, generator: torch.Generator) -> None:
     for _ in in_regime(regime):
         check_infinite_logits(case, pattern, 9, "triton", generator)
 
 
+@pytest.mark.full
 @pairwise(case=[SOME, USUAL["jsd"]], regime=REGIMES, sizes=[(5, 8, 10), (37, 37, 48), (70, 77, 70)])
 def test_first_classes(
     case: Case, regime: str, sizes: tuple[int, int, int], generator: torch.Generator
@@ -301,6 +304,7 @@ def test_first_classes(
     check_first_classes(case, sizes, F32, "triton", partial(in_regime, regime), generator)
 
 
+@pytest.mark.full
 @pairwise(loss=[*contracts.SHARE_OF], share=contracts.END_SHARES, regime=REGIMES)
 def test_shares_near_the_ends(
     loss: str, share: float, regime: str, generator: torch.Generator
@@ -309,6 +313,7 @@ def test_shares_near_the_ends(
     contracts.check_shares_near_the_ends(loss, share, "triton", variants, generator)
 
 
+@pytest.mark.full
 @pairwise(case=PRECISE_CASES, regime=REGIMES, with_target=[True, False])
 def test_digits_near_the_teacher(
     case: Case, regime: str, with_target: bool, generator: torch.Generator
@@ -317,6 +322,7 @@ def test_digits_near_the_teacher(
     check_digits_near_the_teacher(case, 70, "triton", variants, with_target, generator)
 
 
+@pytest.mark.full
 @pairwise(regime=REGIMES, gap=[20.0, 60.0, 120.0, 200.0], temperature=[1.0, 3.0])
 def test_saturated_targets(
     regime: str, gap: float, temperature: float, generator: torch.Generator
@@ -408,6 +414,7 @@ def test_a_weight_of_0_wins_over_a_row_without_logits(loss: object, regime: str)
         check_a_weight_of_0(loss, 70, "triton")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("temperature", contracts.EXTREME_TEMPERATURES)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> None:
@@ -558,7 +565,7 @@ def test_every_plan_covers_every_class_once(rows: int, window: int, wide: bool) 
 @pytest.mark.parametrize(
     "name",
     [
-        x if x == SOME.loss else pytest.param(x, marks=pytest.mark.full)
+        x if x in (SOME.loss, USUAL["jsd"].loss) else pytest.param(x, marks=pytest.mark.full)
         for x in OPERATORS
         if kdkernels.ops.LOSSES[x].teacher
     ],
