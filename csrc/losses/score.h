@@ -166,10 +166,11 @@ struct MixtureForm {
     const V tiny = lit<V>(sizeof(ScalarOf<V>) == 8 ? 1e-300 : 1e-37), one = lit<V>(1);
     const V m = x.a * q + x.b * p, r = Ops<V>::reciprocal(max_of(tiny, m));
     const auto none = m < tiny;
-    const V z = select(none, lit<V>(0), d * r), from_m = -x.b * z;  // p / m - 1 is a z, and q / m - 1 is -b z
+    d = select(none, lit<V>(0), d);
+    const V z = d * r, from_m = -x.b * z;  // p / m - 1 is a z, and q / m - 1 is -b z
     const V log_p = Ops<V>::log2_near(select(none, one, p * r), x.a * z);
     const V log_q = Ops<V>::log2_near(select(none, one, q * r), from_m);
-    value = x.A * q * log_q + x.B * p * log_p - x.E * select(none, lit<V>(0), d);
+    value = x.A * q * log_q + x.B * p * log_p - x.E * d;
     h = x.B * log_p + x.D * from_m;
   }
 };
