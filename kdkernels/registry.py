@@ -130,8 +130,8 @@ def reference_rows(
         raise RuntimeError(
             f"params: {loss!r} has {len(entry.params)}, got shape {tuple(params.shape)}"
         )
-    logits = (student, teacher) if entry.teacher else (student,)
-    logits = tuple(x if x is None else x[..., : classes or None] for x in logits)
+    tensors = (student, teacher) if entry.teacher else (student,)
+    logits = [x if x is None else x[..., : classes or None] for x in tensors]
     # As numbers where they are numbers: a term of weight 0 is then left out.
     plain = is_eager(params) and not params.requires_grad
     numbers = params.tolist() if plain else list(params.unbind())
