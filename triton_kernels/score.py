@@ -124,8 +124,8 @@ def log_near(u, z):
     near = tl.full(z.shape, 1.0 / TERMS, z.dtype)
     for i in tl.static_range(1, TERMS):
         near = near * -z + 1.0 / (TERMS - i)
-    # NaN is in z as well: tl.maximum would lose it.
-    return tl.where(tl.abs(z) < 0.0625, z * near, tl.log(tl.maximum(u, _least(u))) + 0.0 * z)
+    # Not by tl.maximum, which would lose NaN.
+    return tl.where(tl.abs(z) < 0.0625, z * near, tl.log(tl.where(u < _least(u), _least(u), u)))
 
 
 @triton.jit
