@@ -350,9 +350,9 @@ def test_no_kernel_spills_registers(compiled, target, job):
     # aekt's most of all, those that label smoothing sums, and in float64 around the subroutine that
     # divides. A tile that does not fit spills hundreds of bytes.
     spared = 32 if OLD else 16
-    if OLD and job.loss in ("mixed_kl", "jsd"):
-        # mixed_kl's tile keeps up to four numbers of a class, where all others keep three at most,
-        # and a row has more of them than any other; jsd takes two logarithms of a class.
+    if OLD and job.loss == "mixed_kl":
+        # Its tile keeps up to four numbers of a class, where all others keep three at most, and a
+        # row has more of them than any other.
         spared = 64
     check_registers(target, job, compiled(target, job), spared)
 
