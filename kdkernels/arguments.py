@@ -368,17 +368,6 @@ class Inputs(NamedTuple):
     backend: str
     classes: int = 0  # that count; 0: all
 
-    @property
-    def logits(self) -> tuple[Tensor, Tensor | None]:
-        """Student and teacher, of the classes that count."""
-        if not self.classes:
-            return self.student, self.teacher
-        teacher = self.teacher
-        return (
-            self.student[..., : self.classes],
-            None if teacher is None else teacher[..., : self.classes],
-        )
-
 
 def read_tensors(
     name: str,

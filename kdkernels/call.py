@@ -357,7 +357,7 @@ def _reference_rows(
     entry = registry.LOSSES[name]
     # As the operators take them: what is made of a number of 16 bits, such as 1 - x, is not.
     params = tuple(x.double() if isinstance(x, Tensor) else x for x in params)
-    logits = inputs.logits if entry.teacher else inputs.logits[:1]
+    logits = registry.counted_logits(name, *inputs[:2], inputs.classes)
     more: dict[str, Any] = {"parts": True} if with_parts else {}
     value = entry.reference(
         *logits,
@@ -472,7 +472,7 @@ def _tf_nkd_rows(
         assert inputs.target is not None
         kd_weight, ce_weight, smoothing = weights
         value = reference.tf_nkd(
-            inputs.logits[0],
+            *registry.counted_logits("cross_entropy", *inputs[:2], inputs.classes),
             inputs.target,
             kd_weight,
             ce_weight,

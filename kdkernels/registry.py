@@ -114,6 +114,14 @@ def _constant(value: Tensor) -> float:
     return float(value.detach().flatten()[0])
 
 
+def counted_logits(
+    loss: str, student: Tensor, teacher: Tensor | None, classes: int
+) -> list[Tensor | None]:
+    """The logits that a loss's reference takes, of the classes that count."""
+    tensors = (student, teacher) if LOSSES[loss].teacher else (student,)
+    return [x if x is None else x[..., : classes or None] for x in tensors]
+
+
 def reference_rows(
     loss: str,
     student: Tensor,
@@ -130,8 +138,7 @@ def reference_rows(
         raise RuntimeError(
             f"params: {loss!r} has {len(entry.params)}, got shape {tuple(params.shape)}"
         )
-    tensors = (student, teacher) if entry.teacher else (student,)
-    logits = [x if x is None else x[..., : classes or None] for x in tensors]
+    logits = counted_logits(loss, student, teacher, classes)
     # As numbers where they are numbers: a term of weight 0 is then left out.
     plain = is_eager(params) and not params.requires_grad
     numbers = params.tolist() if plain else list(params.unbind())
