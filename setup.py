@@ -43,7 +43,11 @@ except ImportError:
     ) from None
 
 # A subpackage that lives outside kdkernels/ gets a line here: "kdkernels.name": "folder".
-PACKAGES = {"kdkernels": "kdkernels", "kdkernels.triton_kernels": "triton_kernels"}
+PACKAGES = {
+    "kdkernels": "kdkernels",
+    "kdkernels.losses": "kdkernels/losses",
+    "kdkernels.triton_kernels": "triton_kernels",
+}
 MODES = ("auto", "cuda", "cpu", "none")
 
 # No -ffast-math: the kernels rely on infinities and NaN.

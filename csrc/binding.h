@@ -82,11 +82,12 @@ inline double number(const Tensor& x, const char* name) {
                                      : *static_cast<const float*>(x.data_ptr());
 }
 
-// Everything about a call but its outputs. Keeps nothing alive: the tensors outlive the call.
+// Everything about a call but its outputs. Keeps nothing alive: the tensors outlive the call. of_rows: whether params
+// may be those of each row, (rows, so many): the call then has the first one's.
 inline Problem describe_call(const LossFacts* losses, int loss_count, const Place& place, const std::string& loss,
                              const Tensor& student, const std::optional<Tensor>& teacher,
                              const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
-                             const Tensor& params, int64_t ignore_index, int64_t classes) {
+                             const Tensor& params, int64_t ignore_index, int64_t classes, bool of_rows = false) {
   Problem p;
   int number = 0;
   while (number < loss_count && loss != losses[number].name) ++number;
@@ -110,11 +111,15 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
                         (classes == 0 ? own == all : own >= classes),
                     "teacher: must have the student's shape, or, with `classes`, at least so many of them");
   }
-  STD_TORCH_CHECK(
-      params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous() && params.dim() == 1,
-      "params: must be a contiguous float64 tensor of one dimension on the CPU");
-  STD_TORCH_CHECK(params.numel() == facts.params, "params: '", loss, "' has ", facts.params, ", got ", params.numel());
-  p.set_loss(number, facts, static_cast<const double*>(params.data_ptr()));
+  STD_TORCH_CHECK(params.is_cpu() && params.scalar_type() == ScalarType::Double && params.is_contiguous() &&
+                      (params.dim() == 1 || (of_rows && params.dim() == 2)),
+                  "params: must be a contiguous float64 tensor of one dimension", of_rows ? ", or of two," : "",
+                  " on the CPU");
+  const int64_t given = params.size(params.dim() - 1);
+  STD_TORCH_CHECK(given == facts.params, "params: '", loss, "' has ", facts.params, ", got ", given);
+  STD_TORCH_CHECK(params.dim() == 1 || params.size(0) == p.rows_total(), "params: got those of ", params.size(0),
+                  " rows, the student has ", p.rows_total());
+  if (params.numel() > 0) p.set_loss(number, facts, static_cast<const double*>(params.data_ptr()));
   p.ignore_index = ignore_index;
   if (target) {
     check_rows(*target, "target", p, place, ScalarType::Long);

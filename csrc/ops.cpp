@@ -41,6 +41,7 @@ struct Call {
   Place place;
   kd::Problem problem;
   int64_t counted;  // rows that are not ignored
+  const double* params_of_rows;  // (rows, so many), or null: all rows have the same
 };
 
 Call describe_call(const kd::Kernels& build, const std::string& loss, const Tensor& student,
@@ -50,19 +51,32 @@ Call describe_call(const kd::Kernels& build, const std::string& loss, const Tens
   STD_TORCH_CHECK(student.is_cpu(), "student: must be on the CPU");
   const Place place = Place::of(student);
   const kd::Problem p = kd::binding::describe_call(build.losses, build.loss_count, place, loss, student, teacher,
-                                                   target, row_weight, params, ignore_index, classes);
-  return {place, p, target ? check_targets(p) : p.rows_total()};
+                                                   target, row_weight, params, ignore_index, classes, true);
+  const auto* numbers = params.dim() == 2 ? static_cast<const double*>(params.data_ptr()) : nullptr;
+  return {place, p, target ? check_targets(p) : p.rows_total(), numbers};
 }
 
-void run(const kd::Kernels& build, const kd::Problem& p) {
+void run(const kd::Kernels& build, const Call& call) {
+  const kd::Problem& p = call.problem;
   const kd::Plan plan = kd::plan(build, p);
-  const int64_t rows = p.rows_total(), units = (rows + plan.unit - 1) / plan.unit;
+  const int unit = call.params_of_rows ? 1 : plan.unit;
+  const int64_t rows = p.rows_total(), units = (rows + unit - 1) / unit;
   if (rows == 0) return;
   constexpr int64_t kWorthAThread = 32768;  // classes: about 20 microseconds
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / (p.classes * plan.unit));
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / (p.classes * unit));
   std::atomic<bool> ok{true};
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    if (!build.run(p, plan, begin * plan.unit, std::min(rows, end * plan.unit))) ok = false;
+    if (!call.params_of_rows) {
+      if (!build.run(p, plan, begin * unit, std::min(rows, end * unit))) ok = false;
+      return;
+    }
+    // Kernels take the numbers of a call: here each row is one.
+    const kd::LossFacts& facts = build.losses[p.loss];
+    kd::Problem one = p;
+    for (int64_t row = begin; row < end; ++row) {
+      one.set_loss(p.loss, facts, call.params_of_rows + row * facts.params);
+      if (!build.run(one, kd::plan(build, one), row, row + 1)) ok = false;
+    }
   });
   STD_TORCH_CHECK(ok, "out of memory: no scratch for ", p.classes, " classes");
 }
@@ -86,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std
   p.pass = kd::Pass::forward;
   p.rows = rows.data_ptr();
   p.stats = stats.data_ptr();
-  run(build, p);
+  run(build, call);
   return {rows, stats, parts};
 }
 
@@ -103,7 +117,7 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
   p.pass = kd::Pass::backward;
   p.grad_rows = grad_rows.data_ptr();
   p.stats = stats.data_ptr();
-  run(build, p);
+  run(build, call);
   return grad;
 }
 
@@ -122,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
   p.pass = kd::Pass::forward_grad;
   std::vector<double> scaled_rows(p.rows_total());
   p.scaled_rows = scaled_rows.data();
-  run(build, p);
+  run(build, call);
 
   double sum = 0;  // in index order: the same bits for any number of threads
   for (double x : scaled_rows) sum += x;

@@ -1,70 +1,11 @@
 """Fused knowledge-distillation losses for PyTorch."""
 
+from kdkernels import losses
 from kdkernels.backend import Availability, backends
 from kdkernels.call import Parts
-from kdkernels.losses import (
-    TargetSplit,
-    aekt_loss,
-    cross_entropy_loss,
-    dkd_loss,
-    jsd_loss,
-    kd_loss,
-    mixed_kl_loss,
-    nkd_loss,
-    reverse_kl_loss,
-    skew_kl_loss,
-    skew_reverse_kl_loss,
-    target_split,
-    tf_nkd_loss,
-    tvd_loss,
-)
-from kdkernels.modules import (
-    AEKTLoss,
-    CrossEntropyLoss,
-    DKDLoss,
-    JSDLoss,
-    KDLoss,
-    MixedKLLoss,
-    NKDLoss,
-    ReverseKLLoss,
-    SkewKLLoss,
-    SkewReverseKLLoss,
-    TaskSerialization,
-    TFNKDLoss,
-    TVDLoss,
-)
+from kdkernels.losses import *
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AEKTLoss",
-    "Availability",
-    "CrossEntropyLoss",
-    "DKDLoss",
-    "JSDLoss",
-    "KDLoss",
-    "MixedKLLoss",
-    "NKDLoss",
-    "Parts",
-    "ReverseKLLoss",
-    "SkewKLLoss",
-    "SkewReverseKLLoss",
-    "TFNKDLoss",
-    "TVDLoss",
-    "TargetSplit",
-    "TaskSerialization",
-    "aekt_loss",
-    "backends",
-    "cross_entropy_loss",
-    "dkd_loss",
-    "jsd_loss",
-    "kd_loss",
-    "mixed_kl_loss",
-    "nkd_loss",
-    "reverse_kl_loss",
-    "skew_kl_loss",
-    "skew_reverse_kl_loss",
-    "target_split",
-    "tf_nkd_loss",
-    "tvd_loss",
-]
+__all__ = ["Availability", "Parts", "backends"]
+__all__ += losses.__all__

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kdkernels import reference
 from kdkernels.backend import check_name, checks_targets, choose
-from kdkernels.registry import LOSSES, is_eager, loss_dtype
+from kdkernels.reference import LOSSES
 from kdkernels.sharded import is_sharded
+from kdkernels.tensors import is_eager, loss_dtype
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
 
@@ -24,12 +25,10 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 # ---- the keyword arguments that all losses share --------------------------------------------
 
 
-class OfRows(TypedDict, total=False):
-    """Keyword arguments of every loss."""
+class SettingsOfRows(TypedDict, total=False):
+    """Keyword arguments of every loss that a module keeps."""
 
     ignore_index: int
-    row_weight: Tensor | None
-    normalizer: float | Tensor | None
     reduction: str
     dim: int
     classes: int | None
@@ -37,13 +36,24 @@ class OfRows(TypedDict, total=False):
     backend: str | None
 
 
-class Common(OfRows, total=False):
-    """And those of a loss that is weighed against a cross-entropy."""
+class OfRows(SettingsOfRows, total=False):
+    """And those that belong to a call."""
+
+    row_weight: Tensor | None
+    normalizer: float | Tensor | None
+
+
+class Settings(SettingsOfRows, total=False):
+    """Those of a loss that is weighed against a cross-entropy, and that a module keeps."""
 
     kd_weight: float | Tensor
     ce_weight: float | Tensor
     label_smoothing: float | Tensor
     return_parts: bool
+
+
+class Common(Settings, OfRows, total=False):
+    """All of them."""
 
 
 COMMON: dict[str, Any] = {
@@ -91,7 +101,11 @@ Common keyword arguments:
 
 Numbers that are multiplied or divided by (temperature and all weights) may be 0-d tensors as well,
 on the CPU, where reading them waits for nothing, and may require a gradient (the reference's).
-Under torch.compile a number that changes is compiled once more, then no more; a tensor is not.
+Those of the loss itself (temperatures, alpha, beta, gamma, ratio) may also be tensors of the shape
+of the target, one number for each row, on the device of the logits; with `causal` that of position
+i belongs to the logits there. The CPU kernels take them; on other devices, and under torch.func,
+the reference does, with a warning, once. Under torch.compile a number that changes is compiled once
+more, then no more; a tensor is not.
 
 Returns:
     float64 if either of the logits is float64, else float32: 0-d, or the shape of the target.
@@ -111,21 +125,27 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 WEIGHTS = ("kd_weight", "ce_weight", "label_smoothing", "return_parts")
 
 
-def takes_common(function: _Function, without: tuple[str, ...] = ()) -> _Function:
-    """Gives a function that ends in **common the signature and docstring of what it takes."""
-    signature = inspect.signature(function)
+def complete_signature(
+    signature: inspect.Signature, common: Mapping[str, Any]
+) -> inspect.Signature:
+    """One that ends in **common, with these instead, and their defaults."""
     own = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
-    common = [
+    more = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=value,
-            annotation=Common.__annotations__[name],
+            annotation=Common.__annotations__[name].__forward_arg__,
         )
-        for name, value in COMMON.items()
-        if name not in without
+        for name, value in common.items()
     ]
-    function.__signature__ = signature.replace(parameters=[*own, *common])  # type: ignore[attr-defined]
+    return signature.replace(parameters=[*own, *more])
+
+
+def takes_common(function: _Function, without: tuple[str, ...] = ()) -> _Function:
+    """Gives a function that ends in **common the signature and docstring of what it takes."""
+    common = {name: value for name, value in COMMON.items() if name not in without}
+    function.__signature__ = complete_signature(inspect.signature(function), common)  # type: ignore[attr-defined]
     heads = tuple(
         f"\n    {x}" for x in ("kd_weight, ce_weight:", "label_smoothing:", "return_parts:")
     )
@@ -156,6 +176,8 @@ def common_options(
     for name, value in given.items():
         if name in RULES:
             options[name] = RULES[name](name, value)
+            if isinstance(value, Tensor):
+                scalar(name, value)
     return options
 
 
@@ -196,12 +218,14 @@ def number(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
 def _scheduled(
     name: str, value: Any, low: float, high: float, allowed: str, zero: bool = False
 ) -> float | Tensor:
-    """A float, or a 0-d tensor, whose value is looked at where that costs nothing. zero: is one."""
+    """A float, or a tensor, whose values are looked at where that costs nothing. zero: is one."""
     if not isinstance(value, Tensor):
-        return number(name, value, low, high, f"{allowed}, or a 0-d tensor")
-    value = scalar(name, value)
-    if is_eager(value) and value.device.type == "cpu" and (low == 0 or value != 0 or not zero):
-        number(name, value.item(), low, high, allowed)
+        return number(name, value, low, high, f"{allowed}, or a tensor")
+    value = tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
+    if is_eager(value) and value.device.type == "cpu":
+        for x in {value.item()} if value.dim() == 0 else set(value.flatten().tolist()):
+            if not (zero and x == 0):
+                number(name, x, low, high, allowed)
     return value
 
 
@@ -316,13 +340,10 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-# What is another thing in some losses than in the rest.
-RULES_OF_A_MIXTURE = {"alpha": _share_of_a_mixture, "beta": _share_of_a_mixture}
-
-
-def check_option(name: str, value: Any, rules: Mapping[str, Callable[..., Any]] = RULES) -> Any:
-    """Checks a keyword argument; returns it as the operators take it."""
-    return (rules[name] if name in rules else RULES[name])(name, value)
+def check_option(name: str, value: Any, loss: str = "") -> Any:
+    """Checks a keyword argument of a loss; returns it as the operators take it."""
+    share = loss in LOSSES and name in LOSSES[loss].shares
+    return (_share_of_a_mixture if share else RULES[name])(name, value)
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], hint: str = "") -> Tensor:

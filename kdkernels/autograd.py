@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdkernels.registry import (
-    LOSSES,
+from kdkernels.reference import LOSSES
+from kdkernels.rows import as_rows
+from kdkernels.tensors import (
     is_eager,
     is_traced,
     is_transformed,
     loss_dtype,
     reference_rows,
 )
-from kdkernels.rows import as_rows
 
 if TYPE_CHECKING:
     from kdkernels.ops import Operators

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels import backend, ops, reference, registry, sharded
+from kdkernels import backend, ops, reference, sharded, tensors
 from kdkernels.arguments import (
     WEIGHTS,
     Inputs,
+    check_like,
+    check_option,
     common_options,
     is_on,
     kept,
@@ -45,17 +47,19 @@ def loss(
     student: Tensor,
     teacher: Tensor | None,
     target: Tensor | None,
-    temperature: float | Tensor,
     own: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Any:
-    """The loss `name`. own: its own parameters in order, checked; given: common ones, unchecked."""
-    options = common_options(f"{name}_loss", ("temperature", *own), given)
+    """The loss `name`. own: its own parameters, the temperature first and then in the order of the
+    operators; given: common ones.
+    """
+    options = common_options(f"{name}_loss", tuple(own), given)
+    temperature, *rest = _checked(name, own)
     ce_weight = options["ce_weight"]
     if target is None and is_on(ce_weight):
         raise ValueError(f"target: got None; ce_weight={ce_weight} needs a tensor of class ids")
     weights = (options["kd_weight"], ce_weight, options["label_smoothing"])
-    params = (temperature, *weights, *own.values())
+    params = (temperature, *weights, *(temperature if x is None else x for x in rest))
     return _over_rows(name, student, teacher, target, options, params)
 
 
@@ -68,10 +72,14 @@ def alone(
     given: Mapping[str, Any],
 ) -> Any:
     """The loss `name` by itself: nothing weighs it against a cross-entropy. own: its parameters in
-    order, checked.
+    order.
     """
     options = common_options(f"{name}_loss", tuple(own), given, WEIGHTS)
-    return _over_rows(name, student, teacher, target, options, tuple(own.values()))
+    return _over_rows(name, student, teacher, target, options, _checked(name, own))
+
+
+def _checked(loss: str, own: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(check_option(name, value, loss) for name, value in own.items())
 
 
 def _over_rows(
@@ -85,8 +93,7 @@ def _over_rows(
     if sharded.is_sharded(student):
         run = partial(_rows, name, params=params)
         return _over_ranks(name, run, student, teacher, target, options, params)
-    inputs = read_tensors(name, student, teacher, target, options)
-    inputs = _where_kernels_serve(inputs, params, options["backend"])
+    inputs = _read(name, student, teacher, target, options, params)
     divisor = _divisor(options, student)
     with_parts = options["return_parts"]
     if divisor is None or not _fits_one_sweep(inputs, divisor, params):
@@ -106,8 +113,7 @@ def rows(
     """The rows of a loss of one tensor without weights."""
 
     def local(logits: Tensor, _: Any, target: Tensor, __: Any) -> Tensor:
-        inputs = read_tensors(name, logits, None, target, options, "logits")
-        return _rows(name, _where_kernels_serve(inputs, own, options["backend"]), own)[0]
+        return _rows(name, _read(name, logits, None, target, options, own, "logits"), own)[0]
 
     if sharded.is_sharded(logits):
         value: Tensor = sharded.over_rows(
@@ -115,6 +121,30 @@ def rows(
         )
         return value
     return local(logits, None, target, None)
+
+
+def _read(
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    options: Mapping[str, Any],
+    params: Numbers,
+    student_name: str = "student",
+) -> Inputs:
+    """The checked tensors of a call, with the backend that takes it."""
+    inputs = read_tensors(name, student, teacher, target, options, student_name)
+    names = reference.LOSSES[name].params if _are_of_rows(params) else ()
+    for of, x in zip(names, params, strict=False):
+        if isinstance(x, Tensor) and x.dim() > 0:
+            shape = inputs.student.shape[:-1]
+            if x.shape != shape:
+                raise ValueError(
+                    f"{of}: got shape {tuple(x.shape)}; a tensor must be 0-d, or hold one number"
+                    f" for each row: {tuple(shape)}"
+                )
+            check_like(of, x, shape, inputs.student)
+    return _where_kernels_serve(inputs, params, options["backend"])
 
 
 def _returned(
@@ -141,8 +171,7 @@ def _over_ranks(
 
     def local(student: Tensor, teacher: Any, target: Any, row_weight: Any) -> Tensor:
         own = {**options, "row_weight": row_weight}
-        inputs = read_tensors(name, student, teacher, target, own)
-        inputs = _where_kernels_serve(inputs, params, options["backend"])
+        inputs = _read(name, student, teacher, target, own, params)
         value, parts = run(inputs=inputs, with_parts=with_parts)
         counts = torch.ones_like(value)
         if inputs.target is not None:
@@ -152,6 +181,11 @@ def _over_ranks(
             of_parts = (of_parts[0], torch.zeros_like(of_parts[1]))
         return torch.stack([value, *of_parts, counts])
 
+    if _are_of_rows(params):
+        raise ValueError(
+            "temperature and other numbers: got a tensor of one for each row; with DTensors they"
+            " are numbers, or 0-d tensors"
+        )
     if any(wants_gradient(x) for x in params):
         raise ValueError(
             "temperature and weights: got one that requires a gradient, of which each rank would"
@@ -188,12 +222,20 @@ def _as_tensor(number: float | Tensor) -> Tensor:
 
 def _packed(numbers: Numbers, like: Tensor) -> Tensor:
     """Numbers as the operators take them; `like` is a tensor of the call."""
-    plain = registry.is_eager(like) and not registry.is_transformed()
+    plain = tensors.is_eager(like) and not tensors.is_transformed()
     if plain and all(type(x) is float for x in numbers):
         return _constant(numbers)
     if not numbers:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
-    return torch.stack([_as_tensor(x) for x in numbers])
+    each = [_as_tensor(x) for x in numbers]
+    if _are_of_rows(numbers):
+        each = list(torch.broadcast_tensors(*(x.reshape(-1) for x in each)))
+    return torch.stack(each, -1)
+
+
+def _are_of_rows(numbers: Numbers) -> bool:
+    """Whether one of them is a tensor of one for each row."""
+    return any(isinstance(x, Tensor) and x.dim() > 0 for x in numbers)
 
 
 def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> Inputs:
@@ -202,11 +244,13 @@ def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> 
     """
     if inputs.backend == "reference":
         return inputs
-    if torch.compiler.is_compiling() and registry.is_functorch():
+    if torch.compiler.is_compiling() and tensors.is_functorch():
         # The operators stay whole while a graph is traced, and torch.func has to look into them.
         why = "torch.func under torch.compile"
-    elif registry.is_forward_over_forward():
+    elif tensors.is_forward_over_forward():
         why = "forward mode over forward mode"
+    elif _are_of_rows(params) and (inputs.backend != "cpu" or tensors.is_transformed()):
+        why = "numbers of each row (on the CPU the kernels take them, but not under torch.func)"
     elif any(isinstance(x, Tensor) and x.device.type != "cpu" for x in params):
         why = "temperatures and weights that are tensors on a device (on the CPU they are taken)"
     else:
@@ -273,7 +317,7 @@ def _reduce(value: Tensor, inputs: Inputs, divisor: _Divisor | None) -> Tensor:
 
 def _fits_one_sweep(inputs: Inputs, divisor: _Divisor, params: Numbers) -> bool:
     """Whether loss and gradient can come from one sweep, before the upstream gradient is known."""
-    if inputs.backend == "reference" or registry.is_transformed():
+    if inputs.backend == "reference" or tensors.is_transformed():
         return False
     others = (inputs.teacher, inputs.row_weight, divisor.normalizer, *params)
     if any(wants_gradient(x) for x in others):
@@ -302,7 +346,7 @@ def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any
     except RuntimeError:
         # The CPU kernels check the targets before they start, so it is not done here as well.
         target = inputs.target
-        looked_at = inputs.backend == "cpu" and target is not None and registry.is_eager(target)
+        looked_at = inputs.backend == "cpu" and target is not None and tensors.is_eager(target)
         wrong = wrong_target(inputs) if looked_at else None
         if wrong is None:
             raise
@@ -354,18 +398,13 @@ def _rows(
 def _reference_rows(
     name: str, inputs: Inputs, params: Numbers, with_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
-    entry = registry.LOSSES[name]
     # As the operators take them: what is made of a number of 16 bits, such as 1 - x, is not.
     params = tuple(x.double() if isinstance(x, Tensor) else x for x in params)
-    logits = registry.counted_logits(name, *inputs[:2], inputs.classes)
-    more: dict[str, Any] = {"parts": True} if with_parts else {}
-    value = entry.reference(
-        *logits,
-        inputs.target,
-        *params,
-        ignore_index=inputs.ignore_index,
-        row_weight=inputs.row_weight,
-        **more,
+    given = inputs[:2] if reference.LOSSES[name].teacher else inputs[:1]
+    logits = [tensors.counted(x, inputs.classes) for x in given if x is not None]
+    parts: dict[str, bool] = {"parts": True} if with_parts else {}
+    value = tensors.formula(
+        name, logits, inputs.target, params, inputs.ignore_index, inputs.row_weight, **parts
     )
     return (value[0], value[1:]) if with_parts else (value, None)
 
@@ -390,8 +429,7 @@ def tf_nkd(
     weights = (options["kd_weight"], options["ce_weight"], options["label_smoothing"])
     if sharded.is_sharded(student):
         return _tf_nkd_over_ranks(student, target, mean_confidence, options, weights)
-    inputs = read_tensors("cross_entropy", student, None, target, options)
-    inputs = _where_kernels_serve(inputs, weights, options["backend"])
+    inputs = _read("cross_entropy", student, None, target, options, weights)
     divisor = _divisor(options, student)
     confidence = _confidence(mean_confidence, inputs.dtype)
     with_parts = options["return_parts"]
@@ -429,8 +467,7 @@ def _tf_nkd_over_ranks(
 
     def counted(student: Tensor, _: Any, target: Any, row_weight: Any) -> Tensor:
         own = {**options, "row_weight": row_weight}
-        inputs = read_tensors(name, student, None, target, own)
-        inputs = _where_kernels_serve(inputs, weights, options["backend"])
+        inputs = _read(name, student, None, target, own, weights)
         confidence = _read_cross_entropy(inputs).neg().exp()
         read = _is_read(confidence, inputs)
         return torch.stack((torch.where(read, confidence, 0.0), read.to(confidence.dtype)))
@@ -440,7 +477,7 @@ def _tf_nkd_over_ranks(
             sums = sharded.over_rows(counted, student, None, target, options["row_weight"], dim)
             total, count = sharded.totals(sums).unbind()
             mean_confidence = total / count.clamp(min=1)
-    confidence = _confidence(mean_confidence, registry.loss_dtype(student, None))
+    confidence = _confidence(mean_confidence, tensors.loss_dtype(student, None))
     run = partial(_tf_nkd_rows, weights=weights, confidence=confidence)
     return _over_ranks(name, run, student, None, target, options, weights)
 
@@ -472,7 +509,7 @@ def _tf_nkd_rows(
         assert inputs.target is not None
         kd_weight, ce_weight, smoothing = weights
         value = reference.tf_nkd(
-            *registry.counted_logits("cross_entropy", *inputs[:2], inputs.classes),
+            tensors.counted(inputs.student, inputs.classes),
             inputs.target,
             kd_weight,
             ce_weight,

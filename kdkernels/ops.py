@@ -48,7 +48,8 @@ from kdkernels.autograd import (
     divided,
     gradients_of_others,
 )
-from kdkernels.registry import LOSSES, STATS_WIDTH, is_functorch, is_transformed, loss_dtype
+from kdkernels.reference import LOSSES
+from kdkernels.tensors import STATS_WIDTH, is_functorch, is_transformed, loss_dtype
 
 _LIBRARY = torch.library.Library("kdkernels", "DEF")
 _INPUTS = "Tensor student, Tensor? teacher, Tensor? target, Tensor? row_weight"

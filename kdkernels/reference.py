@@ -17,8 +17,11 @@ because of them, as long as a row has one finite logit.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -702,3 +705,50 @@ def _explicit_knowledge(
         "ratio_coupled_tckd": ratio_coupled_tckd,
     }
     return forms[variant]()
+
+
+# ---- the list ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is known of a loss. Its parameters are the formula's, in order."""
+
+    reference: Callable[..., Tensor]
+    teacher: bool = True
+    target: bool = True  # whether one is required
+    outputs: int = 1
+    shares: tuple[str, ...] = ()  # parameters that are a share of a mixture
+    choices: tuple[str, ...] = ()  # parameters that are a choice, not a number
+    soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
+
+    @cached_property
+    def params(self) -> tuple[str, ...]:
+        """The names of its parameters, in the operators' order."""
+        signature = inspect.signature(self.reference).parameters.values()
+        positional = [x.name for x in signature if x.kind is x.POSITIONAL_OR_KEYWORD]
+        return tuple(positional[3 if self.teacher else 2 :])  # behind the tensors
+
+    @cached_property
+    def temperature(self) -> bool:
+        """Whether its first parameter is one."""
+        return self.params[:1] == ("temperature",)
+
+
+# The list of losses: one line each.
+LOSSES = {
+    "kd": Loss(kd, target=False),
+    "dkd": Loss(dkd),
+    "nkd": Loss(nkd, soft_target=True),
+    "aekt": Loss(aekt, choices=("variant",)),
+    "reverse_kl": Loss(reverse_kl, target=False),
+    "mixed_kl": Loss(mixed_kl, target=False),
+    "jsd": Loss(jsd, target=False, shares=("beta",)),
+    "skew_kl": Loss(skew_kl, target=False, shares=("alpha",)),
+    "skew_reverse_kl": Loss(
+        skew_reverse_kl, target=False, shares=("alpha",), choices=("detach_mixture",)
+    ),
+    "tvd": Loss(tvd, target=False),
+    "cross_entropy": Loss(cross_entropy, teacher=False),
+    "target_split": Loss(target_split, teacher=False, outputs=3),
+}

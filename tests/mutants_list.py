@@ -84,6 +84,7 @@ FIRST: dict[str, str] = {
     "bindings-mean-by-all-rows": "autograd backward_twice",
     "bindings-counts-what-is-in-range": "arguments ignore_index_may_be_a_class",
     "bindings-last-unit-forgotten": "autograd opcheck",
+    "bindings-first-rows-numbers": "numbers_of_rows each_row_has_its_own",
     "triton-nan-of-no-weight": "triton a_weight_of_0_wins_over_a_row_without_logits",
     "triton-teacher-without-others": "triton infinite_logits",
     "triton-negative-targets-are-good": "triton a_bad_target_makes_its_row_nan",
@@ -263,7 +264,7 @@ MUTANTS = [
     ),
     Mutant(
         "python-loss-dtype-of-the-student",
-        "kdkernels/registry.py",
+        "kdkernels/tensors.py",
         "teacher is not None and teacher.dtype == torch.float64",
         "teacher is not None and teacher.dtype == student.dtype == torch.float64",
         "a float64 teacher of a float32 student does not make the loss float64",
@@ -298,7 +299,7 @@ MUTANTS = [
     ),
     Mutant(
         "python-module-forgets-row-weight",
-        "kdkernels/modules.py",
+        "kdkernels/losses/decoupled.py",
         """            mean_confidence=mean_confidence,
             row_weight=row_weight,
 """,
@@ -308,9 +309,9 @@ MUTANTS = [
     ),
     Mutant(
         "python-module-forgets-an-option",
-        "kdkernels/modules.py",
-        '"log_ratio_max": log_ratio_max,',
-        '"log_ratio_max": math.log(10),',
+        "kdkernels/losses/decoupled.py",
+        '"log_ratio_max": log_ratio_max,\n        }\n        super()',
+        '"log_ratio_max": math.log(10),\n        }\n        super()',
         "one module has the default whatever it is given",
     ),
     Mutant(
@@ -365,7 +366,7 @@ MUTANTS = [
     ),
     Mutant(
         "python-forward-over-forward",
-        "kdkernels/registry.py",
+        "kdkernels/tensors.py",
         "sum(level.key() == jvp for level in stack) > 1",
         "sum(level.key() == jvp for level in stack) > 2",
         "forward mode over forward mode is 0",
@@ -585,9 +586,16 @@ MUTANTS = [
     Mutant(
         "bindings-last-unit-forgotten",
         "csrc/ops.cpp",
-        "units = (rows + plan.unit - 1) / plan.unit;",
-        "units = std::max<int64_t>(rows / plan.unit, 1);",
+        "units = (rows + unit - 1) / unit;",
+        "units = std::max<int64_t>(rows / unit, 1);",
         "rows that do not fill the lanes are not computed",
+    ),
+    Mutant(
+        "bindings-first-rows-numbers",
+        "csrc/ops.cpp",
+        "call.params_of_rows + row * facts.params",
+        "call.params_of_rows",
+        "every row is computed with the numbers of the first one",
     ),
     Mutant(
         "bindings-float-accumulator",

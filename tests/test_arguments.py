@@ -27,13 +27,13 @@ from cases import (
 from contracts import SHARE_OF
 
 import kdkernels
-from kdkernels import arguments, backend, ops, reference, registry
+from kdkernels import arguments, backend, ops, reference
 
 NAN = math.nan
 ROWS, CLASSES = 6, 5
 LOGIT_DTYPES = "must be one of float16, bfloat16, float32, float64"
 TARGET_DTYPES = "must be one of int64, int32, int16, int8, uint8"
-TENSOR = ", or a 0-d tensor"
+TENSOR = ", or a tensor"
 TEMPERATURE = f"must be a number from 1e-4 to 1e4{TENSOR}"
 WEIGHT = f"must be 0 or a number from 1e-30 to 1e30{TENSOR}"
 POSITIVE = "must be a number from 1e-30 to 1e30 or a 0-d tensor"
@@ -114,7 +114,8 @@ REFUSED = [
     ("temperature", 5e-324, ValueError, f"got 5e-324; {TEMPERATURE}"),
     ("temperature", 1e300, ValueError, f"got 1e+300; {TEMPERATURE}"),
     ("temperature", 10**5000, ValueError, f"got a value of type int; {TEMPERATURE}"),
-    ("temperature", torch.ones(2), ValueError, "got shape (2,); a tensor must be 0-d"),
+    ("temperature", torch.ones(2), ValueError, "got shape (2,); a tensor must be 0-d, or hold one"),
+    ("kd_weight", torch.ones(6), ValueError, "got shape (6,); a tensor must be 0-d"),
     ("temperature", torch.tensor(0.0), ValueError, "got 0.0; must be a number from 1e-4 to 1e4"),
     ("temperature", torch.tensor(2j), TypeError, "got dtype torch.complex64; must be one of"),
     ("alpha", 1e300, ValueError, f"got 1e+300; {WEIGHT}"),
@@ -123,7 +124,7 @@ REFUSED = [
     ("alpha", torch.tensor(1e-40), ValueError, "got 9.99"),
     ("alpha", torch.nn.Parameter(torch.tensor(-1.0)), ValueError, "got -1.0; must be 0 or a num"),
     ("kd_weight", -1, ValueError, f"got -1; {WEIGHT}"),
-    ("label_smoothing", 1.5, ValueError, "got 1.5; must be a number from 0 to 1, or a 0-d tensor"),
+    ("label_smoothing", 1.5, ValueError, "got 1.5; must be a number from 0 to 1, or a tensor"),
     ("ignore_index", 2**63, ValueError, f"got {2**63}; must be an integer of 64 bits"),
     ("ignore_index", 10**5000, ValueError, "got a value of type int; must be an integer of 64"),
     ("dim", 10**30, ValueError, f"got {10**30}; must be an integer of 64 bits"),
@@ -295,9 +296,8 @@ def test_nothing_is_computed_before_the_checks(monkeypatch):
         raise AssertionError("an operator ran")
 
     monkeypatch.setattr(ops.Operators, "apply", compute)
-    monkeypatch.setattr(
-        registry, "LOSSES", {k: replace(v, reference=compute) for k, v in registry.LOSSES.items()}
-    )
+    for name, loss in reference.LOSSES.items():
+        monkeypatch.setitem(reference.LOSSES, name, replace(loss, reference=compute))
     for change in ({"target": out_of_range(5)}, {"normalizer": 0}, {"reduction": "avg"}):
         for name in BACKENDS:
             if name == "cpu" and "target" in change:

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kdkernels
 from kdkernels import ops
-from kdkernels.registry import reference_rows
+from kdkernels.tensors import reference_rows
 
 pytestmark = needs_cpu
 

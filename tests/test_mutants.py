@@ -41,7 +41,7 @@ def test_the_faults_are_in_the_files_of_their_layer() -> None:
     for x in MUTANTS:
         parent = Path(x.file).parent.as_posix()
         if x.layer in folders:
-            assert parent == folders[x.layer], x.id
+            assert f"{parent}/".startswith(f"{folders[x.layer]}/"), x.id
         elif x.layer == "bindings":
             assert x.file in ("csrc/ops.cpp", "csrc/binding.h"), x.id
         else:

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._pytree import tree_leaves
 
 import kdkernels
-from kdkernels import backend, ops, registry
+from kdkernels import backend, ops, tensors
 
 pytestmark = needs_cpu
 
@@ -239,7 +239,7 @@ def test_a_teacher_made_from_the_student(name, generator):
         return ops.FUSED.forward("dkd", s, s.flip(1).square(), target, None, params, -100)[0]
 
     def plain(s: Tensor) -> Tensor:
-        return registry.reference_rows("dkd", s, s.flip(1).square(), target, None, params, -100)
+        return tensors.reference_rows("dkd", s, s.flip(1).square(), target, None, params, -100)
 
     direction = torch.randn(student.shape, dtype=F64, generator=generator)
     results = []

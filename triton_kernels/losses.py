@@ -1,38 +1,13 @@
-"""The list of losses: a module each, one line each."""
+"""The losses as Triton kernels: of each a module of its name."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
-from . import (
-    aekt,
-    cross_entropy,
-    dkd,
-    jsd,
-    kd,
-    mixed_kl,
-    nkd,
-    reverse_kl,
-    skew_kl,
-    skew_reverse_kl,
-    target_split,
-    tvd,
-)
+from kdkernels.reference import LOSSES as ALL
 
-LOSSES: dict[str, ModuleType] = {
-    "kd": kd,
-    "dkd": dkd,
-    "nkd": nkd,
-    "aekt": aekt,
-    "reverse_kl": reverse_kl,
-    "mixed_kl": mixed_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "tvd": tvd,
-    "cross_entropy": cross_entropy,
-    "target_split": target_split,
-}
+LOSSES: dict[str, ModuleType] = {name: import_module(f"{__package__}.{name}") for name in ALL}
 
 
 def serving(loss: ModuleType, params: list[float]) -> tuple[ModuleType, list[float]]:
