@@ -59,9 +59,9 @@ endif
 
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
-# Memory tests suffer from more processes; the tests of a file share what was costly to compile.
+# Memory tests suffer from more processes; conftest.py groups tests that share what was costly to compile.
 # ENV=current may lack pytest-xdist.
-WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadfile)
+WORKERS = $(if $(shell $(PY) -c 'import xdist; print(1)' 2>/dev/null),-n auto --maxprocesses=8 --dist=loadgroup)
 
 .PHONY: build demo test test-full bench $(ON_GPU) lint format gate check asan mutants versions triton-newest prebuilt clean distclean
 .DEFAULT_GOAL := build

@@ -21,7 +21,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench is not instal
 # Tests of the threading set their own number.
 torch.set_num_threads(1)
 
+# Files whose tests share what was costly to compile: one process runs all of one. Without
+# pytest-xdist that is so anyway.
+SHARING = ("test_build", "test_cuda_compiled", "test_launches", "test_triton_compiled")
 KERNELS = {x for case in KERNEL_CASES for x in (case, case.apart)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, which may be missing")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
@@ -36,6 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         older = isa in ISAS[:-1]
         if (isinstance(case, Case) and not case.usual) or older:
             item.add_marker(pytest.mark.full)
+        if item.path.stem in SHARING:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         (left if older and isinstance(case, Case) and case not in KERNELS else kept).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)

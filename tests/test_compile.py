@@ -41,7 +41,9 @@ def assert_close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> 
         assert x.stride() == y.stride()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "name", [x if x == BACKENDS[0] else pytest.param(x, marks=pytest.mark.full) for x in BACKENDS]
+)
 @pytest.mark.parametrize("case", MAIN_CASES, ids=str)
 def test_every_loss(case, name):
     inputs = make_inputs("normal", (2, 6), 7, ignored=0.2)

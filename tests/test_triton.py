@@ -186,6 +186,7 @@ def test_no_two_ctas_of_a_cluster_write_one_element(
             evaluate(USUAL["kd"], x, *inputs[1:], backend="triton")
 
 
+@pytest.mark.full
 @pairwise(
     student_layout=[*LAYOUTS], teacher_layout=[*LAYOUTS], case=KERNEL_CASES, dtypes=DTYPE_PAIRS,
     regime=REGIMES,
@@ -215,6 +216,7 @@ def test_layouts_of_one_type(layout: str, same: str, generator: torch.Generator)
     check_rows(SOME, *views, dense[2], generator, backend="triton", variants=one("as planned"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("classes", [31, 32, 63, 64, 128])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_rows_that_reach_into_one_more_block(
@@ -226,6 +228,7 @@ def test_rows_that_reach_into_one_more_block(
     check_rows(SOME, *views, target, generator, backend="triton", variants=one(regime))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("case", MAIN_KERNEL_CASES, ids=str)
 def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
@@ -234,6 +237,7 @@ def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
     check_rows(case, *inputs, generator, dim, backend="triton", variants=one("as planned"))
 
 
+@pytest.mark.full
 @pairwise(
     case=SCALAR_CASES, how=REDUCTIONS, regime=REGIMES, classes=[10, 37], dtypes=DTYPE_PAIRS,
     kind=["normal", "masked"], ignored=[0.0, 0.2], weighted=[True, False],
@@ -272,6 +276,7 @@ def test_nan_stays_in_its_row(case: Case, regime: str, generator: torch.Generato
     contracts.check_that_nan_stays_in_its_row(case, generator, "triton", one(regime))
 
 
+@pytest.mark.full
 @pairwise(case=KERNEL_CASES, regime=REGIMES)
 def test_nan_wins_over_infinities_and_weights_of_0(case: Case, regime: str) -> None:
     contracts.check_that_nan_wins(case, 9, "triton", one(regime), step=5)
@@ -343,6 +348,7 @@ def test_kd_without_a_target(regime: str, generator: torch.Generator) -> None:
     contracts.check_kd_without_a_target(F32, 40, "triton", generator, one(regime))
 
 
+@pytest.mark.full
 @every_regime
 @pytest.mark.parametrize("bad", [-1, 70, 2**32 + 1])
 def test_a_bad_target_makes_its_row_nan(bad: int, regime: str, generator: torch.Generator) -> None:
@@ -422,6 +428,7 @@ def test_extreme_temperatures_give_numbers(case: Case, temperature: float) -> No
     check(case, temperature, 9, "triton", one("as planned"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32, torch.bfloat16), (torch.float64, torch.float16)]
 )

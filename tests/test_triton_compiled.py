@@ -304,16 +304,34 @@ def compile_jobs(jobs: list[tuple[str, Job]], cache: Path) -> list[Launches | st
     return json.loads(done.stdout)
 
 
+def asked(items: list[pytest.Item]) -> dict[tuple[str, Job], None]:
+    """The jobs that the parameters of tests name."""
+    found = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if isinstance(params.get("job"), Job):
+            found[params.get("target", MAIN), params["job"]] = None
+    return found
+
+
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
-    """What a job launches on a target. Two processes compile everything that any test needs."""
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Compiled]:
+    """What a job launches on a target. Two processes compile everything that any test needs; with
+    -k, what the chosen ones name, and the rest when it is asked for.
+    """
     cache = tmp_path_factory.mktemp("triton")
-    halves = list(ALL)[::2], list(ALL)[1::2]
+    jobs = list(asked(request.session.items) if request.config.option.keyword else ALL)
+    halves = jobs[::2], jobs[1::2]
     with ThreadPoolExecutor(2) as pool:
         results = [pool.submit(compile_jobs, half, cache) for half in halves]
         place = {key: (i, j) for i, half in enumerate(halves) for j, key in enumerate(half)}
 
         def get(target: str, job: Job) -> Launches:
+            if (target, job) not in place:
+                place[target, job] = len(results), 0
+                results.append(pool.submit(compile_jobs, [(target, job)], cache))
             half, at = place[target, job]
             found = results[half].result()[at]
             assert not isinstance(found, str), f"{job} on {target} does not compile: {found}"
