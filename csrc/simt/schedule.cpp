@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "fiber.h"
+#include "context.h"
 
 namespace kd {
 namespace simt {

@@ -1,4 +1,4 @@
-// Stacks and the switch between them. Included by simt.cpp alone.
+// Stacks and the switch between them. Included by schedule.cpp alone.
 #pragma once
 
 #include <stddef.h>
