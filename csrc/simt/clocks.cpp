@@ -7,32 +7,32 @@
 namespace kd {
 namespace simt {
 
-void raise(Moments& to, const Moments& from, size_t first) {
+void learn(Moments& to, const Moments& from, size_t first) {
   if (to.size() < from.size()) to.resize(from.size());
   for (size_t i = first; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
-void raise(Others& to, const Others& from) {
+void learn(Others& to, const Others& from) {
   for (const auto& entry : from) {
     std::shared_ptr<const Moments>& mine = to[entry.first];
     if (!mine) {
       mine = entry.second;
     } else if (mine != entry.second) {
       auto both = std::make_shared<Moments>(*mine);
-      raise(*both, *entry.second);
+      learn(*both, *entry.second);
       mine = both;
     }
   }
 }
 
-void raise(std::shared_ptr<const Others>& to, const std::shared_ptr<const Others>& from) {
+void learn(std::shared_ptr<const Others>& to, const std::shared_ptr<const Others>& from) {
   if (!from || to == from) return;
   if (!to) {
     to = from;
     return;
   }
   auto both = std::make_shared<Others>(*to);
-  raise(*both, *from);
+  learn(*both, *from);
   to = both;
 }
 

@@ -31,13 +31,15 @@ struct Clock {
   std::shared_ptr<const Others> others;
 };
 
-// Moments of mbarriers are there as far as they are known.
-inline uint32_t known(const Moments& moments, size_t thread) { return thread < moments.size() ? moments[thread] : 0; }
+// The last moment of a thread that is known. Those of mbarriers are there as far as they are known.
+inline uint32_t last_known(const Moments& moments, size_t thread) {
+  return thread < moments.size() ? moments[thread] : 0;
+}
 
 // The first learns what the second knows, of the threads from `first` on.
-void raise(Moments& to, const Moments& from, size_t first = 0);
-void raise(Others& to, const Others& from);
-void raise(std::shared_ptr<const Others>& to, const std::shared_ptr<const Others>& from);
+void learn(Moments& to, const Moments& from, size_t first = 0);
+void learn(Others& to, const Others& from);
+void learn(std::shared_ptr<const Others>& to, const std::shared_ptr<const Others>& from);
 
 }  // namespace simt
 }  // namespace kd

@@ -11,13 +11,14 @@ namespace kd {
 namespace simt {
 namespace {
 
-Fiber* pick() {
-  if (!g.soon.empty() && random() % 4 == 0) land_one_of(g.soon);
-  while (g.ready.empty() && !(g.soon.empty() && g.last.empty())) land_one_of(g.soon.empty() ? g.last : g.soon);
-  if (!g.late.empty() && random() % 4 == 0) {
-    Fiber* f = g.late.back();
-    g.late.pop_back();
-    for (Copy& copy : f->copies) move_bytes(*f->block, copy);
+Fiber* next_to_run() {
+  if (!g.arrive_soon.empty() && random() % 4 == 0) land_one_of(g.arrive_soon);
+  while (g.ready.empty() && !(g.arrive_soon.empty() && g.arrive_last.empty()))
+    land_one_of(g.arrive_soon.empty() ? g.arrive_last : g.arrive_soon);
+  if (!g.with_late_copies.empty() && random() % 4 == 0) {
+    Fiber* f = g.with_late_copies.back();
+    g.with_late_copies.pop_back();
+    for (AsyncCopy& copy : f->copies) move_bytes(*f->block, copy);
   }
   if (g.ready.empty()) return nullptr;
   if (g.schedule.order == Schedule::kRandom) std::swap(g.ready[random() % g.ready.size()], g.ready.back());
@@ -37,7 +38,7 @@ Fiber* pick() {
 // Runs others until somebody makes this fiber ready again.
 void pause() {
   Fiber* me = g.current;
-  Fiber* next = pick();
+  Fiber* next = next_to_run();
   if (next == me) return;
   g.current = next;
   Context::change(me->context, next ? next->context : g.host);
@@ -61,11 +62,11 @@ void exit_checks() {
         static_cast<int>(block.cluster->at_barrier.size()),
         static_cast<long long>(block.cluster->at_barrier[0]->block->id), block.cluster->at_barrier[0]->thread);
   for (const Meeting& m : block.warps[static_cast<size_t>(me.thread) / 32].meetings)
-    if (m.mask & me.bit())
+    if (m.mask & me.lane_bit())
       fail("wrong mask: exits, so that this lane never arrives where lanes 0x%08x wait with mask 0x%08x", m.arrived,
            m.mask);
   if (block.running > 1) return;
-  for (const Bar& bar : block.bars) {
+  for (const Mbarrier& bar : block.bars) {
     if (bar.issued || bar.expected)
       fail(
           "exits, the last of its block, while bytes of the mbarrier at byte %lld are in flight: %lld of %lld that "
@@ -86,7 +87,7 @@ void fiber_main() {
   exit_checks();
   Fiber& me = *g.current;
   Block& block = *me.block;
-  block.warps[static_cast<size_t>(me.thread) / 32].exited |= me.bit();
+  block.warps[static_cast<size_t>(me.thread) / 32].exited |= me.lane_bit();
   ++block.exited;
   ++block.cluster->exited;
   if (--block.running == 0) {
@@ -98,7 +99,7 @@ void fiber_main() {
   __builtin_unreachable();
 }
 
-void start(Block& block, int64_t id, const std::shared_ptr<const Clock>& clock) {
+void start_block(Block& block, int64_t id, const std::shared_ptr<const Clock>& clock) {
   const size_t n = static_cast<size_t>(g.threads);
   block.id = id;
   block.live = true;
@@ -123,7 +124,7 @@ void start(Block& block, int64_t id, const std::shared_ptr<const Clock>& clock) 
     f.clock = clock;
     f.copies.clear();
     f.groups = 0;
-    block.warps[i / 32].lanes |= f.bit();
+    block.warps[i / 32].lanes |= f.lane_bit();
     make_ready(&f);
   }
   ++g.counters.blocks;
@@ -138,7 +139,7 @@ void report_deadlock() {
     const std::string where = " block " + std::to_string(block.id);
     if (block.at_cluster_barrier)
       g.fault += where + ": " + std::to_string(block.at_cluster_barrier) + " threads wait at sync_cluster;";
-    for (const Bar& bar : block.bars) {
+    for (const Mbarrier& bar : block.bars) {
       if (bar.waiting.empty()) continue;
       if (++named > 4) return;
       char text[200];
@@ -157,7 +158,7 @@ void report_deadlock() {
         if (++named > 4) return;
         char text[160];
         snprintf(text, sizeof(text), " warp %d: lanes 0x%08x wait at %s with mask 0x%08x, lanes 0x%08x never arrive;",
-                 static_cast<int>(w), m.arrived, m.kind == Kind::kSync ? "sync_warp" : "shfl_xor", m.mask,
+                 static_cast<int>(w), m.arrived, m.kind == WarpOperation::kSync ? "sync_warp" : "shfl_xor", m.mask,
                  m.mask & ~m.arrived);
         g.fault += where + text;
       }
@@ -183,16 +184,16 @@ void run_blocks() {
       if (any || next == order.size()) continue;
       cluster.exited = 0;
       cluster.at_barrier.clear();
-      for (int b = 0; b < g.cluster; ++b) start(cluster.blocks[b], order[next] * g.cluster + b, clock);
+      for (int b = 0; b < g.cluster; ++b) start_block(cluster.blocks[b], order[next] * g.cluster + b, clock);
       ++next;
     }
     if (!live) break;
-    g.current = pick();
+    g.current = next_to_run();
     if (!g.current) return report_deadlock();
     Context::change(g.host, g.current->context);
     if (g.failed) return;
   }
-  for (const auto& entry : g.arrivals)
+  for (const auto& entry : g.last_block_counters)
     if (*entry.first != 0)
       g.fault = "last_block left its counter at " + std::to_string(*entry.first) + ": " +
                 std::to_string(entry.second.arrived.size()) + " of " + std::to_string(g.blocks) +
@@ -242,10 +243,10 @@ int run(int64_t blocks, int threads, size_t shared_bytes, void (*body)(const voi
   g.failed = false;
   g.current = nullptr;
   g.ready.clear();
-  g.late.clear();
-  g.arrivals.clear();
-  g.soon.clear();
-  g.last.clear();
+  g.with_late_copies.clear();
+  g.last_block_counters.clear();
+  g.arrive_soon.clear();
+  g.arrive_last.clear();
   for (Block& block : g.resident) block.live = false;
   for (int i = 0; i < g.schedule.resident; ++i) {
     Cluster& all = g.clusters[i];

@@ -8,12 +8,12 @@
 namespace kd {
 namespace simt {
 
-void move_bytes(Block& block, Copy& copy) {
+void move_bytes(Block& block, AsyncCopy& copy) {
   if (!copy.moved) memcpy(block.shared.get() + copy.to, copy.from, 16);
   copy.moved = true;
 }
 
-size_t place(const char* verb, size_t array, int size, int i, size_t bytes) {
+size_t checked_offset(const char* verb, size_t array, int size, int i, size_t bytes) {
   if (i < 0 || i >= size)
     fail("%s element %d of an array of %d in shared memory: out of bounds (its offset is %lld)", verb, i, size,
          static_cast<long long>(array));
@@ -79,7 +79,7 @@ void check_shared_write(const char* verb, Block& block, size_t at, size_t bytes,
 namespace device {
 
 const void* shared_load(size_t array, int size, int i, size_t bytes) {
-  const size_t at = place("loads", array, size, i, bytes);
+  const size_t at = checked_offset("loads", array, size, i, bytes);
   Block& block = *g.current->block;
   for (size_t c = at / kCellBytes; c < (at + bytes) / kCellBytes; ++c) {
     Cell& cell = block.shadow.at(c);
@@ -101,7 +101,7 @@ const void* shared_load(size_t array, int size, int i, size_t bytes) {
 }
 
 void* shared_store(size_t array, int size, int i, size_t bytes) {
-  const size_t at = place("stores", array, size, i, bytes);
+  const size_t at = checked_offset("stores", array, size, i, bytes);
   Block& block = *g.current->block;
   check_shared_write("stores", block, at, bytes);
   for (size_t c = at / kCellBytes; c < (at + bytes) / kCellBytes; ++c) block.shadow.write(block.shadow.at(c), false);
@@ -116,7 +116,7 @@ void shared_too_small(size_t need) {
 void copy_async(size_t array, int size, int i, const void* from) {
   Fiber& me = *g.current;
   Block& block = *me.block;
-  const size_t at = place("copies to", array, size, i, 16);
+  const size_t at = checked_offset("copies to", array, size, i, 16);
   range_of("copies", from, 16, 16);
   check_load(from, 16, Path::kCoherent);
   check_shared_write("copies to", block, at, 16);
@@ -125,13 +125,14 @@ void copy_async(size_t array, int size, int i, const void* from) {
     block.shadow.write(cell, true);
     cell.in_flight = true;
   }
-  Copy copy;
+  AsyncCopy copy;
   copy.to = at;
   copy.from = from;
   copy.group = me.groups;
   const int arrival = g.schedule.arrival < 3 ? g.schedule.arrival : static_cast<int>(random() % 3);
   if (arrival == 0) move_bytes(block, copy);
-  if (arrival == 2 && (g.late.empty() || g.late.back() != &me)) g.late.push_back(&me);
+  if (arrival == 2 && (g.with_late_copies.empty() || g.with_late_copies.back() != &me))
+    g.with_late_copies.push_back(&me);
   me.copies.push_back(copy);
   ++g.counters.copies;
 }
@@ -145,7 +146,7 @@ void copy_wait(int pending) {
   Block& block = *me.block;
   size_t done = 0;
   for (; done < me.copies.size(); ++done) {
-    Copy& copy = me.copies[done];
+    AsyncCopy& copy = me.copies[done];
     if (copy.group + static_cast<uint64_t>(pending) >= me.groups) break;
     move_bytes(block, copy);
     for (size_t c = copy.to / kCellBytes; c < (copy.to + 16) / kCellBytes; ++c) {

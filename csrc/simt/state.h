@@ -29,7 +29,8 @@ constexpr int kMaxSlots = 2 * kMaxCluster;  // resident blocks
 constexpr int kMaxFibers = 8192;            // of more than one cluster: each stack is a mapping, and those are limited
 constexpr uint32_t kMaxBytes = (1u << 20) - 1;  // what the count of an mbarrier holds
 
-struct Copy {
+// What copy_async began.
+struct AsyncCopy {
   size_t to = 0;  // in the block's shared memory
   const void* from = nullptr;
   uint32_t group = 0;
@@ -39,25 +40,26 @@ struct Copy {
 struct Block;
 struct Cluster;
 
+// A CUDA thread.
 struct Fiber {
   Context context;
   Block* block = nullptr;
   int thread = 0;
   uint32_t moment = 1;
   std::shared_ptr<const Clock> clock;
-  std::vector<Copy> copies;  // in flight, oldest first
-  uint32_t groups = 0;       // committed
-  uint64_t answer = 0;       // of a shuffle
+  std::vector<AsyncCopy> copies;  // in flight, oldest first
+  uint32_t groups = 0;            // committed
+  uint64_t answer = 0;            // of a shuffle
 
   Event now() const;
-  uint32_t bit() const { return 1u << (thread % 32); }
+  uint32_t lane_bit() const { return 1u << (thread % 32); }
 };
 
-enum class Kind { kSync, kShuffle };
+enum class WarpOperation { kSync, kShuffle };
 
 // An operation of some lanes of a warp that has begun. Lanes meet where everything but arrived and values is equal.
 struct Meeting {
-  Kind kind;
+  WarpOperation kind;
   uint32_t mask;
   int lane_mask, bytes;
   uint32_t arrived;
@@ -69,7 +71,7 @@ struct Warp {
   std::vector<Meeting> meetings;
 };
 
-struct Bar {
+struct Mbarrier {
   size_t offset = 0;
   uint16_t thread = 0;  // that it is in clocks
   uint32_t count = 0;
@@ -79,11 +81,12 @@ struct Bar {
   uint32_t arrived = 0;
   uint64_t expected = 0, issued = 0, landed = 0;
   // Phases are counted from 1 here, 0 is none.
-  uint32_t with_bytes = 0, waited = 0;         // the last with bytes, and that anybody waited for
-  uint32_t sent[2] = {};                       // the last with bytes of a peer, by parity
-  Clock gathering;                             // what arrivals and messages released, since ever
-  std::shared_ptr<const Clock> completed;      // the same, when the last phase was complete
-  std::shared_ptr<const Clock> before, after;  // threads that wait mostly come with one clock
+  uint32_t with_bytes = 0, waited = 0;     // the last with bytes, and that anybody waited for
+  uint32_t sent[2] = {};                   // the last with bytes of a peer, by parity
+  Clock gathering;                         // what arrivals and messages released, since ever
+  std::shared_ptr<const Clock> completed;  // the same, when the last phase was complete
+  // The clock of the last thread that waited, and what it became: most of them come with one and the same.
+  std::shared_ptr<const Clock> clock_before, clock_after;
   std::vector<Fiber*> waiting;
 };
 
@@ -91,7 +94,7 @@ struct Block {
   int64_t id = 0;
   Cluster* cluster = nullptr;
   int at_cluster_barrier = 0;
-  std::deque<Bar> bars;
+  std::deque<Mbarrier> bars;
   bool live = false;
   int running = 0, exited = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -110,7 +113,7 @@ struct Cluster {
 // Bytes on their way to an mbarrier and its block.
 struct Piece {
   Block* block;
-  Bar* bar;
+  Mbarrier* bar;
   size_t to;
   const char* from;  // nullptr: value
   uint32_t bytes;
@@ -120,6 +123,7 @@ struct Piece {
 
 enum class Use { kInput, kOutput, kScratch };
 
+// Memory that was registered.
 struct Range {
   std::string name;
   uintptr_t begin;
@@ -130,8 +134,8 @@ struct Range {
   Shadow shadow;
 };
 
-// What the blocks have in common that meet at one counter.
-struct Counter {
+// What the blocks have in common that called last_block with one counter.
+struct LastBlockCounter {
   std::shared_ptr<Others> released = std::make_shared<Others>();
   std::unordered_set<int64_t> arrived;
 };
@@ -163,13 +167,13 @@ struct State {
   bool failed = false;
   Block resident[kMaxSlots];
   Cluster clusters[kMaxResident];
-  std::vector<Piece> soon, last;  // arrive in between, or when nobody can run
+  std::vector<Piece> arrive_soon, arrive_last;  // in between, or when nobody can run
   std::deque<Fiber*> ready;
-  std::vector<Fiber*> late;  // have copies that arrive in between
-  std::unordered_map<const uint32_t*, Counter> arrivals;
+  std::vector<Fiber*> with_late_copies;  // which arrive in between
+  std::unordered_map<const uint32_t*, LastBlockCounter> last_block_counters;
 };
 
-extern State g;
+extern State g;  // global, hence the name
 
 // ---- state.cpp: chance, faults, what orders ----------------------------------------------------
 
@@ -181,10 +185,10 @@ std::shared_ptr<const Moments> released();
 inline bool ordered(const Event& e) {
   const Fiber& me = *g.current;
   if (e.moment == 0) return true;
-  if (e.block == me.block->id) return e.thread == me.thread || known(me.clock->seen, e.thread) >= e.moment;
+  if (e.block == me.block->id) return e.thread == me.thread || last_known(me.clock->seen, e.thread) >= e.moment;
   if (!me.clock->others) return false;
   const auto entry = me.clock->others->find(e.block);
-  return entry != me.clock->others->end() && known(*entry->second, e.thread) >= e.moment;
+  return entry != me.clock->others->end() && last_known(*entry->second, e.thread) >= e.moment;
 }
 
 // ---- schedule.cpp ------------------------------------------------------------------------------
@@ -199,9 +203,10 @@ Range& range_around(const char* verb, const void* p, size_t bytes);
 
 // ---- shared_memory.cpp -------------------------------------------------------------------------
 
-size_t place(const char* verb, size_t array, int size, int i, size_t bytes);
+// Of element i of an array in the block's shared memory; a fault where it is outside.
+size_t checked_offset(const char* verb, size_t array, int size, int i, size_t bytes);
 void check_shared_write(const char* verb, Block& block, size_t at, size_t bytes, bool bulk = false);
-void move_bytes(Block& block, Copy& copy);
+void move_bytes(Block& block, AsyncCopy& copy);
 
 // ---- mbarriers.cpp -----------------------------------------------------------------------------
 
