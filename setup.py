@@ -85,7 +85,8 @@ CUDART_LINK = "-Wl,--exclude-libs,ALL -ldl -lrt -lpthread"
 KERNELS = "csrc/cuda/kernels.cu"
 # The kernels are compiled once for each set of logit types; the slowest first.
 KD_TYPES = ("mixed", "f64", "f32", "f16", "bf16")
-SIMT_SOURCES = ("simt", "faults", "module")
+SIMT_SOURCES = ("barriers", "clocks", "context", "global_memory", "mbarriers", "schedule", "shadow")
+SIMT_SOURCES += ("shared_memory", "state", "faults", "module")
 FAKE_SOURCES = ("runtime", "module")
 SIMT = os.environ.get("KDKERNELS_SIMT", "0") not in ("", "0")
 

@@ -12,7 +12,7 @@ if (
 ):  # before kdkernels is imported; where there is a GPU it runs there
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest.register_assert_rewrite("cases", "contracts")
+pytest.register_assert_rewrite("cases", "contracts", "on_gpu")
 from cases import ISAS, KERNEL_CASES, SEED, Case  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench is not installed

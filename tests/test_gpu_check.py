@@ -24,7 +24,7 @@ import pytest
 import torch
 from cases import ISAS
 from gpu_check import Results
-from test_gpu import kernels_in, our_kernels
+from on_gpu import kernels_in, our_kernels
 
 import kdkernels
 from bench import __main__ as benchmark

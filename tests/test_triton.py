@@ -63,7 +63,7 @@ import kdkernels
 TRITON = kdkernels.backends()["triton"]
 pytestmark = [
     pytest.mark.skipif(not TRITON.available, reason=f"no Triton: {TRITON.reason}"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs them on the GPU"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_*.py run them on the GPU"),
     # NumPy's, about what the kernels do on purpose: log 0, -inf - -inf under a mask.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]

@@ -1,4 +1,5 @@
-// Stacks and the switch between them. Included by simt.cpp alone.
+// The stacks of fibers, and the switch between them. Every CUDA thread has a stack of its own here and leaves it only
+// where it waits, so a kernel's code runs as it is written.
 #pragma once
 
 #include <stddef.h>
@@ -22,30 +23,6 @@
 #if KD_SIMT_ASM
 // swapcontext() saves the signal mask, a system call; a kernel switches millions of times.
 extern "C" void kd_simt_switch(void** from, void* to);
-asm(R"(
-.pushsection .text
-.globl kd_simt_switch
-.hidden kd_simt_switch
-.type kd_simt_switch, @function
-kd_simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size kd_simt_switch, .-kd_simt_switch
-.popsection
-)");
 #endif
 
 namespace kd {
