@@ -4,6 +4,7 @@ from kdkernels.backend import Availability, backends
 from kdkernels.call import Parts
 from kdkernels.losses import (
     TargetSplit,
+    ab_loss,
     aekt_loss,
     cross_entropy_loss,
     dkd_loss,
@@ -19,6 +20,7 @@ from kdkernels.losses import (
     tvd_loss,
 )
 from kdkernels.modules import (
+    ABLoss,
     AEKTLoss,
     CrossEntropyLoss,
     DKDLoss,
@@ -37,6 +39,7 @@ from kdkernels.modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ABLoss",
     "AEKTLoss",
     "Availability",
     "CrossEntropyLoss",
@@ -53,6 +56,7 @@ __all__ = [
     "TVDLoss",
     "TargetSplit",
     "TaskSerialization",
+    "ab_loss",
     "aekt_loss",
     "backends",
     "cross_entropy_loss",

@@ -318,6 +318,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
 
 # What is another thing in some losses than in the rest.
 RULES_OF_A_MIXTURE = {"alpha": _share_of_a_mixture, "beta": _share_of_a_mixture}
+RULES_OF_POWERS = {"alpha": _share, "beta": _share}
 
 
 def check_option(name: str, value: Any, rules: Mapping[str, Callable[..., Any]] = RULES) -> Any:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import losses
-from kdkernels.arguments import COMMON, RULES, RULES_OF_A_MIXTURE, WEIGHTS, check_option
+from kdkernels.arguments import (
+    COMMON,
+    RULES,
+    RULES_OF_A_MIXTURE,
+    RULES_OF_POWERS,
+    WEIGHTS,
+    check_option,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -255,6 +262,25 @@ class TVDLoss(_TeacherLoss):
         **common: Unpack[Common],
     ) -> None:
         super().__init__({"temperature": temperature, "t_squared": t_squared}, common)
+
+
+class ABLoss(_TeacherLoss):
+    """Alpha-beta divergence; see `kdkernels.ab_loss`."""
+
+    _function = losses.ab_loss
+    _rules = RULES_OF_POWERS
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 1.0,
+        t_squared: bool = True,
+        alpha: float | Tensor = 0.5,
+        beta: float | Tensor = 0.5,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"temperature": temperature, "t_squared": t_squared, "alpha": alpha, "beta": beta}
+        super().__init__(own, common)
 
 
 class DKDLoss(_TargetLoss):

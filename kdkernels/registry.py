@@ -56,6 +56,7 @@ LOSSES = {
     "skew_kl": Loss(reference.skew_kl, target=False),
     "skew_reverse_kl": Loss(reference.skew_reverse_kl, target=False, choices=("detach_mixture",)),
     "tvd": Loss(reference.tvd, target=False),
+    "ab": Loss(reference.ab, target=False),
     "cross_entropy": Loss(reference.cross_entropy, teacher=False),
     "target_split": Loss(reference.target_split, teacher=False, outputs=3),
 }

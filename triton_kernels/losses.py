@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from . import (
+    ab,
     aekt,
     cross_entropy,
     dkd,
@@ -30,6 +31,7 @@ LOSSES: dict[str, ModuleType] = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "ab": ab,
     "cross_entropy": cross_entropy,
     "target_split": target_split,
 }
