@@ -103,6 +103,7 @@ LOSSES: dict[str, Spec] = {
         target=False,
     ),
     "jsd": Spec("JSD", eager.jsd, kdkernels.jsd_loss, plain.jsd, exponentials=3, target=False),
+    "ab": Spec("AB", eager.ab, kdkernels.ab_loss, plain.ab, exponentials=6, target=False),
 }
 
 
@@ -211,7 +212,7 @@ def dense(*shapes: tuple[int, int]) -> list[tuple[int, int, str]]:
 
 
 OURS = ("kd", "dkd", "nkd", "aekt", "kd_ce", "tf_nkd")
-OF_LANGUAGE_MODELS = ("reverse_kl", "mixed_kl", "tvd", "skew_kl", "skew_reverse_kl", "jsd")
+OF_LANGUAGE_MODELS = ("reverse_kl", "mixed_kl", "tvd", "skew_kl", "skew_reverse_kl", "jsd", "ab")
 # What each kernel of the CUDA backend is for, in bfloat16 on an H200: csrc/cuda/plan.h.
 REGIMES = [
     *dense((65536, 10)),  # lanes: 8

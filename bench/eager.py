@@ -93,6 +93,17 @@ def tvd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (p - q).abs().sum(1).mean()
 
 
+def ab(
+    student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 0.5, beta: float = 0.5
+) -> Tensor:
+    """ABKD's alpha-beta divergence at T = 1, by powers of both softmaxes."""
+    p, q = F.softmax(_upcast(student), dim=1), F.softmax(_upcast(teacher), dim=1)
+    both = alpha + beta
+    joint = torch.pow(q, alpha) * torch.pow(p, beta)
+    rest = alpha / both * torch.pow(q, both) + beta / both * torch.pow(p, both)
+    return (-(joint - rest).sum(1) / (alpha * beta)).mean()
+
+
 def _mask(logits: Tensor, target: Tensor, at_target: bool) -> Tensor:
     # Built the original's way: a float tensor, a scatter, then a cast to bool.
     fill = torch.zeros_like(logits) if at_target else torch.ones_like(logits)

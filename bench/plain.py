@@ -127,3 +127,14 @@ def skew_reverse_kl(student: Tensor, teacher: Tensor, target: Tensor, alpha: flo
     """KL(p || m) with m = alpha p + (1 - alpha) q."""
     log_p, _, log_m = _mixed(student, teacher, 1.0 - alpha)
     return _divergence(log_m, log_p).mean()
+
+
+def ab(
+    student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 0.5, beta: float = 0.5
+) -> Tensor:
+    """The alpha-beta divergence by three exponentials: of q^a p^b, q^(a + b) and p^(a + b)."""
+    log_p, log_q = _log_softmaxes(student, teacher, 1.0)
+    both = alpha + beta
+    joint = torch.add(alpha * log_q, log_p, alpha=beta).exp().sum(1)
+    rest = alpha * (both * log_q).exp().sum(1) + beta * (both * log_p).exp().sum(1)
+    return (rest / both - joint).mean() / (alpha * beta)

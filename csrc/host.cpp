@@ -85,10 +85,11 @@ py::dict algebra_of(const kd::Problem& p, const std::vector<double>& s, const st
   const auto& scales = chosen.template scales<Sums>();
   const kd::Pivots<double> a = {from[0], from[1]}, b = {to[0], to[1]};
   typename Sums::template Stats<double> there = {}, here = {};
+  // Coefficients are rebased where there is no second round; where there is one, what opens it.
   typename Sums::template Coef<double> coef = {}, rebased;
   for (int k = 0; k < Sums::coefs; ++k) coef.c[k] = numbers[k];
   rebased = coef;
-  Sums::template rebase<double>(scales, rebased, b, a);
+  if constexpr (Sums::refined == 0) Sums::template rebase<double>(scales, rebased, b, a);
   std::vector<double> gradient, gradient_moved;
   std::vector<std::vector<double>> refined, refined_moved;
   for (size_t i = 0; i < s.size(); ++i) {
@@ -96,8 +97,10 @@ py::dict algebra_of(const kd::Problem& p, const std::vector<double>& s, const st
     const auto y = Sums::template exps<double>(scales, s[i] - b.s, t[i] - b.t);
     Sums::template add<double>(there, x);
     Sums::template add<double>(here, y);
-    gradient.push_back(Sums::template gradient<double>(y.e, coef.c));
-    gradient_moved.push_back(Sums::template gradient<double>(x.e, rebased.c));
+    if constexpr (Sums::refined == 0) {
+      gradient.push_back(Sums::template gradient<double>(y.e, coef.c));
+      gradient_moved.push_back(Sums::template gradient<double>(x.e, rebased.c));
+    }
     if constexpr (Sums::refined > 0) {
       const auto refine = [&](const double* kept, bool move, std::vector<std::vector<double>>& out) {
         kd::Multipliers<double, Sums::kept> opening;
@@ -117,7 +120,7 @@ py::dict algebra_of(const kd::Problem& p, const std::vector<double>& s, const st
   py::dict out;
   out["stats"] = py::make_tuple(std::vector<double>(here.v, here.v + Sums::count),
                                 std::vector<double>(moved.v, moved.v + Sums::count));
-  out["gradient"] = py::make_tuple(gradient, gradient_moved);
+  if (!Sums::refined) out["gradient"] = py::make_tuple(gradient, gradient_moved);
   if (Sums::refined) out["refined"] = py::make_tuple(refined, refined_moved);
   return out;
 }

@@ -8,7 +8,7 @@
 //   Sums::add(stats, exps)       statistics of one more class
 //   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes
 //   Sums::rebase(...)            coefficients that fit exponentials relative to other pivots: the transpose of how
-//                                these move
+//                                these move. Of Sums with a second round: what opens it, whatever that does to a class
 //   Sums::gradient(e, coef)      d loss / d logit of a class: no new exponential
 //
 // With Variant::smooth every class whose logit is not -inf counts, and adds a constant to its
@@ -18,8 +18,9 @@
 //
 //   Sums::refined                how many sums it has; 0: there is none
 //   Sums::open(scales, stats, pivots, s_y, t_y, multipliers)
-//                                from the first round's sums, what multiplies the kept of a class; the loops rebase it
-//                                to the pivots that these are relative to, as they do coefficients
+//                                from the first round's sums, what turns the kept of a class into its probabilities:
+//                                multiplies exponentials, or is added to logits; the loops rebase it to the pivots that
+//                                these are relative to
 //   Sums::refine(scales, e, multipliers, sums)
 //                                a class: what is kept of it, in place, and plain sums. What is kept is absolute from
 //                                then on, relative to no pivot: its coefficients are not rebased

@@ -340,10 +340,14 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+# What a name means in some losses (kdkernels.reference.Loss.means), and not in the rest.
+MEANINGS = {"share": _share, "mixed share": _share_of_a_mixture}
+
+
 def check_option(name: str, value: Any, loss: str = "") -> Any:
     """Checks a keyword argument of a loss; returns it as the operators take it."""
-    share = loss in LOSSES and name in LOSSES[loss].shares
-    return (_share_of_a_mixture if share else RULES[name])(name, value)
+    meaning = LOSSES[loss].means.get(name) if loss in LOSSES else None
+    return (MEANINGS[meaning] if meaning else RULES[name])(name, value)
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], hint: str = "") -> Tensor:

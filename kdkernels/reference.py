@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -39,6 +39,9 @@ AEKT_VARIANTS = (
 # Above it, losses of student and teacher are computed in float64 whatever the dtype of the logits:
 # T^2 times a difference of logarithms would leave of float32 no more than 1e-7 T^2.
 LARGE_TEMPERATURE = 32.0
+
+# Of the alpha-beta divergence: a parameter below it is taken to be 0.
+AB_LIMIT = 1e-4
 
 _NEG_INF = -math.inf
 _LOG_10 = math.log(10.0)
@@ -252,6 +255,41 @@ def tvd(
     log_p, log_q = _log_softmaxes(rows, temperature)
     value = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
     distillation = _gain(temperature, t_squared) * value
+    return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
+
+
+def ab(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    temperature: Number = 1.0,
+    kd_weight: Number = 1.0,
+    ce_weight: Number = 0.0,
+    label_smoothing: Number = 0.0,
+    t_squared: bool = True,
+    alpha: Number = 0.5,
+    beta: Number = 0.5,
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    parts: bool = False,
+) -> Tensor:
+    """Alpha-beta divergence, T^2 times
+
+        -1 / (a b) sum (q^a p^b - a / (a + b) q^(a + b) - b / (a + b) p^(a + b))
+
+    with a = alpha, b = beta, each from 0 to 1; below AB_LIMIT it is taken to be 0, and the formula
+    to be its limit. Computed in float64 whatever the logits are, because its terms cancel. Wang et
+    al., "ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation via
+    alpha-beta-Divergence", arXiv 2505.04560. Its code divides by b, and by a, what the limits have
+    divided by their squares.
+    """
+    rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
+    log_p, log_q = (
+        torch.log_softmax(x.double() / temperature, dim=-1) for x in (rows.student, rows.teacher)
+    )
+    numbers = [torch.as_tensor(x, dtype=torch.float64) for x in (alpha, beta)]
+    distillation = _gain(temperature, t_squared) * _alpha_beta(log_p, log_q, *numbers)
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
 
@@ -592,6 +630,59 @@ def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: Number) -> Tensor:
     return of_teacher.to(log_p.device) * to_teacher + of_student.to(log_p.device) * to_student
 
 
+def _power(log_x: Tensor, exponent: Tensor) -> Tensor:
+    """x^exponent, 0 of x = 0, where no derivative is taken either."""
+    nothing = log_x == _NEG_INF
+    return torch.where(nothing, 0.0, (exponent * torch.where(nothing, 0.0, log_x)).exp())
+
+
+def _alpha_beta(log_p: Tensor, log_q: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The divergence, or the limit of it that a and b, which are not looked at, lie at."""
+    a, b = a.to(log_p.device), b.to(log_p.device)
+    no_a, no_b = a < AB_LIMIT, b < AB_LIMIT
+    forms = [
+        (~no_a & ~no_b, _alpha_beta_inside),
+        (no_a & ~no_b, lambda p, q, _, b: _alpha_beta_limit(p, q, b)),
+        (~no_a & no_b, lambda p, q, a, _: _alpha_beta_limit(q, p, a)),
+        (no_a & no_b, lambda p, q, *_: _squared_log_ratio(p, q)),
+    ]
+    # Those that are not taken are of equal distributions and ordinary numbers, where all
+    # derivatives are 0: they would be NaN elsewhere.
+    same = log_q.detach()
+    value = torch.zeros_like(log_p[..., 0])
+    for taken, form in forms:
+        p, q = (torch.where(taken, x, same) for x in (log_p, log_q))
+        numbers = (torch.where(taken & ~no, x, 0.5) for x, no in ((a, no_a), (b, no_b)))
+        value = torch.where(taken, form(p, q, *numbers), value)
+    return value
+
+
+def _alpha_beta_inside(log_p: Tensor, log_q: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    joint = _power(log_q, a) * _power(log_p, b)
+    rest = a / (a + b) * _power(log_q, a + b) + b / (a + b) * _power(log_p, a + b)
+    return -(joint - rest).sum(dim=-1) / (a * b)
+
+
+def _alpha_beta_limit(log_x: Tensor, log_y: Tensor, c: Tensor) -> Tensor:
+    """Of x = p, y = q, c = b where a = 0, and of x = q, y = p, c = a where b = 0:
+    sum (x^c log(x^c / y^c) - x^c + y^c) / c^2.
+
+    Infinite where x has a class that y has not. Such classes have no part in its gradient.
+    """
+    lacking = (log_y == _NEG_INF) & (log_x != _NEG_INF)
+    x = torch.where(lacking, 0.0, _power(log_x, c))
+    ratio = torch.where(x == 0, 0.0, log_x - log_y)
+    value = (x * (c * ratio) - x + _power(log_y, c)).sum(dim=-1) / c**2
+    return value + torch.where(lacking.any(dim=-1), math.inf, 0.0)
+
+
+def _squared_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum (log p - log q)^2 / 2; infinite where one has a class that the other has not."""
+    lacking = (log_p == _NEG_INF) != (log_q == _NEG_INF)
+    apart = torch.where((log_p == _NEG_INF) | (log_q == _NEG_INF), 0.0, log_p - log_q)
+    return apart.square().sum(dim=-1) / 2 + torch.where(lacking.any(dim=-1), math.inf, 0.0)
+
+
 def _is_zero(weight: Number) -> bool:
     """Whether a term is left out. A tensor's value is never looked at."""
     return not isinstance(weight, Tensor) and weight == 0
@@ -718,7 +809,7 @@ class Loss:
     teacher: bool = True
     target: bool = True  # whether one is required
     outputs: int = 1
-    shares: tuple[str, ...] = ()  # parameters that are a share of a mixture
+    means: Mapping[str, str] = field(default_factory=dict)  # of parameters, by a kind of number
     choices: tuple[str, ...] = ()  # parameters that are a choice, not a number
     soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
 
@@ -743,12 +834,13 @@ LOSSES = {
     "aekt": Loss(aekt, choices=("variant",)),
     "reverse_kl": Loss(reverse_kl, target=False),
     "mixed_kl": Loss(mixed_kl, target=False),
-    "jsd": Loss(jsd, target=False, shares=("beta",)),
-    "skew_kl": Loss(skew_kl, target=False, shares=("alpha",)),
+    "jsd": Loss(jsd, target=False, means={"beta": "mixed share"}),
+    "skew_kl": Loss(skew_kl, target=False, means={"alpha": "mixed share"}),
     "skew_reverse_kl": Loss(
-        skew_reverse_kl, target=False, shares=("alpha",), choices=("detach_mixture",)
+        skew_reverse_kl, target=False, means={"alpha": "mixed share"}, choices=("detach_mixture",)
     ),
     "tvd": Loss(tvd, target=False),
+    "ab": Loss(ab, target=False, means={"alpha": "share", "beta": "share"}),
     "cross_entropy": Loss(cross_entropy, teacher=False),
     "target_split": Loss(target_split, teacher=False, outputs=3),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels import arguments, call
-from kdkernels.reference import AEKT_VARIANTS
+from kdkernels.reference import AB_LIMIT, AEKT_VARIANTS
 
 # Every random number of a run follows from one seed; the workers of pytest-xdist inherit it.
 if os.environ.get("KDKERNELS_SEED") == "random":
@@ -62,6 +62,11 @@ class Loss:
     ratio: bool = False  # the ratio b / c of target probabilities is a factor of the gradient
     # By how much a row's extent of log(p / q) and largest logit multiply its rounding.
     grows: Callable[[Options, Tensor, Tensor], Tensor | float] = lambda *_: 1.0
+    # Its terms go with this power of the probabilities: with less than 1, small ones count.
+    power: Callable[[Options], float] = lambda _: 1.0
+    cancels: Callable[[Options], float] = lambda _: (
+        0.0
+    )  # a factor of terms that cancel in the truth
     rounds: Callable[[Options], int] = lambda _: 1  # of sums over a row
     kinked: bool = False  # the gradient jumps where student and teacher agree on a class
     weights: bool = True  # kd_weight, ce_weight and return_parts are taken
@@ -73,6 +78,7 @@ class Loss:
     blind: Callable[[Options], bool] = lambda options: False  # to the target's own logit
     # Per class of its operator at one temperature, and at two: for the sums, for the gradient.
     exponentials: Sequence[tuple[int, int]] = ()
+    refining: int = 0  # exponentials of a class in a second round that the first has not computed
 
 
 def _ce(options: Options) -> float:
@@ -82,6 +88,23 @@ def _ce(options: Options) -> float:
 def _log_ratio(options: Options, extent: Tensor, _: Tensor) -> Tensor:
     """log(p / q) is a factor."""
     return 1 + extent
+
+
+def _exponents(options: Options) -> tuple[float, float]:
+    """Of the alpha-beta divergence; near its limits they are 0."""
+    return tuple(x if x >= AB_LIMIT else 0.0 for x in (options["alpha"], options["beta"]))
+
+
+def _of_exponents(options: Options, extent: Tensor, _: Tensor) -> Tensor:
+    """expm1(a log(p / q)) / a is a factor, and where p < q the same with b."""
+    a, b = (1 / x if x else math.inf for x in _exponents(options))
+    return 1 + extent.clamp(max=max(a, b))
+
+
+def _cancelling(options: Options) -> float:
+    """1 / (a b), a factor of what the published formula sums."""
+    a, b = _exponents(options)
+    return 1 / (a * b) if a * b else 0.0
 
 
 SHARES = (0.0, 1e-8, 0.1, 0.5, 0.9, 1 - 1e-8, 1.0)
@@ -283,6 +306,36 @@ LOSSES = {
         target=False,
         exponentials=[(2, 2), (3, 3)],
     ),
+    "ab": Loss(
+        tested=[
+            {"temperature": 1.0, "alpha": 0.5, "beta": 0.5},
+            {"temperature": 2.5, "alpha": 0.2, "beta": 0.7, "t_squared": False},
+            {"temperature": 1.0, "alpha": 0.0, "beta": 0.5},
+            {"temperature": 2.5, "alpha": 0.5, "beta": 0.0},
+            {"temperature": 1.0, "alpha": 0.0, "beta": 0.0},
+            {"temperature": 1.0, "alpha": 1.0, "beta": 1.0},
+            {"temperature": 1.0, "alpha": 5e-5, "beta": 0.5},
+            {"temperature": 3.0, "alpha": 0.9, "beta": 0.3, "kd_weight": 0.5, "ce_weight": 0.7,
+             "label_smoothing": 0.1},
+        ],
+        defaults={"temperature": 1.0, "t_squared": True, "alpha": 0.5, "beta": 0.5},
+        weight=lambda o: 1 + _ce(o),
+        divergence=lambda o: _ce(o) == 0,
+        drawn={
+            "alpha": (0.0, 5e-5, 2e-4, 0.1, 0.5, 1.0),
+            "beta": (0.0, 5e-5, 2e-4, 0.1, 0.5, 1.0),
+        },
+        module="ABLoss",
+        lacking=lambda o: _exponents(o)[0] == 0,
+        bounded=lambda o: min(_exponents(o)) > 0,
+        rounds=lambda o: 2,
+        target=False,
+        grows=_of_exponents,
+        power=lambda o: sum(_exponents(o)),
+        cancels=_cancelling,
+        exponentials=[(2, 4), (3, 5)],
+        refining=4,
+    ),
     "cross_entropy": Loss(
         tested=[
             {},
@@ -371,6 +424,10 @@ class Case:
     @property
     def bounded(self) -> bool:
         return self.facts.bounded(self.all_options)
+
+    @property
+    def power(self) -> float:
+        return self.facts.power(self.all_options)
 
     @property
     def temperature(self) -> float:
@@ -654,11 +711,26 @@ def _rounding(
     return case.weight * temperature ** (order - 1) * (grown * relative + of_truth)
 
 
+def powers_of(case: Case, student: Tensor, teacher: Tensor | None) -> Tensor | None:
+    """The sizes of a loss's terms where they are not those of the probabilities."""
+    if case.power >= 1 or teacher is None:
+        return None
+    log_p, log_q = (x.double().div(case.temperature).log_softmax(-1) for x in (student, teacher))
+    largest = torch.maximum(log_p, log_q)
+    return torch.where(largest == -INF, 0.0, (case.power * largest.clamp(min=-1e300)).exp())
+
+
 def value_tolerance(
     case: Case, truth: Tensor, student: Tensor, teacher: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """What rounding explains, per row, of a difference to `truth`."""
-    return 4 * torch.finfo(dtype).eps * truth.abs() + _rounding(case, student, teacher, dtype, 2)
+    rounding = _rounding(case, student, teacher, dtype, 2)
+    powers = powers_of(case, student, teacher)
+    if powers is not None:
+        of_truth = 8 * torch.finfo(torch.float64).eps * case.facts.cancels(case.all_options)
+        rounding = rounding * (1 + powers.sum(-1))
+        rounding += of_truth * max(case.temperature, 1.0) ** 2 * powers.sum(-1)
+    return 4 * torch.finfo(dtype).eps * truth.abs() + rounding
 
 
 def gradient_tolerance(
@@ -684,6 +756,10 @@ def gradient_tolerance(
             scaled = x.double() / t
             envelope += _sensitivity(scaled, target, case.facts.ratio)
             envelope += exact * scaled.softmax(-1)
+    powers = powers_of(case, student, teacher)
+    if powers is not None:  # and by the sum of them, which every class has a share of
+        p = (student.double() / case.temperature).softmax(-1)
+        envelope += powers + p * powers.sum(-1, keepdim=True)
     upstream = upstream.double().abs().sum(0) if case.outputs > 1 else upstream.double().abs()
     scale = (upstream * _rounding(case, student, teacher, dtype, 1)).unsqueeze(-1)
     underflow = torch.finfo(dtype).tiny / torch.finfo(dtype).eps

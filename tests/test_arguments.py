@@ -181,9 +181,22 @@ def test_bad_numbers(case, name, value):
     allowed = {"temperature": TEMPERATURE, "ratio": SHARE}.get(name, WEIGHT)
     if SHARE_OF.get(case.loss) == name:
         allowed = SHARE_OF_A_MIXTURE
+    if case.loss == "ab" and name in ("alpha", "beta"):
+        allowed = SHARE
     logits = (student, teacher) if case.teacher else (student,)
     with refused(ValueError, name, f"got {value}; {allowed}"):
         case.function(*logits, target, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_exponents_beyond_1(name):
+    for value in (1.5, torch.tensor(1.5)):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: got .*1\.5.*; must be a number from 0 to 1"
+        ):
+            kdkernels.ab_loss(student, teacher, **{name: value})
+        with pytest.raises(ValueError, match=f"^{name}: got "):
+            kdkernels.ABLoss(**{name: value})
 
 
 @pytest.mark.parametrize("value", [True, "4", None, np.bool_(1)], ids=lambda x: type(x).__name__)

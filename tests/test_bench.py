@@ -55,6 +55,7 @@ def runner_of(*names: str, machine: measure.Machine | None = None, **options) ->
         ("skew_kl", 2, 3, 3, 3),  # two exponentials and the logarithm of the mixture
         ("skew_reverse_kl", 2, 3, 3, 3),
         ("jsd", 2, 3, 3, 3),
+        ("ab", 2, 3, 3, 6),  # two for the sums; p, a power of it and two of its ratio to q
     ],
 )
 def test_what_a_loss_must_move_and_compute(

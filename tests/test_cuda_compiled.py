@@ -111,6 +111,7 @@ class Sums:
     crowded: bool = False  # as Sums::crowded
     logarithms: int = -1  # of a class, in the second round; -1: there is none
     features: int = 0  # as Sums::held, where it is not the number of exponentials kept
+    refining: int = 0  # exponentials of a class in the second round
 
     @property
     def held(self) -> int:
@@ -146,6 +147,9 @@ SUMS = {
     "TvdSums<2>": Sums(2, 3, 3, 15, logarithms=0, crowded=True, features=4),
     "MixtureSums<0>": Sums(2, 2, 2, 11, logarithms=2, crowded=True, features=3),
     "MixtureSums<2>": Sums(2, 3, 3, 15, logarithms=2, crowded=True, features=4),
+    # What is kept of a class are its logits, and in the second one its exponential at T = 1.
+    "AbSums<0>": Sums(2, 2, 0, 17, logarithms=0, crowded=True, features=3, refining=4),
+    "AbSums<2>": Sums(2, 3, 1, 21, logarithms=0, crowded=True, features=4, refining=4),
 }
 PARTS = ("part_stats", "part_refined", "part_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
@@ -280,7 +284,7 @@ def types_of(source: str) -> list[str]:
 
 MANGLED = re.compile(
     r"_ZN2kd\d+\w+?4cuda\d+(?P<name>[a-z_]+)I"
-    r"(?:NS0_\d+(?P<sums>(?:Student|Pair|Reverse|Score)SumsI(?:NS0_\d+(?P<form>\w+)FormE)?"
+    r"(?:NS0_\d+(?P<sums>(?:Student|Pair|Reverse|Score|Ab)SumsI(?:NS0_\d+(?P<form>\w+)FormE)?"
     r"LNS_7VariantE\dE(?:Lb\dE)?E)E)?"
     r"(?:NS\d_\d+(?P<format>Format|AnyFormat)I(?:NS0_)?(?P<type>f|d|3F16|4BF16)E?EE)?"
     r"(?:(?:NS0_)?(?P<data>f|d|3F16E|4BF16E)(?P<factor>[fd])E)?"
@@ -645,25 +649,27 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
     """(exponentials of a pair, most of the row beside), as they stand in the code."""
     s = SUMS[x.sums]
     moves = 1 + x.vectors + 2  # an edge, vectors, merges of the lanes and of the warps
-    again = s.rounds * s.kept  # where nothing is kept: for a second round, and for the gradient
+    # Where nothing is kept: for a second round, and for the gradient.
+    anew = s.kept + s.refining
+    again = s.rounds * anew
     if x.name == "few":
-        return s.exps, s.finish
+        return s.exps + s.refining, s.finish
     if x.name == "cluster":
         # What is kept: those of the sums alone. Beside it the rest, once per sweep, an edge, the
         # merges of warps and of blocks, and coefficients moved to a warp's pivots.
         rest = x.vector * (s.exps + again)
-        return s.exps, rest + 7 * s.exps + s.kept + s.finish
+        return s.exps + s.refining, rest + 7 * s.exps + anew + s.finish
     if x.name == "block":  # forward and, from saved statistics, backward: two pieces of code
         opening = 2 * s.tensors if s.rounds == 2 else 0
-        return s.exps + s.kept, 2 * s.exps + s.kept + opening + s.finish
+        return s.exps + s.refining + anew, 2 * s.exps + anew + opening + s.finish
     if x.name == "part_gradient":  # merges parts in a loop that is unrolled
-        return s.kept, 13 * s.exps + s.finish
+        return anew, 13 * s.exps + s.finish
     if x.name == "part_stats":
         # The merge of the warps stands there twice: ptxas has code of its own for the case that
         # the warp, of which the others have returned, has diverged (BRA.DIV). It never runs.
         return s.exps, (moves + 1) * s.exps
     if x.name == "part_refined":
-        return s.kept, 13 * s.exps + s.finish
+        return anew, 13 * s.exps + s.finish
     if x.name == "strided":
         return s.exps + again, 3 * s.exps + s.finish
     return s.exps + again, moves * s.exps + s.finish

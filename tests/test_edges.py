@@ -25,9 +25,11 @@ from cases import (
     USUAL,
     Case,
     assert_same,
+    assert_within,
     evaluate,
     make_inputs,
     needs_cpu,
+    powers_of,
     value_tolerance,
 )
 from contracts import (
@@ -155,8 +157,9 @@ def test_one_class(case: Case, backend: str) -> None:
 # ---- huge logits ----------------------------------------------------------------------------
 
 
-# Under label smoothing the lowest number is a class like any other, of a huge share in the loss.
-PLAIN = [case for case in CASES if not case.options.get("label_smoothing")]
+# Under label smoothing the lowest number is a class like any other, of a huge share in the loss;
+# and a class like any other where all weigh alike, however improbable.
+PLAIN = [case for case in CASES if not case.options.get("label_smoothing") and case.power > 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32], ids=str)
@@ -275,7 +278,9 @@ def test_divergence_is_not_negative(
         value = case.rows(student, teacher, target, backend=backend)
         bound = value_tolerance(case, torch.zeros(30), student, teacher, F32)
         assert (value >= -bound).all()
-        assert (bound < 1e-3 * case.weight * case.temperature**2).all()
+        size = powers_of(case, student, teacher)
+        size = 1.0 if size is None else 1 + size.sum(-1)
+        assert (bound < 1e-3 * size * case.weight * case.temperature**2).all()
 
 
 @needs_cpu
@@ -329,6 +334,66 @@ def test_a_mixture_that_is_the_distribution_itself(loss: str, backend: str) -> N
     value, gradient = evaluate(case.rows, *make_inputs("normal", 5, 9), backend=backend)
     torch.testing.assert_close(value, torch.zeros(5), rtol=0, atol=1e-6)
     torch.testing.assert_close(gradient, torch.zeros(5, 9), rtol=0, atol=1e-6)
+
+
+# ---- limits of the alpha-beta divergence ------------------------------------------------------
+
+
+def ab(alpha: float | Tensor, beta: float | Tensor) -> Case:
+    return USUAL["ab"].having(alpha=alpha, beta=beta)
+
+
+NEAR_LIMITS = [(1.01e-4, 0.5), (0.5, 1.01e-4), (1.01e-4, 1.01e-4), (1e-3, 1.0), (1.0, 1e-3)]
+
+
+@needs_cpu
+@pytest.mark.parametrize("exponents", NEAR_LIMITS, ids=str)
+def test_exponents_near_their_limits(
+    exponents: tuple[float, float], isa: str, generator: torch.Generator
+) -> None:
+    """Nothing cancels there, wherever teacher and student are; and there is no jump."""
+    case = ab(*exponents)
+    # Of 1 / (alpha beta) = 1e8 the reference itself has few digits left nearer to the teacher.
+    distances = (1.0, 0.3) if max(exponents) < 1e-3 else (1.0, 0.01, 1e-3)
+    for classes in CLASSES:
+        student, teacher, target = make_inputs("normal", 9, classes, F32, generator)
+        for distance in distances:
+            other = student + distance * teacher
+            exact = (student.double(), other.double(), target)
+            truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
+            value, gradient = evaluate(case.rows, student, other, target, backend="cpu")
+            largest = truth_gradient.abs().amax(-1, keepdim=True).expand_as(truth_gradient)
+            assert_within(value, truth, truth, 1e-3 * truth, "value")
+            assert_within(gradient, truth_gradient, truth_gradient, 1e-3 * largest, "gradient")
+        limit = ab(*(0.0 if x < 2e-3 else x for x in exponents))
+        values = (x.rows(student, teacher, target, backend="cpu") for x in (case, limit))
+        torch.testing.assert_close(*values, rtol=20 * min(exponents), atol=0)
+
+
+def test_alpha_beta_divergence_at_1_and_0_is_kl(backend: str, generator: torch.Generator) -> None:
+    student, teacher, target = make_inputs("normal", 9, 40, F64, generator)
+    for exponents, other in (((1.0, 0.0), "kd"), ((0.0, 1.0), "reverse_kl")):
+        ours = evaluate(ab(*exponents).rows, student, teacher, target, backend=backend)
+        kl = USUAL[other].having(temperature=1.0).rows
+        for x, y in zip(ours, evaluate(kl, student, teacher, target, backend=backend), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("exponents", [(0.5, 0.25), (0.0, 0.5), (0.5, 0.0), (0.0, 0.0)], ids=str)
+def test_exponents_as_tensors(
+    exponents: tuple[float, float], backend: str, generator: torch.Generator
+) -> None:
+    """The same loss; and derivatives that are numbers, by the exponents and the teacher as well,
+    also where a class is lacking."""
+    student, teacher, _ = make_inputs("normal", 6, 40, F64, generator)
+    student[1:, 3] = student[2, 5] = teacher[1:, 3] = teacher[3, 7] = -INF
+    alpha, beta = (tensor(x, requires_grad=True) for x in exponents)
+    logits = [x.clone().requires_grad_() for x in (student, teacher)]
+    value = ab(alpha, beta).rows(*logits, None, backend=backend)
+    torch.testing.assert_close(value, ab(*exponents).rows(student, teacher, None, backend=backend))
+    inputs = [*logits, alpha, beta]
+    gradients = torch.autograd.grad(value[value.isfinite()].sum(), inputs)
+    assert value.isfinite().sum() >= 4 and all(x.isfinite().all() for x in gradients)
 
 
 # ---- saturated target -----------------------------------------------------------------------

@@ -202,6 +202,22 @@ def author_tvd(s, t, y, temperature, t_squared):
     return gain(temperature, t_squared) * (p - q).abs().sum(1) / 2
 
 
+def author_ab(s, t, y, temperature, t_squared, alpha, beta):
+    """ABKD, whose code has 1 / alpha and 1 / beta at the limits, where their squares belong."""
+    p, q = probabilities(s, temperature), probabilities(t, temperature)
+    a, b = (x if x >= 1e-4 else 0.0 for x in (alpha, beta))
+    if a == b == 0:
+        value = (p / q).log() ** 2 / 2
+    elif a == 0:
+        value = (p**b * (p**b / q**b).log() - p**b + q**b) / b**2
+    elif b == 0:
+        value = (q**a * (q**a / p**a).log() - q**a + p**a) / a**2
+    else:
+        c = a + b
+        value = -(q**a * p**b - a / c * q**c - b / c * p**c) / (a * b)
+    return gain(temperature, t_squared) * value.sum(1)
+
+
 def author_cross_entropy(s, t, y, label_smoothing, z_weight):
     ce = torch.nn.functional.cross_entropy(s, y, reduction="none", label_smoothing=label_smoothing)
     return ce + z_weight * s.exp().sum(1).log() ** 2

@@ -19,7 +19,19 @@ from .reverse import variant
 from .split import difference, gain, smooth_cross_entropy, split
 from .stats import constant, counted, exp, inverse, marked, usable, weighted
 
-__all__ = ["merge", "mixture", "opening", "refined", "score_finish", "stats", "variant"]
+__all__ = [
+    "finish_by",
+    "grad",
+    "merge",
+    "mixture",
+    "opening",
+    "refined",
+    "score_finish",
+    "splits",
+    "stats",
+    "upstream",
+    "variant",
+]
 
 
 @triton.jit
@@ -97,13 +109,25 @@ def target_splits(sums, ps, pt, s_y, t_y, params):
 @triton.jit
 def score_finish(sums, p, value, h, relative, g, params, VARIANT: tl.constexpr):
     """p: the target's split; value and h: the target's."""
+    score = sums[len(sums) - 1]
+    c = upstream(g, params)
+    y = c * p[2] * (p[3] * h - score)
+    return finish_by(sums, value, p[2] * h, c, y, relative, g, params, VARIANT)
+
+
+@triton.jit
+def upstream(g, params):
+    """What p h is multiplied with."""
+    return g[0] * params[1] * gain(params) * params[0]
+
+
+@triton.jit
+def finish_by(sums, value, score, c, y, relative, g, params, VARIANT: tl.constexpr):
+    """value, score: f and p h of the target; y: its gradient."""
     t, kd_weight = params[0], params[1]
     AT: tl.constexpr = len(sums) - 2
     loss = t * (t * (sums[AT] + value)) * gain(params)
-    score = sums[AT + 1]
-    c = g[0] * kd_weight * gain(params) * t
-    c0 = -c * (score + p[2] * h)
-    y = c * p[2] * (p[3] * h - score)
+    c0 = -c * (sums[AT + 1] + score)
     if VARIANT == 2:
         values, c1, each, y = smooth_cross_entropy(
             params, 0.0, sums[2], sums[3], sums[4], relative, g[0], loss, y

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "ab.h"
 #include "aekt.h"
 #include "cross_entropy.h"
 #include "dkd.h"
@@ -95,11 +96,12 @@ struct List {
   }
 };
 
-using Losses = List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
-                    Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
-                    Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>,
-                    Of<MixedKl, Variant::smooth>, Of<Tvd, Variant::smooth>, OfMixture<Jsd>, OfMixture<SkewKl>,
-                    OfMixture<SkewReverseKl>, Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
+using Losses =
+    List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
+         Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
+         Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>, Of<MixedKl, Variant::smooth>,
+         Of<Tvd, Variant::smooth>, OfMixture<Jsd>, OfMixture<SkewKl>, OfMixture<SkewReverseKl>, Of<Ab, Variant::smooth>,
+         Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
 
 // The loss of a call and its parameters: its sums are known to the compiler, which loss it is only at run time. So
 // losses that sum alike share their kernels, and those that are computed alike their code.

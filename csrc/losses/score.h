@@ -98,12 +98,21 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
     sums[0] += value;
     sums[1] += e[1];
   }
+  // Of the target, by its splits and its logits relative to the pivots: value and p h. Returns g times its gradient.
+  template <class V>
+  static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Split<V>& p, const Split<V>& q, V,
+                        V, V g, V& value_y, V& score_y) {
+    V h;
+    Form::at(scales, p.p, q.p, difference(p, q), value_y, h);
+    score_y = p.p * h;
+    return g * p.p * (p.rest * h - a.v[score]);
+  }
 };
 
 // A loss of such a form; its parameters begin with PairParams.
-template <class Form, Variant kVariant>
-struct ScoreLoss : ScoreSums<Form, kVariant> {
-  using Sums = ScoreSums<Form, kVariant>;
+template <class Form, Variant kVariant, class Own = ScoreSums<Form, kVariant>>
+struct ScoreLoss : Own {
+  using Sums = Own;
   static constexpr bool has_temperature = true;
   static bool serves(const double* params, bool parts) { return pair_serves<kVariant, false>(params, parts); }
 
@@ -111,16 +120,16 @@ struct ScoreLoss : ScoreSums<Form, kVariant> {
   static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
                            V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
     const V t = Ops<V>::splat(params.temperature), weight = Ops<V>::splat(params.gained),
-            relative = s_y - usable(pivots.s);
+            relative = s_y - usable(pivots.s), relative_t = t_y - usable(pivots.t);
     const Split<V> p = Split<V>::of(relative, params.temperature, a.v[Sums::sum_s]);
-    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, a.v[Sums::sum_t]);
-    V value, h;
-    Form::at(params, p.p, q.p, difference(p, q), value, h);
-    const V distillation = t * (t * (a.v[Sums::value] + value)), g = upstream[0] * weight * t;
+    const Split<V> q = Split<V>::of(relative_t, params.temperature, a.v[Sums::sum_t]);
+    const V g = upstream[0] * weight * t;
+    V value, score;
+    coef.y = Sums::target(params, a, p, q, relative, relative_t, g, value, score);
+    const V distillation = t * (t * (a.v[Sums::value] + value));
     for (V& c : coef.c) c = lit<V>(0);
-    coef.c[0] = -g * (a.v[Sums::score] + p.p * h);
+    coef.c[0] = -g * (a.v[Sums::score] + score);
     coef.c[1] = g;
-    coef.y = g * p.p * (p.rest * h - a.v[Sums::score]);
     loss[0] = weighted(weight, distillation);
     if constexpr (Sums::smooth) {
       loss[1] = distillation * Ops<V>::splat(params.gain);

@@ -1,0 +1,163 @@
+"""Alpha-beta divergence, T^2 times
+
+    -1 / (a b) sum (q^a p^b - a / (a + b) q^(a + b) - b / (a + b) p^(a + b)),
+
+and its limits where a or b is 0. Wang et al. 2025, arXiv 2505.04560.
+
+The twin of csrc/losses/ab.h, where the form is derived that it is summed in: what is kept of a
+class are its logits ds and dt, and what opens the second round is added,
+
+    log2 p = k ds + opening[0]     log2(p / q) = k (ds - dt) + opening[1].
+
+Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared, alpha, beta.
+"""
+
+from types import ModuleType
+
+import triton
+import triton.language as tl
+
+from kdkernels.reference import AB_LIMIT
+
+from .score import finish_by, grad, merge, splits, upstream, variant
+from .score import stats as score_stats
+from .split import log_total
+from .stats import INF, LOG2E, usable
+
+__all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def instead(params: list[float]) -> tuple[ModuleType | None, list[float]]:
+    """The exponents, or 0 near the limits, and what float32 would round twice: a's share of their
+    sum, and log2(e) / T.
+    """
+    temperature, *common, alpha, beta = params
+    a, b = (0.0 if x < AB_LIMIT else x for x in (alpha, beta))
+    share = a / (a + b) if a + b > 0.0 else 0.5
+    return None, [temperature, *common, a, b, share, LOG2E.value / temperature]
+
+
+@triton.jit
+def stats(ds, dt, k, VARIANT: tl.constexpr):
+    sums, exps = score_stats(ds, dt, k, VARIANT)
+    if VARIANT == 2:
+        return sums, (ds, dt, exps[2])
+    else:
+        return sums, (ds, dt)
+
+
+@triton.jit
+def totals_apart(sums, p, q, relative, relative_t):
+    """log of the student's sum over all classes minus that of the teacher's, relative to their
+    pivots, without cancellation where they are alike. The target's logits come times 1 / T."""
+    # Of an empty sum nothing is taken.
+    empty = (sums[0] == 0.0) | (sums[1] == 0.0)
+    ratio = tl.log(tl.where(empty, 1.0, sums[0]) / tl.where(empty, 1.0, sums[1]))
+    by_rest = ratio - (p[1] - q[1])
+    by_target = (relative - relative_t) - (p[0] - q[0])
+    apart = log_total(p, relative, sums[0]) - log_total(q, relative_t, sums[1])
+    return tl.where((p[2] > 0.5) & (q[2] > 0.5), by_target, tl.where(empty, apart, by_rest))
+
+
+@triton.jit
+def opening(sums, ps, pt, s_y, t_y, params):
+    p, q = splits(sums, ps, pt, s_y, t_y, params[0])
+    relative = (s_y - usable(ps)) / params[0]
+    relative_t = (t_y - usable(pt)) / params[0]
+    total = log_total(p, relative, sums[0])
+    return -total * LOG2E, -totals_apart(sums, p, q, relative, relative_t) * LOG2E
+
+
+@triton.jit
+def far(x):
+    """|log2(p / q)| is taken to be at most this."""
+    if x.dtype == tl.float64:
+        return 1e300
+    else:
+        return 1e37
+
+
+@triton.jit
+def phi(x):
+    """(e^x - 1 - x) / x^2 for -1/2 < x <= 0, by its series."""
+    TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 8
+    total = tl.full(x.shape, 1.0, x.dtype)
+    for i in tl.static_range(TERMS - 2):
+        total = total * x * (1.0 / (TERMS - i)) + 1.0
+    return total * 0.5
+
+
+@triton.jit
+def share(near, exponent):
+    """(2^(exponent near) - 1) / exponent in natural logarithms, near <= 0; what of its series is
+    beyond the first term; and the power itself."""
+    m = near * LN2
+    x = exponent * m
+    power = tl.exp2(exponent * near)
+    beyond = phi(x)
+    inverse = tl.where(exponent > 0.0, 1.0 / tl.where(exponent > 0.0, exponent, 1.0), 0.0)
+    return tl.where(x > -0.5, m * x * beyond + m, (power - 1.0) * inverse), beyond, power
+
+
+@triton.jit
+def at(log_p, log_q, ratio, none, params):
+    """f and p h of a class, from log2 of p, q and p / q; none: where both are 0."""
+    a, b, share_a = params[5], params[6], params[7]
+    less = ratio <= 0.0  # p <= q
+    # Finite: 0 times it is 0. Not by tl.maximum, which would lose NaN.
+    base = tl.where(less, log_q, log_p)
+    base = tl.where(base < -1e30, -1e30, base)
+    power = tl.where(none, 0.0, tl.exp2((a + b) * base))
+    distance = -tl.abs(ratio)
+    near = tl.where(distance < -far(ratio), -far(ratio), distance)
+    near = tl.where(none, 0.0, near)
+    of_a, beyond_a, power_a = share(near, a)
+    of_b, beyond_b, power_b = share(near, b)
+    first = tl.where(less, of_a, of_b)
+    second = tl.where(less, of_b, of_a)
+    e = tl.where(less, power_b, power_a)
+    # (first e - second) / (a + b); near 0, where first and second are both m to first order, by
+    # what is beyond it.
+    m = near * LN2
+    beyond = share_a * beyond_a - (1.0 - share_a) * beyond_b
+    own = tl.where(less, 1.0 - share_a, share_a)
+    small = m * (m * tl.where(less, beyond, -beyond)) + own * (of_a * of_b)
+    inverse = tl.where(a + b > 0.0, 1.0 / tl.where(a + b > 0.0, a + b, 1.0), 0.0)
+    large = (first * e - second) * inverse
+    close = (a * m > -0.5) & (b * m > -0.5)
+    value = power * tl.where(close, small, large)
+    score = power * tl.where(less, e * first, -second)
+    # A class that only one of them has, where the other one's power is the 0th.
+    lost = (distance == -INF) & (tl.where(less, b, a) == 0.0)
+    return tl.where(lost, INF, value), tl.where(lost, 0.0, score)
+
+
+@triton.jit
+def refine(exps, opening, params, VARIANT: tl.constexpr):
+    ds, dt = exps[0], exps[1]
+    k = params[8]
+    log_p = ds * k + opening[0]
+    log_q = dt * k + (opening[0] - opening[1])
+    none = (ds == -INF) & (dt == -INF)
+    value, score = at(log_p, log_q, (ds - dt) * k + opening[1], none, params)
+    p = tl.exp2(log_p)
+    if VARIANT == 2:
+        return (value, score), (p, score, exps[2])
+    else:
+        return (value, score), (p, score)
+
+
+@triton.jit
+def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
+    p, q = splits(sums, ps, pt, s_y, t_y, params[0])
+    relative = (s_y - usable(ps)) / params[0]
+    relative_t = (t_y - usable(pt)) / params[0]
+    ratio = relative - relative_t - totals_apart(sums, p, q, relative, relative_t)
+    none = (relative == -INF) & (relative_t == -INF)
+    value, score = at(p[0] * LOG2E, q[0] * LOG2E, ratio * LOG2E, none, params)
+    c = upstream(g, params)
+    # By p h itself: h may be no number.
+    y = c * (p[3] * score - p[2] * sums[len(sums) - 1])
+    return finish_by(sums, value, score, c, y, s_y - usable(ps), g, params, VARIANT)
