@@ -29,7 +29,7 @@ SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateSta
 LIMIT = 100.0  # seconds for a shape: every section takes the kernel some passes
 LEFT_OUT = "left out, the budget is spent"
 STOPPED = "left out, the run was stopped"
-OF_LONG_ROWS = "regex:^(cluster|staged|sweeps|part_stats)$"
+OF_LONG_ROWS = "regex:^(cluster|staged|sweeps|split_stats)$"
 
 
 def call(case: Case, device: str) -> None:

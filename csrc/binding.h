@@ -28,9 +28,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Where all tensors of a call must be.
-struct Place {
+struct TensorDevice {
   int32_t type, index;
-  static Place of(const Tensor& x) {
+  static TensorDevice of(const Tensor& x) {
     return {x.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(), x.get_device_index()};
   }
   bool holds(const Tensor& x) const {
@@ -54,7 +54,7 @@ inline kd::DType dtype_of(const Tensor& x, const char* name) {
 }
 
 // (outer, inner, classes), where the first one or both may be absent: they are then 1.
-inline Logits describe(const Tensor& x, const char* name, const Place& place) {
+inline Logits describe(const Tensor& x, const char* name, const TensorDevice& place) {
   STD_TORCH_CHECK(place.holds(x), name, ": must be on the device of the operator and of the student");
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims >= 1 && dims <= 3, name, ": must have 1 to 3 dimensions (rows..., classes), got ", dims);
@@ -63,7 +63,7 @@ inline Logits describe(const Tensor& x, const char* name, const Place& place) {
 }
 
 // A tensor with one element per row (and output), of the compute type or int64.
-inline void check_rows(const Tensor& x, const char* name, const Problem& p, const Place& place, ScalarType dtype,
+inline void check_rows(const Tensor& x, const char* name, const Problem& p, const TensorDevice& place, ScalarType dtype,
                        int outputs = 1) {
   STD_TORCH_CHECK(
       place.holds(x) && x.is_contiguous() && x.scalar_type() == dtype && x.numel() == outputs * p.rows_total(), name,
@@ -84,8 +84,8 @@ inline double number(const Tensor& x, const char* name) {
 
 // Everything about a call but its outputs. Keeps nothing alive: the tensors outlive the call. of_rows: whether params
 // may be those of each row, (rows, so many): the call then has the first one's.
-inline Problem describe_call(const LossFacts* losses, int loss_count, const Place& place, const std::string& loss,
-                             const Tensor& student, const std::optional<Tensor>& teacher,
+inline Problem describe_call(const LossFacts* losses, int loss_count, const TensorDevice& place,
+                             const std::string& loss, const Tensor& student, const std::optional<Tensor>& teacher,
                              const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
                              const Tensor& params, int64_t ignore_index, int64_t classes, bool of_rows = false) {
   Problem p;
@@ -137,7 +137,7 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Plac
 // Allocates by LibTorch's C interface: a call of aten::empty would go through the dispatcher once more, which costs
 // more than the kernels on a small input.
 inline Tensor fresh_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
-                            const Place& place) {
+                            const TensorDevice& place) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -146,7 +146,7 @@ inline Tensor fresh_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef s
   return Tensor(handle);
 }
 
-inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype, const Place& place) {
+inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype, const TensorDevice& place) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
@@ -154,13 +154,13 @@ inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype, const P
 }
 
 // As torch.empty_like, which keeps the strides of whatever is dense.
-inline Tensor fresh_like(const Tensor& x, const Place& place) {
+inline Tensor fresh_like(const Tensor& x, const TensorDevice& place) {
   return x.is_contiguous() ? fresh_strided(x.sizes(), x.strides(), x.scalar_type(), place)
                            : torch::stable::empty_like(x);
 }
 
 // A gradient of the student, 0 where classes do not count.
-inline Tensor fresh_gradient(const Tensor& student, Problem& p, const Place& place) {
+inline Tensor fresh_gradient(const Tensor& student, Problem& p, const TensorDevice& place) {
   Tensor grad = fresh_like(student, place);
   p.grad = describe(grad, "grad", place);
   const int64_t dim = student.dim() - 1, rest = student.size(dim) - p.classes;
@@ -172,7 +172,7 @@ inline Tensor fresh_gradient(const Tensor& student, Problem& p, const Place& pla
 }
 
 // (outputs, *rows), or the shape of the rows for one output.
-inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, const Place& place) {
+inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, const TensorDevice& place) {
   const auto sizes = student.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
   if (outputs > 1) shape.insert(shape.begin(), outputs);
@@ -180,7 +180,7 @@ inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, c
 }
 
 // Distillation and cross-entropy of each row by themselves, (2, *rows); nothing unless asked for.
-inline Tensor fresh_parts(const LossFacts& facts, const Tensor& student, Problem& p, const Place& place,
+inline Tensor fresh_parts(const LossFacts& facts, const Tensor& student, Problem& p, const TensorDevice& place,
                           bool with_parts) {
   if (!with_parts) return fresh({0}, compute_type(p), place);
   STD_TORCH_CHECK(facts.teacher, "with_parts: '", facts.name, "' has no teacher, and so no parts");

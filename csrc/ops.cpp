@@ -37,26 +37,26 @@ int64_t check_targets(const kd::Problem& p) {
   return counted;
 }
 
-struct Call {
-  Place place;
+struct Described {
+  TensorDevice place;
   kd::Problem problem;
-  int64_t counted;  // rows that are not ignored
+  int64_t counted;               // rows that are not ignored
   const double* params_of_rows;  // (rows, so many), or null: all rows have the same
 };
 
-Call describe_call(const kd::Kernels& build, const std::string& loss, const Tensor& student,
-                   const std::optional<Tensor>& teacher, const std::optional<Tensor>& target,
-                   const std::optional<Tensor>& row_weight, const Tensor& params, int64_t ignore_index,
-                   int64_t classes) {
+Described describe_call(const kd::Kernels& build, const std::string& loss, const Tensor& student,
+                        const std::optional<Tensor>& teacher, const std::optional<Tensor>& target,
+                        const std::optional<Tensor>& row_weight, const Tensor& params, int64_t ignore_index,
+                        int64_t classes) {
   STD_TORCH_CHECK(student.is_cpu(), "student: must be on the CPU");
-  const Place place = Place::of(student);
+  const TensorDevice place = TensorDevice::of(student);
   const kd::Problem p = kd::binding::describe_call(build.losses, build.loss_count, place, loss, student, teacher,
                                                    target, row_weight, params, ignore_index, classes, true);
   const auto* numbers = params.dim() == 2 ? static_cast<const double*>(params.data_ptr()) : nullptr;
   return {place, p, target ? check_targets(p) : p.rows_total(), numbers};
 }
 
-void run(const kd::Kernels& build, const Call& call) {
+void run(const kd::Kernels& build, const Described& call) {
   const kd::Problem& p = call.problem;
   const kd::Plan plan = kd::plan(build, p);
   const int unit = call.params_of_rows ? 1 : plan.unit;
@@ -81,7 +81,7 @@ void run(const kd::Kernels& build, const Call& call) {
   STD_TORCH_CHECK(ok, "out of memory: no scratch for ", p.classes, " classes");
 }
 
-Tensor empty_gradient(const Tensor& student, Call& call) {
+Tensor empty_gradient(const Tensor& student, Described& call) {
   Tensor grad = fresh_gradient(student, call.problem, call.place);
   kd::advise_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size());
   return grad;
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std
                                            std::optional<Tensor> target, std::optional<Tensor> row_weight,
                                            Tensor params, int64_t ignore_index, bool with_parts, int64_t classes) {
   const kd::Kernels& build = current_kernels();
-  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
+  Described call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = call.problem;
   const int outputs = build.losses[p.loss].outputs;
   Tensor rows = fresh_rows(student, outputs, p, call.place);
@@ -108,7 +108,7 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
                 std::optional<Tensor> target, std::optional<Tensor> row_weight, Tensor stats, Tensor params,
                 int64_t ignore_index, int64_t classes) {
   const kd::Kernels& build = current_kernels();
-  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
+  Described call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = call.problem;
   check_rows(stats, "stats", p, call.place, ScalarType::Double, kd::kStatsWidth);
   grad_rows = torch::stable::contiguous(grad_rows);
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
                                            std::optional<Tensor> normalizer, bool mean, Tensor params,
                                            int64_t ignore_index, bool with_grad, bool with_parts, int64_t classes) {
   const kd::Kernels& build = current_kernels();
-  Call call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
+  Described call = describe_call(build, loss, student, teacher, target, row_weight, params, ignore_index, classes);
   kd::Problem& p = call.problem;
   STD_TORCH_CHECK(build.losses[p.loss].outputs == 1, "loss: '", loss, "' has several outputs, none to reduce");
   if (normalizer) p.scale /= number(*normalizer, "normalizer");

@@ -20,7 +20,7 @@ void* stream_of(int32_t index) {
 }
 
 struct Described {
-  Place place;
+  TensorDevice place;
   torch::stable::accelerator::DeviceGuard guard;
   Call call;
   const kd::LossFacts& facts;
@@ -30,7 +30,7 @@ Described describe_call(const std::string& loss, const Tensor& student, const st
                         const std::optional<Tensor>& target, const std::optional<Tensor>& row_weight,
                         const Tensor& params, int64_t ignore_index, int64_t classes) {
   STD_TORCH_CHECK(student.is_cuda(), "student: must be on a CUDA device");
-  const Place place = Place::of(student);
+  const TensorDevice place = TensorDevice::of(student);
   Call call;
   call.problem = kd::binding::describe_call(kd::gpu::kLosses, kd::gpu::kLossCount, place, loss, student, teacher,
                                             target, row_weight, params, ignore_index, classes);
@@ -127,7 +127,7 @@ bool is_dense(const Tensor& x) {
 
 void scale_(Tensor grad, Tensor factor) {
   STD_TORCH_CHECK(grad.is_cuda(), "grad: must be on a CUDA device");
-  const Place place = Place::of(grad);
+  const TensorDevice place = TensorDevice::of(grad);
   STD_TORCH_CHECK(place.holds(factor) && factor.numel() == 1, "factor: must be one number on the device of grad");
   const ScalarType dtype = factor.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "factor: must be float32 or float64");

@@ -1155,8 +1155,8 @@ MUTANTS = [
     Mutant(
         "cuda-refined-of-one-part",
         "csrc/cuda/split.cuh",
-        "sum_of_lane += arch::load(a.part_refined",
-        "sum_of_lane = arch::load(a.part_refined",
+        "sum_of_lane += arch::load(a.split_refined",
+        "sum_of_lane = arch::load(a.split_refined",
         "of more than 32 parts the last ones count alone",
     ),
     Mutant(
@@ -1197,8 +1197,8 @@ MUTANTS = [
     Mutant(
         "triton-second-round-behind-the-first",
         "triton_kernels/kernels.py",
-        "at = part_stats + (WIDTH - REFINED)",
-        "at = part_stats + (2 + len(like))",
+        "at = split_stats + (WIDTH - REFINED)",
+        "at = split_stats + (2 + len(like))",
         "the backward pass of another variant finds other sums there",
     ),
     Mutant(

@@ -134,7 +134,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         long = self.kernel == "staged" or self.classes > 4096
-        if long and self.kernel in ("staged", "sweeps", "part_stats") and self.dtypes != F64:
+        if long and self.kernel in ("staged", "sweeps", "split_stats") and self.dtypes != F64:
             object.__setattr__(self, "kernel", "cluster" if has_clusters() else self.kernel)
 
     def inputs(
@@ -151,13 +151,13 @@ class Shape:
 
     @property
     def backward(self) -> str:
-        return self.kernel if self.kernel in ("few", "block", "strided") else "part_gradient"
+        return self.kernel if self.kernel in ("lanes", "block", "strided") else "split_gradient"
 
     def mean(self, rows: int) -> list[str]:
         """The kernels of a mean over so many rows: more than 32 per thread are counted first."""
-        parts = self.kernel == "part_stats"
-        counted = parts or (self.kernel == "few" and rows > 32 * 256)
-        own = [self.kernel, "part_gradient"] if parts else [self.kernel]
+        parts = self.kernel == "split_stats"
+        counted = parts or (self.kernel == "lanes" and rows > 32 * 256)
+        own = [self.kernel, "split_gradient"] if parts else [self.kernel]
         return ["count", *own] if counted else own
 
 
@@ -165,19 +165,19 @@ class Shape:
 # on, and splits those of few rows. No float16: there the gradient of a reduction is two passes,
 # too, see test_backward_in_float16.
 REGIMES = {
-    "8 lanes": Shape("few", 10, BF16, 300),
-    "16 lanes": Shape("few", 100, BF16, 33),
-    "32 lanes": Shape("few", 200, F32, 9),
-    "8 lanes, many rows": Shape("few", 100, BF16, 1, 128),
-    "16 lanes, many rows": Shape("few", 200, BF16, 1, 128),
+    "8 lanes": Shape("lanes", 10, BF16, 300),
+    "16 lanes": Shape("lanes", 100, BF16, 33),
+    "32 lanes": Shape("lanes", 200, F32, 9),
+    "8 lanes, many rows": Shape("lanes", 100, BF16, 1, 128),
+    "16 lanes, many rows": Shape("lanes", 200, BF16, 1, 128),
     "block of a warp": Shape("block", 1000, BF16, 5),
     "block": Shape("block", 4001, BF16, 5),
     "staged": Shape("staged", 8003, BF16, 3, 2),
     "sweeps of two types": Shape("sweeps", 3000, (BF16, F32), 3, 1),
     "sweeps in double": Shape("sweeps", 2053, F64, 3, 1),
     "sweeps, unaligned": Shape("sweeps", 3001, BF16, 6, layout="unaligned"),
-    "split": Shape("part_stats", 16391, BF16, 2),
-    "split in double": Shape("part_stats", 8201, F64, 2),
+    "split": Shape("split_stats", 16391, BF16, 2),
+    "split in double": Shape("split_stats", 8201, F64, 2),
     "strided": Shape("strided", 37, F32, 12, layout="classes_second"),
     "1003 classes": Shape("block", 1003, F32, 300),
     "staged twice": Shape("staged", 10007, BF16, 3, 2),
@@ -185,12 +185,12 @@ REGIMES = {
     "staged, large": Shape("staged", 20011, BF16, 3, 1),
     "staged, large, float32": Shape("staged", 20011, F32, 3, 1),  # 160 kB: not on all GPUs
     "unlike rows, many": Shape("sweeps", 8001, BF16, 3, 1, layout="unaligned"),
-    "unlike rows, few": Shape("part_stats", 50257, BF16, 3, layout="next_token"),
-    "split in float32": Shape("part_stats", 50257, F32, 2),
-    "split, two types": Shape("part_stats", 50257, (BF16, F32), 2),
-    "cluster of 8": Shape("part_stats", 151936, BF16, 40),
-    "cluster of 8, unaligned": Shape("part_stats", 151669, BF16, 40),
-    "cluster of 16": Shape("part_stats", 262144, BF16, 20),
+    "unlike rows, few": Shape("split_stats", 50257, BF16, 3, layout="next_token"),
+    "split in float32": Shape("split_stats", 50257, F32, 2),
+    "split, two types": Shape("split_stats", 50257, (BF16, F32), 2),
+    "cluster of 8": Shape("split_stats", 151936, BF16, 40),
+    "cluster of 8, unaligned": Shape("split_stats", 151669, BF16, 40),
+    "cluster of 16": Shape("split_stats", 262144, BF16, 20),
     "images": Shape("strided", 150, BF16, 3, 1, layout="classes_second"),
 }
 
@@ -288,6 +288,6 @@ def kernels_in(trace: dict[str, Any]) -> list[str]:
 
 
 def our_kernels(names: list[str]) -> list[str]:
-    """`few` of `void kd::..::cuda::few<..>(..)`; what is not ours stays as it is."""
+    """`lanes` of `void kd::..::cuda::lanes<..>(..)`; what is not ours stays as it is."""
     found = [re.search(r"\bkd::\w+::cuda::(?:\(anonymous namespace\)::)?(\w+)", x) for x in names]
     return [x if match is None else match[1] for x, match in zip(names, found, strict=True)]

@@ -151,7 +151,7 @@ SUMS = {
     "AbSums<0>": Sums(2, 2, 0, 17, logarithms=0, crowded=True, features=3, refining=4),
     "AbSums<2>": Sums(2, 3, 1, 21, logarithms=0, crowded=True, features=4, refining=4),
 }
-PARTS = ("part_stats", "part_refined", "part_gradient")
+PARTS = ("split_stats", "split_refined", "split_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
 FORMATS = {
     "f32": "Format<float>",
@@ -215,7 +215,7 @@ class Kernel:
     @property
     def vectors(self) -> int:
         """That a thread has at a time."""
-        if self.name == "few":
+        if self.name == "lanes":
             return self.classes // self.vector
         if self.name == "block":
             less = LESS_OF_FOUR if self.vector == 4 else 0
@@ -229,7 +229,7 @@ class Kernel:
             return max(classes, CLUSTER_LEAST) // self.vector
         if self.name in PARTS:
             each = PART_WIDE if self.wide else PART
-            return each // REFINED_LESS if self.name == "part_refined" else each
+            return each // REFINED_LESS if self.name == "split_refined" else each
         unroll = UNROLL_SKEWED if self.skewed else UNROLL
         return UNROLL_WIDE if self.wide else unroll[SUMS[self.sums].rounds - 1]
 
@@ -241,7 +241,7 @@ class Kernel:
     @property
     def edges(self) -> int:
         """Edge logits that a thread has, of each tensor."""
-        return -(-2 * self.vector // self.lanes) if self.name == "few" else 1
+        return -(-2 * self.vector // self.lanes) if self.name == "lanes" else 1
 
     @property
     def pairs(self) -> int:
@@ -266,7 +266,7 @@ def expected(source: str) -> set[Kernel]:
             found |= {Kernel(name, sums, form) for name in ("block", "staged")}
             found |= {Kernel(name, sums, form, skewed=False) for name in ("sweeps", "cluster")}
             few = FEW_ROWS + (MANY_ROWS if facts.held < MANY_KEPT else [])
-            found |= {Kernel("few", sums, form, *x) for x in few}
+            found |= {Kernel("lanes", sums, form, *x) for x in few}
     for form in forms:
         data = form.removeprefix("Any").removeprefix("Format<").removesuffix(">")
         factors = ("double",) if form.startswith("Any") else ("float", "double")
@@ -302,7 +302,7 @@ def kernel(mangled: str) -> Kernel:
     form = f"{x['format']}<{types[x['type']]}>" if x["format"] else ""
     if x["data"]:
         form = f"{types[x['data'].removesuffix('E')]}, {types[x['factor']]}"
-    few = (int(x["number"]), int(x["classes"])) if x["name"] == "few" else (0, 0)
+    few = (int(x["number"]), int(x["classes"])) if x["name"] == "lanes" else (0, 0)
     return Kernel(x["name"], sums, form, *few, skewed=x["skewed"] != "0")
 
 
@@ -511,9 +511,9 @@ def check(kernels: list[Kernel], wrong: Check) -> None:
 
 def threads_and_blocks(x: Kernel) -> list[tuple[int, int]]:
     """How many blocks of how many threads the planner counts on per multiprocessor."""
-    if x.name == "few":
+    if x.name == "lanes":
         blocks = ONE_BLOCK if SUMS[x.sums].held > MOST_OF_TWO else TWO_BLOCKS
-        return [(number("kFewThreads"), blocks)]
+        return [(number("kLanesThreads"), blocks)]
     if x.name == "block":
         return [(number("kBlockThreads"), 2)]
     if x.name == "staged":
@@ -559,7 +559,7 @@ def logits_read(x: Kernel) -> int:
     if x.name == "strided":  # the row in each round and for the gradient, and the target
         return SUMS[x.sums].tensors * ((1 + SUMS[x.sums].rounds) * x.pairs + 1)
     reads = 1 + SUMS[x.sums].rounds if x.name in ("sweeps", "staged") else 1
-    target = 0 if x.name == "part_stats" else 1
+    target = 0 if x.name == "split_stats" else 1
     return SUMS[x.sums].tensors * (reads * x.edges + target)
 
 
@@ -569,7 +569,7 @@ OTHER_LOADS = 48
 
 def unrolled_sums(x: Kernel) -> int:
     """For sm_100, ptxas unrolls loops of thread_sum over numbers in double, 8 at a time, by 4."""
-    return 4 * 8 if x.arch == "100" and x.sums and x.name != "part_stats" else 0
+    return 4 * 8 if x.arch == "100" and x.sums and x.name != "split_stats" else 0
 
 
 def scalar_loads(x: Kernel) -> Iterator[str]:
@@ -614,10 +614,10 @@ def vector_loads(x: Kernel) -> Iterator[str]:
         if n := x.count(r"LDGSTS.*") - copies:
             yield f"{n} copies of less than a granule"
     else:
-        alike = x.name in ("few", "block") or not x.skewed
+        alike = x.name in ("lanes", "block") or not x.skewed
         granules = x.granules if alike else x.granules + 1
-        # Of sweeps, all. part_gradient: before the row is finished, and in its loop.
-        sweeps = {"sweeps": 1 + SUMS[x.sums].rounds, "part_gradient": 2}.get(x.name, 1)
+        # Of sweeps, all. split_gradient: before the row is finished, and in its loop.
+        sweeps = {"sweeps": 1 + SUMS[x.sums].rounds, "split_gradient": 2}.get(x.name, 1)
         wanted = sweeps * SUMS[x.sums].tensors * x.vectors * granules
     if loads != wanted:
         yield f"{loads} loads of 16 bytes, not {wanted}"
@@ -626,7 +626,7 @@ def vector_loads(x: Kernel) -> Iterator[str]:
 def vector_stores(x: Kernel) -> Iterator[str]:
     stores = x.count(r"STG\.E\..*\b128\b.*")
     halves = x.count(r"STG\.E\.[US]16.*")
-    if x.name in ("count", "strided", "part_stats", "part_refined") or x.empty:
+    if x.name in ("count", "strided", "split_stats", "split_refined") or x.empty:
         wanted = 0
     elif x.name == "cluster":  # of what is kept, of the rest, and zeros
         wanted = x.granules * (x.vectors + 2)
@@ -652,7 +652,7 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
     # Where nothing is kept: for a second round, and for the gradient.
     anew = s.kept + s.refining
     again = s.rounds * anew
-    if x.name == "few":
+    if x.name == "lanes":
         return s.exps + s.refining, s.finish
     if x.name == "cluster":
         # What is kept: those of the sums alone. Beside it the rest, once per sweep, an edge, the
@@ -662,13 +662,13 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
     if x.name == "block":  # forward and, from saved statistics, backward: two pieces of code
         opening = 2 * s.tensors if s.rounds == 2 else 0
         return s.exps + s.refining + anew, 2 * s.exps + anew + opening + s.finish
-    if x.name == "part_gradient":  # merges parts in a loop that is unrolled
+    if x.name == "split_gradient":  # merges parts in a loop that is unrolled
         return anew, 13 * s.exps + s.finish
-    if x.name == "part_stats":
+    if x.name == "split_stats":
         # The merge of the warps stands there twice: ptxas has code of its own for the case that
         # the warp, of which the others have returned, has diverged (BRA.DIV). It never runs.
         return s.exps, (moves + 1) * s.exps
-    if x.name == "part_refined":
+    if x.name == "split_refined":
         return anew, 13 * s.exps + s.finish
     if x.name == "strided":
         return s.exps + again, 3 * s.exps + s.finish
@@ -697,9 +697,12 @@ def logarithms(x: Kernel) -> Iterator[str]:
         each, row = 0, 0
     else:
         round_, again = SUMS[x.sums].logarithms, SUMS[x.sums].logarithms // 2
-        each = {"part_stats": 0, "part_gradient": again, "few": round_, "part_refined": round_}.get(
-            x.name, round_ + again
-        )
+        each = {
+            "split_stats": 0,
+            "split_gradient": again,
+            "lanes": round_,
+            "split_refined": round_,
+        }.get(x.name, round_ + again)
         each *= x.pairs
         if x.name == "cluster":  # of what registers hold, and of the rest
             each = round_ * x.pairs + (round_ + again) * x.vector
@@ -716,7 +719,7 @@ MOST_IN_DOUBLE = 128  # the sums of few and strided: unrolled over warps, twice
 
 def opcodes(x: Kernel) -> Iterator[str]:
     # For sm_100, ptxas forgets of which kind the pointer to the losses of a row is.
-    losses = MOST_OUTPUTS if x.arch == "100" and x.sums and x.name != "part_stats" else 0
+    losses = MOST_OUTPUTS if x.arch == "100" and x.sums and x.name != "split_stats" else 0
     n, stores = x.count(r"(LD|ST|ATOM)(\..*)?"), x.count(r"ST\.E")
     if n > stores or stores > losses:
         yield f"{n} accesses of an address of any kind"
@@ -778,11 +781,11 @@ def test_instructions_are_those_expected(kernels):
 def test_names_are_read():
     long = "_ZN2kd6scalar4cuda"
     assert kernel(
-        f"{long}3fewINS0_8PairSumsILNS_7VariantE0ELb1EEENS1_6FormatINS0_4BF16EEELi8ELi16EEEvNS1_4ArgsE"
-    ) == (Kernel("few", "PairSums<0,1>", "Format<BF16>", 8, 16))
+        f"{long}5lanesINS0_8PairSumsILNS_7VariantE0ELb1EEENS1_6FormatINS0_4BF16EEELi8ELi16EEEvNS1_4ArgsE"
+    ) == (Kernel("lanes", "PairSums<0,1>", "Format<BF16>", 8, 16))
     assert kernel(
-        f"{long}13part_gradientINS0_11StudentSumsILNS_7VariantE2EEENS1_9AnyFormatIdEEEEvNS1_4ArgsE"
-    ) == (Kernel("part_gradient", "StudentSums<2>", "AnyFormat<double>"))
+        f"{long}14split_gradientINS0_11StudentSumsILNS_7VariantE2EEENS1_9AnyFormatIdEEEEvNS1_4ArgsE"
+    ) == (Kernel("split_gradient", "StudentSums<2>", "AnyFormat<double>"))
     for skewed in (False, True):
         assert kernel(
             f"{long}6sweepsINS0_8PairSumsILNS_7VariantE1ELb0EEENS1_6FormatIfEELb{skewed:d}EEEvNS1_4ArgsE"

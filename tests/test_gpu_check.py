@@ -1026,14 +1026,14 @@ def test_kernels_of_a_trace() -> None:
     """Copies, ranges and the host's events are no launches."""
     ours = "void kd::sm::cuda::(anonymous namespace)::{}<kd::Pair>(kd::Args)"
     events = [
-        {"cat": "kernel", "name": ours.format("part_gradient"), "ts": 3.0},
+        {"cat": "kernel", "name": ours.format("split_gradient"), "ts": 3.0},
         {"cat": "gpu_memset", "name": "Memset (Device)", "ts": 0.0},
         {"cat": "gpu_user_annotation", "name": "ProfilerStep#1", "ts": 0.5},
         {"cat": "cuda_runtime", "name": "cudaLaunchKernelExC", "ts": 0.6},
-        {"cat": "kernel", "name": ours.format("part_stats"), "ts": 2.0},
+        {"cat": "kernel", "name": ours.format("split_stats"), "ts": 2.0},
         {"cat": "kernel", "name": "at::native::fill", "ts": 1.0},
         {"name": "process_name", "ph": "M"},
     ]
     names = kernels_in({"traceEvents": events})
-    assert our_kernels(names) == ["at::native::fill", "part_stats", "part_gradient"]
+    assert our_kernels(names) == ["at::native::fill", "split_stats", "split_gradient"]
     assert json.dumps(names)

@@ -49,10 +49,10 @@ def kernels_of(call: Callable[[], object], folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("shape", "kernels"),
     [
-        ((4096, 100), ["few"]),
+        ((4096, 100), ["lanes"]),
         ((1024, 1000), ["block"]),
-        ((8193, 100), ["count", "few"]),
-        (SPLIT, ["cluster"] if has_clusters() else ["count", "part_stats", "part_gradient"]),
+        ((8193, 100), ["count", "lanes"]),
+        (SPLIT, ["cluster"] if has_clusters() else ["count", "split_stats", "split_gradient"]),
     ],
     ids=str,
 )
@@ -70,8 +70,8 @@ def test_launches_of_a_mean(
     student, teacher, target = inputs_on_device("normal", *shape, BF16)
     student.requires_grad_(with_gradient)
     names = kernels_of(lambda: case(student, teacher, target, backend=cuda_backend), tmp_path)
-    first = kernels.index("part_stats") + 1 if "part_stats" in kernels else 0
-    refined = ["part_refined"] if first and case.rounds == 2 else []
+    first = kernels.index("split_stats") + 1 if "split_stats" in kernels else 0
+    refined = ["split_refined"] if first and case.rounds == 2 else []
     assert our_kernels(names) == [*kernels[:first], *refined, *kernels[first:]], names
 
 
@@ -106,8 +106,8 @@ def test_shapes_reach_the_kernels_they_are_for(
         ("regime=staged", ["staged"]),
         ("regime=staged threads=256 per_multiprocessor=2", ["staged"]),
         ("regime=sweeps", ["sweeps"]),
-        ("regime=split", ["part_stats", "part_gradient"]),
-        ("regime=split parts=3 threads=64", ["part_stats", "part_gradient"]),
+        ("regime=split", ["split_stats", "split_gradient"]),
+        ("regime=split parts=3 threads=64", ["split_stats", "split_gradient"]),
         ("regime=cluster parts=4 stages=2", ["cluster"]),
         ("regime=cluster parts=16 stages=1 threads=192 per_multiprocessor=2", ["cluster"]),
     ],
@@ -132,8 +132,8 @@ def test_regimes_that_are_asked_for(
     check(case, student, teacher, target, generator, cuda_backend, "mean")
     placed = [on_device(x) for x in (student, teacher, target)]
     names = kernels_of(lambda: case.rows(*placed, backend=cuda_backend), tmp_path)
-    ours = [x for x in our_kernels(names) if x in ("cluster", "staged", "sweeps", "part_stats")]
-    assert ours and set(ours) == set(kernels) - {"part_gradient"}, names
+    ours = [x for x in our_kernels(names) if x in ("cluster", "staged", "sweeps", "split_stats")]
+    assert ours and set(ours) == set(kernels) - {"split_gradient"}, names
 
 
 def test_a_plan_that_is_not_possible_is_refused(

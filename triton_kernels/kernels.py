@@ -281,7 +281,7 @@ def refined(
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
     p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
-    part_stats, parts: "i32", part_chunks: "i32",
+    split_stats, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
     VARIANT: tl.constexpr, DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -298,7 +298,7 @@ def refined(
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     like = _no_sums(k, STATS, VARIANT, DTYPE)
-    ps, pt, sums = _merged(part_stats, row, parts, exists, k, like, MERGE, VARIANT)
+    ps, pt, sums = _merged(split_stats, row, parts, exists, k, like, MERGE, VARIANT)
     opening = _opened(
         student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt, params,
         OPEN, DTYPE,
@@ -309,7 +309,7 @@ def refined(
         _shift(s_start, VEC, ALIGNED), readable, y, ps, pt, k, opening, params, (),
         STATS, REFINE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
     )  # fmt: skip
-    to = part_stats + (row * parts + part) * WIDTH + (WIDTH - REFINED)
+    to = split_stats + (row * parts + part) * WIDTH + (WIDTH - REFINED)
     for i in tl.static_range(len(more)):
         tl.store(to + i, more[i], mask=exists)
 
@@ -323,7 +323,7 @@ def gradient(
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
     p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
-    part_stats, parts: "i32", part_chunks: "i32",
+    split_stats, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
     FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -342,14 +342,14 @@ def gradient(
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     shift = _shift(s_start, VEC, ALIGNED)
     like = _no_sums(k, STATS, VARIANT, DTYPE)
-    ps, pt, sums = _merged(part_stats, row, parts, exists, k, like, MERGE, VARIANT)
+    ps, pt, sums = _merged(split_stats, row, parts, exists, k, like, MERGE, VARIANT)
     opening = ()
     if REFINE is not None:
         opening = _opened(
             student, s_start, s_class, teacher, t_start, t_class, y, read, sums, ps, pt, params,
             OPEN, DTYPE,
         )  # fmt: skip
-        at = part_stats + (WIDTH - REFINED)
+        at = split_stats + (WIDTH - REFINED)
         more = _no_refined(opening, params, k, STATS, REFINE, VARIANT, DTYPE)
         for part in range(parts):
             more = _add(more, _load_sums(at, row * parts + part, exists, more))

@@ -311,7 +311,7 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
         scratch = losses.new_empty((call.rows, chosen.parts, ops.STATS_WIDTH), dtype=dtype)
         grid = (chosen.programs, chosen.parts)  # in this order: only the first may exceed 65535
         launch(kernels.partial, grid, chosen.warps, {**arguments, "stats": scratch})
-        arguments["part_stats"] = scratch
+        arguments["split_stats"] = scratch
         if arguments["REFINE"] is not None:
             launch(kernels.refined, grid, chosen.warps, arguments)
         grid = grid if call.grad is not None else (chosen.programs, 1)
@@ -363,7 +363,7 @@ def backward(
     _check_rows("grad_rows", grad_rows, student, call.dtype, call.outputs * call.rows)
     _check_rows("stats", stats, student, call.dtype, ops.STATS_WIDTH * call.rows)
     chosen = backward_plan(call.rows, call.window, wide=call.wide)
-    arguments = call.arguments(chosen, upstream=grad_rows, part_stats=stats, parts=1)
+    arguments = call.arguments(chosen, upstream=grad_rows, split_stats=stats, parts=1)
     with _on(student.device):
         launch(kernels.gradient, (chosen.programs, chosen.parts), chosen.warps, arguments)
     return grad

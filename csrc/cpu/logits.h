@@ -43,13 +43,14 @@ struct Tile {
   S max;
 };
 
-// Classes first .. first + n of a row (class stride 1) as S. hole: the target's position in the tile, or outside it.
+// Classes first .. first + n of a row (class stride 1) as S. target_at: the target's position in the tile, or outside
+// it.
 template <class S, class T>
-Tile<S> load_tile(const T* row, int n, int64_t hole, S* buffer) {
+Tile<S> load_tile(const T* row, int n, int64_t target_at, S* buffer) {
   constexpr int L = kLanes<S>;
-  const bool has_hole = hole >= 0 && hole < n;
+  const bool has_target = target_at >= 0 && target_at < n;
   if constexpr (sizeof(T) == sizeof(S)) {
-    if (!has_hole && n % L == 0) return {row, max_over(row, n)};
+    if (!has_target && n % L == 0) return {row, max_over(row, n)};
   }
   Vec<S> m = -infinity<Vec<S>>();
   int i = 0;
@@ -64,21 +65,21 @@ Tile<S> load_tile(const T* row, int n, int64_t hole, S* buffer) {
     m = max_of(m, load<S>(buffer + i));
   }
   S max = max_lanes<S>(m);
-  if (has_hole) {
-    const S target = buffer[hole];
-    buffer[hole] = -infinity<S>();
+  if (has_target) {
+    const S target = buffer[target_at];
+    buffer[target_at] = -infinity<S>();
     if (!(target < max)) max = max_over(buffer, (n + L - 1) / L * L);
   }
   return {buffer, max};
 }
 
 template <class S>
-Tile<S> load_tile(DType dtype, char* row, int64_t first, int n, int64_t hole, S* buffer) {
+Tile<S> load_tile(DType dtype, char* row, int64_t first, int n, int64_t target_at, S* buffer) {
   return with_type(dtype, row, [&](auto* p) {
     if constexpr (sizeof(*p) > sizeof(S))
       return Tile<S>{buffer, S()};  // float64 is never computed in float
     else
-      return load_tile<S>(p + first, n, hole - first, buffer);
+      return load_tile<S>(p + first, n, target_at - first, buffer);
   });
 }
 
@@ -215,7 +216,7 @@ ShortRow<S> load_short(const T* row, const Padding<S>& padding, int64_t target, 
   Mask lane;
   for (int i = 0; i < L; ++i) lane[i] = i;
   const Vec<S> nothing = -infinity<Vec<S>>();
-  const int64_t last = padding.vectors - 1, hole = target < 0 ? -1 : padding.slot(target);
+  const int64_t last = padding.vectors - 1, target_at = target < 0 ? -1 : padding.slot(target);
   Vec<S> max = nothing;
   const auto whole = [&](int64_t from, int64_t end) {
     for (int64_t v = from; v < end; ++v) {
@@ -226,12 +227,12 @@ ShortRow<S> load_short(const T* row, const Padding<S>& padding, int64_t target, 
   };
   const auto masked = [&](int64_t v) {
     Vec<S> x = load<S>(row + padding.first_class(v));
-    x = select(lane == static_cast<int>(hole - v * L), nothing, x);
+    x = select(lane == static_cast<int>(target_at - v * L), nothing, x);
     if (v == last) x = select(lane < static_cast<int>(padding.repeated), nothing, x);
     store<S>(to + v * L, x);
     max = max_of(max, x);
   };
-  const int64_t split = hole < 0 ? last : hole / L;
+  const int64_t split = target_at < 0 ? last : target_at / L;
   whole(0, split);
   if (split < last) {
     masked(split);

@@ -30,14 +30,14 @@ KD_NAMESPACE_BEGIN
 
 // ---- one tile, lanes are classes ----------------------------------------------------------------------------------
 
-struct Ahead {  // what the sweep asks the memory for meanwhile: the next tile
+struct Prefetch {  // what the sweep asks the memory for meanwhile: the next tile
   const char *s, *t;
   int64_t s_step, t_step;  // bytes per vector
 };
 
 template <class Sums, class S, bool kKeep>
 typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales<S>& scales, const S* s, const S* t,
-                                            int64_t n, Pivots<S> pivots, S* kept, int64_t kept_stride, Ahead ahead) {
+                                            int64_t n, Pivots<S> pivots, S* kept, int64_t kept_stride, Prefetch ahead) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   const V ms = Ops<V>::splat(usable(pivots.s)), mt = Ops<V>::splat(usable(pivots.t));
@@ -213,8 +213,8 @@ struct Rows {
         const Tile<S> t_tile =
             Sums::teacher ? load_tile<S>(p.teacher.dtype, t, first, n, target, t_buffer) : Tile<S>{s_tile.data, 0};
         const bool last = i + 1 == tiles;
-        const Ahead ahead = {last ? next_s : s + (first + kTile) * s_bytes,
-                             last ? next_t : t + (first + kTile) * t_bytes, L * s_bytes, L * t_bytes};
+        const Prefetch ahead = {last ? next_s : s + (first + kTile) * s_bytes,
+                                last ? next_t : t + (first + kTile) * t_bytes, L * s_bytes, L * t_bytes};
         if (back) {
           const Pivots<S> at = {static_cast<S>(pivots.s), static_cast<S>(pivots.t)};
           sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
@@ -416,8 +416,8 @@ struct Rows {
         }
         const int ahead_by = lane + 1 < b.block.lanes ? 1 : 0;
         const int64_t next_outer = b.block.outer[lane + ahead_by], next_inner = b.block.inner[lane + ahead_by];
-        const Ahead ahead = {row_start(p.student, next_outer, next_inner),
-                             Sums::teacher ? row_start(p.teacher, next_outer, next_inner) : nullptr, s_step, t_step};
+        const Prefetch ahead = {row_start(p.student, next_outer, next_inner),
+                                Sums::teacher ? row_start(p.teacher, next_outer, next_inner) : nullptr, s_step, t_step};
         const Pivots<S> pivots = {b.maxima[0][lane], b.maxima[1][lane]};
         const auto lanes = sweep<Sums, S, true>(scales, s, t, padded, pivots, s, plane, ahead);
         if (!back)

@@ -51,7 +51,7 @@ KD_FN int span_granules(int vectors, int kVector, int size) {
 
 // What a block has to know of a row that it reads, worked out ahead for 32 rows at a time: every thread would take as
 // long over it as over its share of the logits, and registers hold exponentials.
-struct Job {
+struct PreparedRow {
   int64_t row;  // none is left where there is no such row
   int target;
   float weight;
@@ -65,7 +65,7 @@ struct Job {
   uint32_t s_bytes, t_bytes;  // to be copied
   int has_target, unused;
 };
-constexpr int kJobGranules = sizeof(Job) / sizeof(Granule);
+constexpr int kPreparedGranules = sizeof(PreparedRow) / sizeof(Granule);
 constexpr int kJobs = 64;  // a batch of 32, and those of the rows that are in stages
 
 // The shared memory of a block of a cluster.
@@ -87,7 +87,7 @@ struct ClusterScratch {
   KD_FN ClusterScratch(arch::Carver& carver, int blocks, int stages, int s_granules, int t_granules)
       : block(carver),
         edges(carver.template take<S>(Sums::kept * kMostEdges)),
-        jobs(carver.template take<Granule>(kJobs * kJobGranules)),
+        jobs(carver.template take<Granule>(kJobs * kPreparedGranules)),
         next(carver.template take<int64_t>(1)),
         made(carver.template take<int>(1)),
         fed(carver.template take<int>(1)),
@@ -144,11 +144,11 @@ struct Cluster {
     }
   }
 
-  KD_DEVICE Job job_of(int64_t row, const Open<S>& opened) const {
+  KD_DEVICE PreparedRow prepare(int64_t row, const RowInputs<S>& opened) const {
     const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
     const Part part = part_of(at);
     const Span s(fs, at.s_place, at.s, at, part), t(ft, at.t_place, at.t, at, part);
-    Job job;
+    PreparedRow job;
     job.row = row;
     job.target = opened.target;
     job.weight = opened.weight;
@@ -170,18 +170,18 @@ struct Cluster {
     job.unused = 0;
     return job;
   }
-  KD_DEVICE void put_job(int n, const Job& job) const {
-    Granule g[kJobGranules];
+  KD_DEVICE void put_prepared(int n, const PreparedRow& job) const {
+    Granule g[kPreparedGranules];
     memcpy(g, &job, sizeof(job));
     KD_UNROLL
-    for (int i = 0; i < kJobGranules; ++i) scratch.jobs.st(n % kJobs * kJobGranules + i, g[i]);
+    for (int i = 0; i < kPreparedGranules; ++i) scratch.jobs.st(n % kJobs * kPreparedGranules + i, g[i]);
   }
   // What is not used of it is not loaded.
-  KD_DEVICE Job job(int n) const {
-    Granule g[kJobGranules];
+  KD_DEVICE PreparedRow prepared(int n) const {
+    Granule g[kPreparedGranules];
     KD_UNROLL
-    for (int i = 0; i < kJobGranules; ++i) g[i] = scratch.jobs.ld(n % kJobs * kJobGranules + i);
-    Job out;
+    for (int i = 0; i < kPreparedGranules; ++i) g[i] = scratch.jobs.ld(n % kJobs * kPreparedGranules + i);
+    PreparedRow out;
     memcpy(&out, g, sizeof(out));
     return out;
   }
@@ -196,15 +196,15 @@ struct Cluster {
     arch::sync_warp();
     for (; made == fed && next < a.rows; next += 32 * static_cast<int64_t>(a.clusters)) {
       const int64_t row = next + static_cast<int64_t>(arch::lane()) * a.clusters;
-      const Open<S> opened = open(a, row);
+      const RowInputs<S> opened = open(a, row);
       const uint32_t read = arch::ballot(opened.read);
-      if (opened.read) put_job(made + arch::bits(read & ((1u << arch::lane()) - 1)), job_of(row, opened));
+      if (opened.read) put_prepared(made + arch::bits(read & ((1u << arch::lane()) - 1)), prepare(row, opened));
       made += arch::bits(read);
     }
     if (made == fed) {
-      Job none = {};
+      PreparedRow none = {};
       none.row = a.rows;
-      if (arch::lane() == 0) put_job(made, none);
+      if (arch::lane() == 0) put_prepared(made, none);
       ++made;
     }
     if (arch::lane() > 0) return;
@@ -218,7 +218,7 @@ struct Cluster {
     if (arch::lane() > 0) return;
     const int fed = scratch.fed.ld(0);
     scratch.fed.st(0, fed + 1);
-    const Job x = job(fed);
+    const PreparedRow x = prepared(fed);
     arch::bar_expect(scratch.full, stage, x.s_bytes + x.t_bytes);
     if (x.s_bytes) arch::bulk_load(scratch.s, stage * scratch.s_stage, x.s_from, x.s_bytes, scratch.full, stage);
     if (Sums::teacher && x.t_bytes)
@@ -228,7 +228,7 @@ struct Cluster {
   // ---- a part in its stage ----
 
   // The part as a row of its own, of its vectors.
-  KD_DEVICE Row<F> row_of(const Job& x) const {
+  KD_DEVICE Row<F> row_of(const PreparedRow& x) const {
     Row<F> out;
     out.first = 0;
     out.count = x.count;
@@ -240,13 +240,13 @@ struct Cluster {
   static KD_DEVICE StagedPlace place_of(const arch::Shared<Granule>& data, int begin, int first) {
     return {data, begin + first / 16, first % 16};
   }
-  KD_DEVICE void fetch(const Job& x, int stage, int i, typename F::Vector& s, typename F::Vector& t) const {
+  KD_DEVICE void fetch(const PreparedRow& x, int stage, int i, typename F::Vector& s, typename F::Vector& t) const {
     s = fs.template fetch<false, kSkewed>(place_of(scratch.s, stage * scratch.s_stage, x.s_first), i);
     if (Sums::teacher)
       t = ft.template fetch<false, kSkewed>(place_of(scratch.t, stage * scratch.t_stage, x.t_first), i);
   }
   // The logits of vector i, the target at -inf; all of them where there is no such vector.
-  KD_DEVICE void logits(const Job& x, int stage, const Row<F>& row, int i, S (&s)[E], S (&t)[E]) const {
+  KD_DEVICE void logits(const PreparedRow& x, int stage, const Row<F>& row, int i, S (&s)[E], S (&t)[E]) const {
     KD_UNROLL
     for (int e = 0; e < E; ++e) s[e] = t[e] = lowest<S>();
     if (i >= row.count) return;
@@ -255,7 +255,7 @@ struct Cluster {
     values_of<Sums>(fs, ft, row, i, raw_s, raw_t, s, t);
   }
   // The pivots, or the largest logits of vector i if these are above them.
-  KD_DEVICE Pivots<S> raised(Pivots<S> pivots, const Job& x, int stage, const Row<F>& row, int i) const {
+  KD_DEVICE Pivots<S> raised(Pivots<S> pivots, const PreparedRow& x, int stage, const Row<F>& row, int i) const {
     typename F::Vector raw_s = {}, raw_t = {};
     fetch(x, stage, i, raw_s, raw_t);
     if (i != row.hot_vector) {
@@ -269,14 +269,14 @@ struct Cluster {
     for (int e = 0; e < E; ++e) pivots = {max_of(pivots.s, s[e]), max_of(pivots.t, t[e])};
     return pivots;
   }
-  KD_DEVICE TargetLogits<S> logits_at(const Job& x, int stage, int64_t c) const {
+  KD_DEVICE TargetLogits<S> logits_at(const PreparedRow& x, int stage, int64_t c) const {
     const StagedRow s = {scratch.s, static_cast<int64_t>(stage) * scratch.s_stage * 16 + x.s_zero};
     const StagedRow t = {scratch.t, static_cast<int64_t>(stage) * scratch.t_stage * 16 + x.t_zero};
     const S at_s = fs.get(s, c);
     return {at_s, Sums::teacher ? ft.get(t, c) : at_s};
   }
   // The class of edge j, or -1.
-  KD_DEVICE int edge(const Job& x, int j) const {
+  KD_DEVICE int edge(const PreparedRow& x, int j) const {
     const int c = j < kMostEdges / 2 ? j : x.tail + j - kMostEdges / 2;
     return c < (j < kMostEdges / 2 ? x.head : a.classes) && j < kMostEdges ? c : -1;
   }
@@ -400,14 +400,14 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
     for (int64_t row = c.first_row();; row += a.clusters, ++n) {
       if (first_warp) c.make_jobs();
       arch::bar_wait(c.scratch.full, stage, full_parity);
-      const int64_t read = c.job(n).row;
+      const int64_t read = c.prepared(n).row;
       for (; row < read && row < a.rows; row += a.clusters) c.skip(row);
       if (row >= a.rows) break;
 
       // The warp's maxima, which its exponentials will be relative to.
       Pivots<S> pivots = {lowest<S>(), lowest<S>()};
       {
-        const Job x = c.job(n);
+        const PreparedRow x = c.prepared(n);
         const Row<F> at = c.row_of(x);
         for (int i = rank; i < at.count; i += size) pivots = c.raised(pivots, x, stage, at, i);
         const int edge = first_warp ? c.edge(x, rank) : -1;
@@ -425,7 +425,7 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
       typename Sums::template Stats<S> stats = {};
       TargetLogits<S> y = {0, 0};
       {
-        const Job x = c.job(n);
+        const PreparedRow x = c.prepared(n);
         const Row<F> at = c.row_of(x);
         S s[E], t[E];
         KD_UNROLL
@@ -456,16 +456,16 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
       KD_UNROLL
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
 
-      const bool again = (Sums::refined || a.grad.data) && c.job(n).count > kVectors * size;
+      const bool again = (Sums::refined || a.grad.data) && c.prepared(n).count > kVectors * size;
       const Meeting<Sums, F, kSkewed> meet = {c, y, stage, slot, met_parity, again};
-      Slope<Sums, S> slope;
+      RowGradient<Sums, S> slope;
       double loss;
       if constexpr (Sums::refined > 0) {
-        const auto refine = [&](Slope<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
-          rebase_slope(scales_of<Sums>(a), row_slope, pivots);
+        const auto refine = [&](RowGradient<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
+          rebase_gradient(scales_of<Sums>(a), row_slope, pivots);
           row_slope.pivots = {from_s, from_t};
           kept.refine(scales_of<Sums>(a), row_slope.opening, sums);
-          const Job x = c.job(n);
+          const PreparedRow x = c.prepared(n);
           const Row<F> at = c.row_of(x);
           for (int i = rank + kVectors * size; i < at.count; i += size) {
             S s[E], t[E];
@@ -480,20 +480,20 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
           KD_UNROLL
           for (int i = 0; i < Sums::kept; ++i) c.scratch.edges.st(i * kMostEdges + rank, edge_x[i]);
         };
-        loss = refine_in_block(a, c.scratch.block, y, row, c.job(n).weight * factor, pivots, stats, slope, refine,
+        loss = refine_in_block(a, c.scratch.block, y, row, c.prepared(n).weight * factor, pivots, stats, slope, refine,
                                c.block == 0, meet);
         slot ^= 1;
         met_parity ^= slot == 0;
       } else {
-        loss = finish_in_block(a, c.scratch.block, y, row, c.job(n).weight * factor, pivots, stats, slope, c.block == 0,
-                               meet);
+        loss = finish_in_block(a, c.scratch.block, y, row, c.prepared(n).weight * factor, pivots, stats, slope,
+                               c.block == 0, meet);
       }
       if (a.total && c.block == 0 && rank == 0) arch::store(a.sums + row, loss);
       if (a.grad.data) {
-        const Job x = c.job(n);
+        const PreparedRow x = c.prepared(n);
         const Row<F> at = c.row_of(x);
         if constexpr (Sums::refined == 0) {
-          rebase_slope(scales_of<Sums>(a), slope, pivots);
+          rebase_gradient(scales_of<Sums>(a), slope, pivots);
           slope.pivots = {from_s, from_t};
         }
         kept.write(fs, at, rank, size, at.count, slope);

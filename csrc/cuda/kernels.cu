@@ -68,8 +68,8 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.stage_slots = plan.stage_slots;
   a.stages = plan.stages;
   a.clusters = static_cast<int>(plan.blocks / plan.parts);
-  a.part_stats = reinterpret_cast<S*>(static_cast<char*>(c.scratch) + part_stats_offset(c, plan));
-  a.part_refined = a.part_stats + plan.wave * plan.parts * kStatsWidth;
+  a.split_stats = reinterpret_cast<S*>(static_cast<char*>(c.scratch) + split_stats_offset(c, plan));
+  a.split_refined = a.split_stats + plan.wave * plan.parts * kStatsWidth;
   return a;
 }
 
@@ -80,11 +80,11 @@ int launch_parts(arch::Launch how, const Plan& plan, Args<typename F::S> a) {
     const int64_t rows = std::min(plan.wave, a.rows - a.first_row);
     a.counter = a.first_row + rows == a.rows ? counter : nullptr;
     how.blocks = rows * plan.parts;
-    int error = a.backward ? 0 : arch::launch<part_stats<Sums, F>>(how, a);
+    int error = a.backward ? 0 : arch::launch<split_stats<Sums, F>>(how, a);
     if constexpr (Sums::refined > 0)
-      if (!error && !a.backward) error = arch::launch<part_refined<Sums, F>>(how, a);
+      if (!error && !a.backward) error = arch::launch<split_refined<Sums, F>>(how, a);
     if (!a.grad.data) how.blocks = rows;
-    if (!error) error = arch::launch<part_gradient<Sums, F>>(how, a);
+    if (!error) error = arch::launch<split_gradient<Sums, F>>(how, a);
     if (error) return error;
   }
   return 0;
@@ -131,11 +131,11 @@ int launch(const Call& c, const Plan& plan, const Args<typename F::S>& a) {
     }
     if constexpr (Sums::held < 3)
       if (plan.lane_classes == kManyRowsClasses)
-        return plan.lanes == 8 ? arch::launch<few<Sums, F, 8, kManyRowsClasses>>(how, a)
-                               : arch::launch<few<Sums, F, 16, kManyRowsClasses>>(how, a);
-    return plan.lanes == 8    ? arch::launch<few<Sums, F, 8, kFewRowsClasses>>(how, a)
-           : plan.lanes == 16 ? arch::launch<few<Sums, F, 16, kFewRowsClasses>>(how, a)
-                              : arch::launch<few<Sums, F, 32, kFewRowsClasses>>(how, a);
+        return plan.lanes == 8 ? arch::launch<lanes<Sums, F, 8, kManyRowsClasses>>(how, a)
+                               : arch::launch<lanes<Sums, F, 16, kManyRowsClasses>>(how, a);
+    return plan.lanes == 8    ? arch::launch<lanes<Sums, F, 8, kFewRowsClasses>>(how, a)
+           : plan.lanes == 16 ? arch::launch<lanes<Sums, F, 16, kFewRowsClasses>>(how, a)
+                              : arch::launch<lanes<Sums, F, 32, kFewRowsClasses>>(how, a);
   }
 }
 

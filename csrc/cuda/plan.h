@@ -101,8 +101,8 @@ constexpr Regime kOnRequest[] = {Regime::cluster, Regime::staged, Regime::sweeps
 constexpr const char* kOverrideVariable = "KDKERNELS_PLAN";
 
 // Registers hold the features of so many classes per thread.
-constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;        // in regime lanes
-constexpr int few_blocks(int kept) { return kept > 4 ? 1 : 2; }  // of regime lanes on a multiprocessor
+constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;          // in regime lanes
+constexpr int lanes_blocks(int kept) { return kept > 4 ? 1 : 2; }  // of regime lanes on a multiprocessor
 constexpr int kept_classes(int kept, int vector) {
   return (kept > 3 ? 16 : kept > 2 ? 24 : 32) - (vector == 4 ? 8 : 0);
 }
@@ -118,7 +118,7 @@ template <int kKept, int kLess>
 constexpr int kClusterClasses = cluster_classes(kKept, kLess);
 
 // Threads that a kernel is compiled for, and how many warps of them a multiprocessor's registers hold.
-constexpr int kFewThreads = 256, kBlockThreads = 192, kLongThreads = 384, kWideThreads = 192;
+constexpr int kLanesThreads = 256, kBlockThreads = 192, kLongThreads = 384, kWideThreads = 192;
 constexpr int staged_threads(int kept) { return kept > 3 ? 640 : 768; }
 constexpr int kPartThreads = 192, kStridedThreads = 128, kScaleThreads = 256, kCountThreads = 256;
 constexpr int kClusterThreads = 384;
@@ -328,7 +328,7 @@ inline Plan choose(const Shape& x, const Device& d, const Override& o) {
     const int classes = many ? kManyRowsClasses : kFewRowsClasses;
     for (int lanes : {8, 16, many ? 16 : 32}) {
       if (vectors * x.vector > lanes * classes) continue;
-      Plan out = {Regime::lanes, kFewThreads, grid(ceil_div(x.rows, kFewThreads / lanes), few_blocks(x.kept))};
+      Plan out = {Regime::lanes, kLanesThreads, grid(ceil_div(x.rows, kLanesThreads / lanes), lanes_blocks(x.kept))};
       out.lanes = lanes;
       out.lane_classes = classes;
       return out;

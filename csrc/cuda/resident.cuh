@@ -145,8 +145,8 @@ struct Tile {
 
 // Several rows per warp, kLanes lanes each, that keep kClasses classes each.
 template <class Sums, class F, int kLanes, int kClasses>
-KD_KERNEL(kFewThreads, few_blocks(Sums::held))
-few(KD_ARGUMENT(Args<typename F::S>) a) {
+KD_KERNEL(kLanesThreads, lanes_blocks(Sums::held))
+lanes(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
   constexpr int E = F::kVector, kVectors = kClasses / E, kEdgeCount = (2 * E + kLanes - 1) / kLanes;
   arch::Carver carver = arch::shared();
@@ -160,7 +160,7 @@ few(KD_ARGUMENT(Args<typename F::S>) a) {
   for (int64_t base = warp * (32 / kLanes); base < a.rows; base += step) {
     const int64_t row = base + group;
     const bool exists = row < a.rows;
-    const Open<S> opened = open(a, row);
+    const RowInputs<S> opened = open(a, row);
     const Row<F> at = view<Sums>(a, f, f, exists ? row : base, opened.target);
     const TargetLogits<S> y = target_logits<Sums>(f, f, at.s, at.t, 1, 1, opened);
     Tile<Sums, F, kVectors, kEdgeCount> tile;
@@ -213,7 +213,7 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
   const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
   double sum = 0;
   for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
-    const Open<S> opened = open(a, row);
+    const RowInputs<S> opened = open(a, row);
     const Row<F> at = view<Sums>(a, f, f, row, opened.target);
     if (!opened.read) {
       if (arch::thread() == 0) write_nothing(a, row);
@@ -235,9 +235,9 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
       KD_UNROLL
       for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
     }
-    Slope<Sums, S> slope;
+    RowGradient<Sums, S> slope;
     const auto refine = [&](auto& row_slope, auto& sums) {
-      rebase_slope(scales_of<Sums>(a), row_slope, pivots);
+      rebase_gradient(scales_of<Sums>(a), row_slope, pivots);
       tile.refine(scales_of<Sums>(a), row_slope.opening, sums);
     };
     if (!Sums::refined || a.backward) {
@@ -250,7 +250,7 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
       S unused[Sums::refined] = {};
       if (a.backward) refine(slope, unused);
     } else {
-      rebase_slope(scales_of<Sums>(a), slope, pivots);
+      rebase_gradient(scales_of<Sums>(a), slope, pivots);
     }
     tile.write(f, at, opened.target, arch::thread(), arch::threads(), slope);
   }

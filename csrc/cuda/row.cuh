@@ -43,8 +43,8 @@ struct Args {
   int parts = 1, part_vectors = 0;
   int stage_slots = 0;           // granules of each tensor that a thread has room for
   int clusters = 0, stages = 0;  // how many there are; rows that one has room for
-  S* part_stats = nullptr;       // (rows of a wave, parts, kStatsWidth)
-  S* part_refined = nullptr;     // (rows of a wave, parts, kMostRefined): their second round's sums
+  S* split_stats = nullptr;      // (rows of a wave, parts, kStatsWidth)
+  S* split_refined = nullptr;    // (rows of a wave, parts, kMostRefined): their second round's sums
 };
 
 template <class S>
@@ -187,15 +187,15 @@ KD_DEVICE void total(const Args<S>& a, const arch::Shared<double>& doubles) {
 // ---- one row ------------------------------------------------------------------------------------------------------
 
 template <class S>
-struct Open {
+struct RowInputs {
   bool read;
   int target;  // -1: none, or not allowed
   S weight;    // NaN where the target is not allowed
 };
 
 template <class S>
-KD_DEVICE Open<S> open(const Args<S>& a, int64_t row) {
-  Open<S> out = {row < a.rows, -1, S(1)};
+KD_DEVICE RowInputs<S> open(const Args<S>& a, int64_t row) {
+  RowInputs<S> out = {row < a.rows, -1, S(1)};
   if (!out.read) return out;
   if (a.row_weight) out.weight = load_number(a, a.row_weight, row);
   out.read = out.weight != 0;
@@ -287,7 +287,7 @@ struct TargetLogits {
 };
 template <class Sums, class F, class S>
 KD_DEVICE TargetLogits<S> target_logits(const F& fs, const F& ft, const char* s, const char* t, int64_t s_step,
-                                        int64_t t_step, const Open<S>& open) {
+                                        int64_t t_step, const RowInputs<S>& open) {
   TargetLogits<S> out = {lowest<S>(), lowest<S>()};
   if (!open.read || open.target < 0) return out;
   out.s = fs.get(s, open.target * s_step);
@@ -327,7 +327,7 @@ KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t 
 // What is needed to write gradients: coefficients of exponentials relative to `pivots`; of Sums with a second round
 // what opens it, relative to them, and coefficients that are relative to nothing.
 template <class Sums, class S>
-struct Slope {
+struct RowGradient {
   S c[Sums::coefs], y;
   Pivots<S> pivots;
   Opening<Sums, S> opening;
@@ -335,8 +335,8 @@ struct Slope {
 
 // Makes a slope fit exponentials relative to other pivots.
 template <class Sums, class S>
-KD_DEVICE void rebase_slope(const typename Sums::template Scales<S>& scales, Slope<Sums, S>& slope,
-                            const Pivots<S>& to) {
+KD_DEVICE void rebase_gradient(const typename Sums::template Scales<S>& scales, RowGradient<Sums, S>& slope,
+                               const Pivots<S>& to) {
   if constexpr (Sums::refined > 0)
     Sums::rebase(scales, slope.opening, slope.pivots, to);
   else
@@ -345,7 +345,7 @@ KD_DEVICE void rebase_slope(const typename Sums::template Scales<S>& scales, Slo
 
 // A class in the second round, from its logits.
 template <class Sums, class S>
-KD_DEVICE void refine_at(const typename Sums::template Scales<S>& scales, const Slope<Sums, S>& slope, S s, S t,
+KD_DEVICE void refine_at(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& slope, S s, S t,
                          S (&e)[Sums::kept], S (&sums)[Sums::refined]) {
   const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
   KD_UNROLL
@@ -354,7 +354,7 @@ KD_DEVICE void refine_at(const typename Sums::template Scales<S>& scales, const 
 }
 // Several classes, for their sums alone.
 template <class Sums, int kCount, class S>
-KD_DEVICE void refine_sums(const typename Sums::template Scales<S>& scales, const Slope<Sums, S>& slope,
+KD_DEVICE void refine_sums(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& slope,
                            const S (&s)[kCount], const S (&t)[kCount], S (&sums)[Sums::refined]) {
   KD_UNROLL
   for (int i = 0; i < kCount; ++i) {
@@ -364,7 +364,7 @@ KD_DEVICE void refine_sums(const typename Sums::template Scales<S>& scales, cons
 }
 
 template <class Sums, class S>
-KD_DEVICE S slope_at(const typename Sums::template Scales<S>& scales, const Slope<Sums, S>& slope, S s, S t) {
+KD_DEVICE S slope_at(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& slope, S s, S t) {
   S e[Sums::kept];
   if constexpr (Sums::refined > 0) {
     S unused[Sums::refined] = {};
@@ -442,7 +442,7 @@ KD_DEVICE void put_opening(const Args<S>& a, const Scratch<Sums, S>& scratch, co
   for (int k = 0; k < Sums::kept && arch::lane() == 0; ++k) scratch.results.st(Sums::coefs + 3 + k, opening.c[k]);
 }
 template <class Sums, class S>
-KD_DEVICE void get_opening(const Scratch<Sums, S>& scratch, Slope<Sums, S>& slope) {
+KD_DEVICE void get_opening(const Scratch<Sums, S>& scratch, RowGradient<Sums, S>& slope) {
   KD_UNROLL
   for (int k = 0; k < Sums::kept; ++k) slope.opening.c[k] = scratch.results.ld(Sums::coefs + 3 + k);
 }
@@ -452,7 +452,7 @@ KD_DEVICE void get_opening(const Scratch<Sums, S>& scratch, Slope<Sums, S>& slop
 // `writes` in one of these. Ends with every thread past a barrier after which nobody reads the warps' statistics again.
 template <class Sums, class S, class Stats, class Meet = Alone>
 KD_DEVICE double finish_merged(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y, int64_t row,
-                               S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope, bool writes = true,
+                               S weight, Pivots<S> pivots, Stats stats, RowGradient<Sums, S>& slope, bool writes = true,
                                const Meet& meet = Meet()) {
   double loss = 0;
   if (arch::thread() < 32) {
@@ -482,7 +482,7 @@ KD_DEVICE double finish_merged(const Args<S>& a, const Scratch<Sums, S>& scratch
 // The same from each warp's statistics: the first round's, or, for a backward pass, all of them in the first warp.
 template <class Sums, class S, class Stats, class Meet = Alone>
 KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope,
+                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, RowGradient<Sums, S>& slope,
                                  bool writes = true, const Meet& meet = Meet()) {
   warps_merge<Sums>(a, scratch, stats, pivots);
   return finish_merged(a, scratch, y, row, weight, pivots, stats, slope, writes, meet);
@@ -508,7 +508,7 @@ KD_DEVICE void warps_sum(const Scratch<Sums, S>& scratch, S (&sums)[Sums::refine
 // and pivots of the row. The first warp also calls `meet` with the sums of the block.
 template <class Sums, class S, class Stats, class Refine, class Meet = Alone>
 KD_DEVICE double refine_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, Slope<Sums, S>& slope,
+                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, RowGradient<Sums, S>& slope,
                                  const Refine& refine, bool writes = true, const Meet& meet = Meet()) {
   warps_merge<Sums>(a, scratch, stats, pivots);
   if (arch::thread() < 32) {

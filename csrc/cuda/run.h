@@ -92,14 +92,14 @@ inline int64_t sum_count(const Call& c, const Plan& plan) {
   const bool parts = plan.regime == Regime::split || plan.regime == Regime::cluster;  // one sum per row
   return parts ? c.problem.rows_total() : plan.blocks;
 }
-inline int64_t part_stats_offset(const Call& c, const Plan& plan) {
+inline int64_t split_stats_offset(const Call& c, const Plan& plan) {
   return ceil_div((count_blocks(c, plan) + sum_count(c, plan)) * 8, 16) * 16;
 }
 inline int64_t scratch_bytes(const Call& c, const Plan& plan) {
   const bool parts = plan.regime == Regime::split && c.problem.pass != Pass::backward;
   const int width = kStatsWidth + (refined_by(c.problem) ? kMostRefined : 0);
   const int64_t stats = parts ? plan.wave * plan.parts * width * (c.problem.computes_in_double() ? 8 : 4) : 0;
-  return part_stats_offset(c, plan) + stats;
+  return split_stats_offset(c, plan) + stats;
 }
 
 inline int run(const Call& c, const Plan& plan) {

@@ -15,7 +15,7 @@ constexpr int kPartUnroll = F::wide ? 2 : 4;
 // The statistics of one part of a row. The edges belong to the first part.
 template <class Sums, class F>
 KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
-part_stats(KD_ARGUMENT(Args<typename F::S>) a) {
+split_stats(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
   constexpr int U = kPartUnroll<F>;
   arch::Carver carver = arch::shared();
@@ -24,7 +24,7 @@ part_stats(KD_ARGUMENT(Args<typename F::S>) a) {
   const int rank = arch::thread(), size = arch::threads();
   const int64_t in_wave = arch::block() / a.parts, row = a.first_row + in_wave;
   const int part = static_cast<int>(arch::block() - in_wave * a.parts);
-  const Open<S> opened = open(a, row);
+  const RowInputs<S> opened = open(a, row);
   if (!opened.read) return;
   const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
   const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
@@ -38,7 +38,7 @@ part_stats(KD_ARGUMENT(Args<typename F::S>) a) {
   }
   lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
   warps_merge<Sums>(a, scratch, running.stats, running.pivots);
-  if (rank == 0) store_stats<Sums>(a.part_stats + arch::block() * kStatsWidth, running.pivots, running.stats);
+  if (rank == 0) store_stats<Sums>(a.split_stats + arch::block() * kStatsWidth, running.pivots, running.stats);
 }
 
 // The row's statistics from those of its parts, by the first warp.
@@ -47,7 +47,7 @@ KD_DEVICE void parts_merge(const Args<S>& a, int64_t in_wave, Stats& stats, Pivo
   for (int n = arch::thread(); n < a.parts; n += 32) {
     Pivots<S> part_pivots;
     typename Sums::template Stats<S> part_sums;
-    load_stats<Sums>(a.part_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
+    load_stats<Sums>(a.split_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
     merge<Sums>(scales_of<Sums>(a), stats, pivots, part_sums, part_pivots);
   }
   lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
@@ -56,18 +56,18 @@ KD_DEVICE void parts_merge(const Args<S>& a, int64_t in_wave, Stats& stats, Pivo
 // The second round of one part of a row, between the other two launches.
 template <class Sums, class F>
 KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
-part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
+split_refined(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
   constexpr int U = kPartUnroll<F> / 2;
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
   const int rank = arch::thread(), size = arch::threads();
-  // From the end, as part_gradient.
+  // From the end, as split_gradient.
   const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / a.parts,
                 row = a.first_row + in_wave;
   const int part = static_cast<int>(from_end - in_wave * a.parts);
-  const Open<S> opened = open(a, row);
+  const RowInputs<S> opened = open(a, row);
   if (!opened.read) return;
   const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
   const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
@@ -83,7 +83,7 @@ part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
     }
   }
   arch::sync_block();
-  Slope<Sums, S> slope;
+  RowGradient<Sums, S> slope;
   get_opening(scratch, slope);
   slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
   S sums[Sums::refined] = {};
@@ -99,14 +99,14 @@ part_refined(KD_ARGUMENT(Args<typename F::S>) a) {
   static_assert(Sums::refined <= kMostRefined, "scratch has room for them");
   KD_UNROLL
   for (int k = 0; k < Sums::refined && rank == 0; ++k)
-    arch::store(a.part_refined + from_end * kMostRefined + k, sums[k]);
+    arch::store(a.split_refined + from_end * kMostRefined + k, sums[k]);
 }
 
 // Finishes a row from the statistics of its parts, or from those of a forward pass, and writes the gradient of a part.
 // The block of the first part writes the loss. The last parts come first: they are what the cache still has.
 template <class Sums, class F>
 KD_KERNEL((F::wide ? kWideThreads : kPartThreads), (F::wide ? 1 : 2))
-part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
+split_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
   using S = typename F::S;
   constexpr int U = kPartUnroll<F>;
   arch::Carver carver = arch::shared();
@@ -116,7 +116,7 @@ part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
   const int rank = arch::thread(), size = arch::threads(), parts = a.grad.data ? a.parts : 1;
   const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / parts, row = a.first_row + in_wave;
   const int part = static_cast<int>(from_end - in_wave * parts);
-  const Open<S> opened = open(a, row);
+  const RowInputs<S> opened = open(a, row);
   const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
   const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
   double sum = 0;
@@ -138,11 +138,11 @@ part_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
         S sum_of_lane = 0;
         KD_ROLL
         for (int n = rank; n < a.parts; n += 32)
-          sum_of_lane += arch::load(a.part_refined + (in_wave * a.parts + n) * kMostRefined + k);
+          sum_of_lane += arch::load(a.split_refined + (in_wave * a.parts + n) * kMostRefined + k);
         stats.v[Sums::count + k] = lanes_sum<32>(sum_of_lane);
       }
     }
-    Slope<Sums, S> slope;
+    RowGradient<Sums, S> slope;
     sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, part == 0);
     for (int n = strides - 1; at.g && n >= 0; --n) {
       stride.each(fs, ft, at, i, size, end, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {

@@ -25,10 +25,10 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
   const F f(a.student);
 
   int64_t row = arch::block();
-  Open<S> opened = open(a, row);
+  RowInputs<S> opened = open(a, row);
   Row<F> at = view<Sums>(a, f, f, row < a.rows ? row : 0, opened.target);
-  int begin = 0;                                              // the slot of this row's first granule
-  const auto mine = [&](const Open<S>& o, const Row<F>& r) {  // how many granules of a row this thread has
+  int begin = 0;                                                   // the slot of this row's first granule
+  const auto mine = [&](const RowInputs<S>& o, const Row<F>& r) {  // how many granules of a row this thread has
     return o.read && r.count > rank ? (r.count - rank + size - 1) / size : 0;
   };
   const auto slot = [&](int n) { return (n < slots ? n : n - slots) * size + rank; };
@@ -50,7 +50,7 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
   for (; row < a.rows; row += arch::blocks()) {
     arch::copy_commit();
     const int64_t next_row = row + arch::blocks();
-    const Open<S> next_opened = open(a, next_row);
+    const RowInputs<S> next_opened = open(a, next_row);
     const Row<F> next = view<Sums>(a, f, f, next_row < a.rows ? next_row : row, next_opened.target);
     const int here = mine(opened, at), coming = mine(next_opened, next);
     int begun = 0;  // copies of the next row
@@ -68,9 +68,9 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
         running.add(a, s, t);
       }
       lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
-      Slope<Sums, S> slope;
+      RowGradient<Sums, S> slope;
       if constexpr (Sums::refined > 0) {
-        const auto refine = [&](const Slope<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
+        const auto refine = [&](const RowGradient<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
           for (int n = 0; n < here; ++n) {
             S s[E], t[E];
             values(n, s, t);

@@ -25,7 +25,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
   double sum = 0;
   for (int64_t row = arch::block() * arch::threads() + arch::thread(); row < a.rows;
        row += arch::blocks() * arch::threads()) {
-    const Open<S> opened = open(a, row);
+    const RowInputs<S> opened = open(a, row);
     int64_t outer, inner;
     split_row(a, row, outer, inner);
     const char* const s_row = row_of(a.student, fs.size(), outer, inner);
@@ -65,7 +65,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
         merge<Sums>(scales_of<Sums>(a), stats, pivots, running.stats, running.pivots);
       }
     }
-    Slope<Sums, S> slope;
+    RowGradient<Sums, S> slope;
     slope.pivots = {usable(pivots.s), usable(pivots.t)};
     if constexpr (Sums::refined > 0) {
       Sums::template open<S>(scales_of<Sums>(a), stats, pivots, y.s, y.t, slope.opening);

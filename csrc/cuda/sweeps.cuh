@@ -41,7 +41,7 @@ struct Stride {
 
 template <class Sums, class F, class S>
 KD_DEVICE void write_vector(const Args<S>& a, const F& f, const Row<F>& row, int vector, const S (&s)[F::kVector],
-                            const S (&t)[F::kVector], const Slope<Sums, S>& slope) {
+                            const S (&t)[F::kVector], const RowGradient<Sums, S>& slope) {
   S out[F::kVector];
   KD_UNROLL
   for (int e = 0; e < F::kVector; ++e) out[e] = slope_at<Sums>(scales_of<Sums>(a), slope, s[e], t[e]);
@@ -66,11 +66,12 @@ struct Edge {
     if (c >= 0) running.add(a, s1, t1);
   }
   template <int kCount>
-  KD_DEVICE void refine(const Args<S>& a, const Slope<Sums, S>& slope, S (&sums)[kCount]) const {
+  KD_DEVICE void refine(const Args<S>& a, const RowGradient<Sums, S>& slope, S (&sums)[kCount]) const {
     const S s1[1] = {s}, t1[1] = {t};
     if (c >= 0) refine_sums<Sums>(scales_of<Sums>(a), slope, s1, t1, sums);
   }
-  KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int target, const Slope<Sums, S>& slope) const {
+  KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int target,
+                       const RowGradient<Sums, S>& slope) const {
     if (c >= 0) f.put(row.g, c, c == target ? slope.y : slope_at<Sums>(scales_of<Sums>(a), slope, s, t));
   }
 };
@@ -91,7 +92,7 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
   const int rank = arch::thread(), size = arch::threads();
   double sum = 0;
   for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
-    const Open<S> opened = open(a, row);
+    const RowInputs<S> opened = open(a, row);
     const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
     if (!opened.read) {
       if (rank == 0) write_nothing(a, row);
@@ -108,10 +109,10 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
                   [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
     }
     lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
-    Slope<Sums, S> slope;
+    RowGradient<Sums, S> slope;
     const int strides = (at.count + U * size - 1) / (U * size);
     if constexpr (Sums::refined > 0) {
-      const auto refine = [&](const Slope<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
+      const auto refine = [&](const RowGradient<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
         for (int n = strides - 1; n >= 0; --n) {
           const int i = n * U * size + rank;
           Stride<Sums, F, U, kSkewed, false> stride;
