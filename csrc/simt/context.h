@@ -44,6 +44,9 @@ class Context {
   // fight for the same sets of the cache, so that number shifts them.
   void reset(void (*entry)(), size_t number) {
     if (!stack_) allocate();
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack_, kStackBytes);  // frames that a fault abandoned: before it is written
+#endif
     const size_t usable = kStackBytes - number % 128 * 128;
 #if KD_SIMT_ASM
     void** top = reinterpret_cast<void**>(stack_ + usable) - 2;
@@ -59,7 +62,6 @@ class Context {
     makecontext(&at_, entry, 0);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack_, kStackBytes);  // frames that a fault abandoned
     fake_ = nullptr;
     bottom_ = stack_;
     size_ = kStackBytes;
