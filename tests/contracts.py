@@ -316,7 +316,8 @@ def check_digits_near_the_teacher(
     teacher = student + 1e-3 * torch.randn(student.shape, generator=generator)
     exact = (student.double(), teacher.double(), given)
     truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
-    allowed = 1e-3 * truth_gradient.abs().amax(-1, keepdim=True).expand_as(truth_gradient)
+    near = case.facts.near(case.all_options)
+    allowed = near * truth_gradient.abs().amax(-1, keepdim=True).expand_as(truth_gradient)
     if case.facts.kinked:  # the sign of what rounding hides
         ones = torch.ones_like(truth)
         allowed = allowed + gradient_tolerance(
@@ -326,7 +327,7 @@ def check_digits_near_the_teacher(
         value, gradient = evaluate(case.rows, student, student, given, backend=backend)
         assert not value.any() and not gradient.any(), variant
         value, gradient = evaluate(case.rows, student, teacher, given, backend=backend)
-        assert_within(value, truth, truth, 1e-3 * truth, f"value, {variant}")
+        assert_within(value, truth, truth, near * truth, f"value, {variant}")
         assert_within(gradient, truth_gradient, truth_gradient, allowed, f"gradient, {variant}")
 
 

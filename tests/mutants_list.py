@@ -1127,8 +1127,8 @@ MUTANTS = [
     Mutant(
         "cpu-score-of-the-target-whole",
         "csrc/losses/score.h",
-        "coef.y = g * p.p * (p.rest * h - a.v[Sums::score]);",
-        "coef.y = g * p.p * (h - a.v[Sums::score]);",
+        "return g * p.p * (p.rest * h - a.v[score]);",
+        "return g * p.p * (h - a.v[score]);",
         "the mean of the score leaves the target out",
     ),
     Mutant(
@@ -1207,5 +1207,33 @@ MUTANTS = [
         "none = torch.where(a == 0, log_b, log_a)",
         "none = _NEG_INF * torch.ones_like(log_a)",
         "a student without a class learns nothing of it",
+    ),
+    Mutant(
+        "cpu-ab-cancels",
+        "csrc/losses/ab.h",
+        "select(min_of(xa, xb) > -half, small, large)",
+        "large",
+        "near the teacher, and near its limits, the classes' terms cancel",
+    ),
+    Mutant(
+        "cpu-ab-opening-of-one-tile",
+        "csrc/losses/ab.h",
+        "to.c[1] += (ds - dt) * scales.k;",
+        "",
+        "log(p / q) is off where tiles have other pivots than the row",
+    ),
+    Mutant(
+        "cpu-ab-gradient-of-the-lost",
+        "csrc/losses/ab.h",
+        "score = select(lost, zero, score);",
+        "",
+        "the gradient of a class that makes the loss infinite is no number",
+    ),
+    Mutant(
+        "triton-ab-of-the-target-whole",
+        "triton_kernels/ab.py",
+        "y = c * (p[3] * score -",
+        "y = c * (score -",
+        "the mean of the score leaves the target out",
     ),
 ]

@@ -71,6 +71,7 @@ MANY_ROWS = [(x, MANY_CLASSES) for x in sorted({LANES, MIDDLE, MANY_MOST})]
 MANY_KEPT = int(fact(PLAN, r"many = x\.kept < (\d+)"))
 BY_FEATURES = r"\(kept > 3 \? (\d+) : kept > 2 \? (\d+) : (\d+)\) - "
 *KEPT, LESS_OF_FOUR = map(int, facts(PLAN, BY_FEATURES + r"\(vector == 4 \? (\d+) : 0\)"))
+MOST_KEPT, LEAST_CLASSES = map(int, facts(PLAN, r"return kept > (\d) \? (\d+) : \(kept > 3"))
 *CLUSTER, CLUSTER_LESS, CLUSTER_LEAST = map(
     int, facts(PLAN, BY_FEATURES + r"(\d+) \* less; return classes < (\d+)")
 )
@@ -148,8 +149,8 @@ SUMS = {
     "MixtureSums<0>": Sums(2, 2, 2, 11, logarithms=2, crowded=True, features=3),
     "MixtureSums<2>": Sums(2, 3, 3, 15, logarithms=2, crowded=True, features=4),
     # What is kept of a class are its logits, and in the second one its exponential at T = 1.
-    "AbSums<0>": Sums(2, 2, 0, 17, logarithms=0, crowded=True, features=3, refining=4),
-    "AbSums<2>": Sums(2, 3, 1, 21, logarithms=0, crowded=True, features=4, refining=4),
+    "AbSums<0>": Sums(2, 2, 0, 17, logarithms=0, features=5, refining=4),
+    "AbSums<2>": Sums(2, 3, 1, 21, logarithms=0, crowded=True, features=6, refining=4),
 }
 PARTS = ("split_stats", "split_refined", "split_gradient")
 TYPES = {"float": "f", "F16": "3F16", "BF16": "4BF16", "double": "d"}
@@ -219,7 +220,8 @@ class Kernel:
             return self.classes // self.vector
         if self.name == "block":
             less = LESS_OF_FOUR if self.vector == 4 else 0
-            return (SUMS[self.sums].room(KEPT) - less) // self.vector
+            classes = SUMS[self.sums].room(KEPT) - less
+            return (LEAST_CLASSES if SUMS[self.sums].held > MOST_KEPT else classes) // self.vector
         if self.name == "staged":
             return 1
         if self.name == "cluster":  # that registers hold
@@ -651,7 +653,9 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
     moves = 1 + x.vectors + 2  # an edge, vectors, merges of the lanes and of the warps
     # Where nothing is kept: for a second round, and for the gradient.
     anew = s.kept + s.refining
-    again = s.rounds * anew
+    # Where logits are kept, the second round's sums need none of what the gradient does.
+    refined = s.refining or s.kept
+    again = anew + (refined if s.rounds == 2 else 0)
     if x.name == "lanes":
         return s.exps + s.refining, s.finish
     if x.name == "cluster":
@@ -669,7 +673,7 @@ def ex2_model(x: Kernel) -> tuple[int, int]:
         # the warp, of which the others have returned, has diverged (BRA.DIV). It never runs.
         return s.exps, (moves + 1) * s.exps
     if x.name == "split_refined":
-        return anew, 13 * s.exps + s.finish
+        return refined, 13 * s.exps + s.finish
     if x.name == "strided":
         return s.exps + again, 3 * s.exps + s.finish
     return s.exps + again, moves * s.exps + s.finish

@@ -367,7 +367,7 @@ def test_exponents_near_their_limits(
             assert_within(gradient, truth_gradient, truth_gradient, 1e-3 * largest, "gradient")
         limit = ab(*(0.0 if x < 2e-3 else x for x in exponents))
         values = (x.rows(student, teacher, target, backend="cpu") for x in (case, limit))
-        torch.testing.assert_close(*values, rtol=20 * min(exponents), atol=0)
+        torch.testing.assert_close(*values, rtol=40 * min(exponents), atol=0)
 
 
 def test_alpha_beta_divergence_at_1_and_0_is_kl(backend: str, generator: torch.Generator) -> None:

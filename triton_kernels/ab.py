@@ -49,25 +49,30 @@ def stats(ds, dt, k, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def totals_apart(sums, p, q, relative, relative_t):
-    """log of the student's sum over all classes minus that of the teacher's, relative to their
-    pivots, without cancellation where they are alike. The target's logits come times 1 / T."""
-    # Of an empty sum nothing is taken.
-    empty = (sums[0] == 0.0) | (sums[1] == 0.0)
-    ratio = tl.log(tl.where(empty, 1.0, sums[0]) / tl.where(empty, 1.0, sums[1]))
-    by_rest = ratio - (p[1] - q[1])
-    by_target = (relative - relative_t) - (p[0] - q[0])
-    apart = log_total(p, relative, sums[0]) - log_total(q, relative_t, sums[1])
-    return tl.where((p[2] > 0.5) & (q[2] > 0.5), by_target, tl.where(empty, apart, by_rest))
-
-
-@triton.jit
-def opening(sums, ps, pt, s_y, t_y, params):
+def apart(sums, ps, pt, s_y, t_y, params):
+    """The splits of student and teacher, log of the student's sum over all classes, relative to its
+    pivot, that minus the teacher's, and log(p / q) of the target: without cancellation where they
+    are alike, and exactly 0 where they are equal."""
     p, q = splits(sums, ps, pt, s_y, t_y, params[0])
     relative = (s_y - usable(ps)) / params[0]
     relative_t = (t_y - usable(pt)) / params[0]
     total = log_total(p, relative, sums[0])
-    return -total * LOG2E, -totals_apart(sums, p, q, relative, relative_t) * LOG2E
+    # Of an empty sum nothing is taken.
+    empty = (sums[0] == 0.0) | (sums[1] == 0.0)
+    ratio = tl.log(tl.where(empty, 1.0, sums[0]) / tl.where(empty, 1.0, sums[1]))
+    by_rest = ratio - (p[1] - q[1])
+    by_rest = tl.where(empty, total - log_total(q, relative_t, sums[1]), by_rest)
+    logits = relative - relative_t
+    targets = p[0] - q[0]
+    large = (p[2] > 0.5) & (q[2] > 0.5)
+    totals = tl.where(large, logits - targets, by_rest)
+    return p, q, total, totals, tl.where(large, targets, logits - by_rest)
+
+
+@triton.jit
+def opening(sums, ps, pt, s_y, t_y, params):
+    _, _, total, totals, _ = apart(sums, ps, pt, s_y, t_y, params)
+    return -total * LOG2E, -totals * LOG2E
 
 
 @triton.jit
@@ -151,11 +156,8 @@ def refine(exps, opening, params, VARIANT: tl.constexpr):
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
-    p, q = splits(sums, ps, pt, s_y, t_y, params[0])
-    relative = (s_y - usable(ps)) / params[0]
-    relative_t = (t_y - usable(pt)) / params[0]
-    ratio = relative - relative_t - totals_apart(sums, p, q, relative, relative_t)
-    none = (relative == -INF) & (relative_t == -INF)
+    p, q, _, _, ratio = apart(sums, ps, pt, s_y, t_y, params)
+    none = (s_y == -INF) & (t_y == -INF)
     value, score = at(p[0] * LOG2E, q[0] * LOG2E, ratio * LOG2E, none, params)
     c = upstream(g, params)
     # By p h itself: h may be no number.

@@ -104,7 +104,7 @@ constexpr const char* kOverrideVariable = "KDKERNELS_PLAN";
 constexpr int kFewRowsClasses = 8, kManyRowsClasses = 16;          // in regime lanes
 constexpr int lanes_blocks(int kept) { return kept > 4 ? 1 : 2; }  // of regime lanes on a multiprocessor
 constexpr int kept_classes(int kept, int vector) {
-  return (kept > 3 ? 16 : kept > 2 ? 24 : 32) - (vector == 4 ? 8 : 0);
+  return kept > 5 ? 8 : (kept > 3 ? 16 : kept > 2 ? 24 : 32) - (vector == 4 ? 8 : 0);
 }
 template <int kKept, int kVector>
 constexpr int kKeptClasses = kept_classes(kKept, kVector);
@@ -191,7 +191,8 @@ constexpr Rule kTable[] = {
     {Regime::strided, "classes are not adjacent"},
     {Regime::lanes, "alike, classes <= 64, 128, 256: 8, 16, 32 lanes per row; many rows: <= 128, 256: 8, 16 lanes"},
     {Regime::block,
-     "alike, classes <= 192 threads x 32 (24 and 16 where 3 and 4 features are kept, 8 less in float32)"},
+     "alike, classes <= 192 threads x 32 (24, 16 and 8 where 3, 4 and 6 features are kept, 8 less in float32 but at "
+     "least 8)"},
     {Regime::split, "backward: slices of every row"},
     {Regime::cluster,
      "clusters, alike or classes > 4096, not float64: the smallest cluster that holds two rows, else the smallest that "

@@ -26,7 +26,7 @@
 KD_NAMESPACE_BEGIN
 
 struct AbForm {
-  static constexpr bool crowded = true;   // by its numbers
+  static constexpr bool crowded = false;
   static constexpr double kLimit = 1e-4;  // below it a or b is taken to be 0
 
   template <class S>
@@ -69,8 +69,8 @@ struct AbForm {
     const V beyond = share_a * phi_a - (one - share_a) * phi_b;
     const V small = m * (m * select(less, beyond, -beyond)) + select(less, one - share_a, share_a) * (A * B);
     const V large = (first * e - second) * Ops<V>::splat(x.inverse_sum);
-    value = power * select(min_of(xa, xb) > -half, small, large);
     score = power * select(less, e * first, -second);
+    value = power * select(min_of(xa, xb) > -half, small, large);
     // A class that only one of them has, where the other one's power is the 0th.
     const auto lost = select(select(less, b, a) == zero, distance, zero) == -infinity<V>();
     value = select(lost, infinity<V>(), value);
@@ -107,6 +107,7 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
 
  public:
   using Of::kept;
+  static constexpr int held = kept + 3;  // the powers and series of the second round need registers
   template <class S>
   using Scales = AbForm::Scales<S>;
   template <class V>
@@ -150,9 +151,9 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
     const V relative = s_y - usable(pivots.s), relative_t = t_y - usable(pivots.t);
     const Split<V> p = Split<V>::of(relative, scales.temperature, a.v[Of::sum_s]);
     const Split<V> q = Split<V>::of(relative_t, scales.temperature, a.v[Of::sum_t]);
-    const V over = Ops<V>::splat(1 / scales.temperature), log2e = lit<V>(kLog2e);
-    to.c[0] = -log_total(p, relative * over, a.v[Of::sum_s]) * log2e;
-    to.c[1] = -totals_apart(a, p, q, relative * over, relative_t * over) * log2e;
+    const Apart<V> apart = Apart<V>::of(scales, a, p, q, relative, relative_t);
+    to.c[0] = -apart.total * lit<V>(kLog2e);
+    to.c[1] = -apart.totals * lit<V>(kLog2e);
     if constexpr (kSmooth) to.c[2] = lit<V>(1);
   }
   // p has the sign that tells what counts.
@@ -173,24 +174,32 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
   template <class V>
   static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Split<V>& p, const Split<V>& q,
                         V relative, V relative_t, V g, V& value_y, V& score_y) {
-    const V over = Ops<V>::splat(1 / scales.temperature), log2e = lit<V>(kLog2e);
-    const V ratio = (relative - relative_t) * over - totals_apart(a, p, q, relative * over, relative_t * over);
+    const V log2e = lit<V>(kLog2e), ratio = Apart<V>::of(scales, a, p, q, relative, relative_t).target;
     AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e, max_of(relative, relative_t) == -infinity<V>(),
                value_y, score_y);
     return g * (p.rest * score_y - p.p * a.v[Of::score]);
   }
 
  private:
-  // log of the student's sum over all classes minus that of the teacher's, relative to their pivots, without
-  // cancellation where they are alike. The target's logits come times 1 / T.
+  // What student and teacher are apart, without cancellation where they are alike, and exactly 0 where they are equal:
+  // differences come before products, which would be fused with them.
   template <class V>
-  static KD_FN V totals_apart(const Stats<V>& a, const Split<V>& p, const Split<V>& q, V relative, V relative_t) {
-    const V sum_s = a.v[Of::sum_s], sum_t = a.v[Of::sum_t];
-    const V by_rest = Ops<V>::log(sum_s / sum_t) - (p.log_rest - q.log_rest);
-    const V by_target = (relative - relative_t) - (p.log_p - q.log_p);
-    const V apart = log_total(p, relative, sum_s) - log_total(q, relative_t, sum_t);
-    return select(min_of(p.p, q.p) > lit<V>(.5), by_target, select(min_of(sum_s, sum_t) == lit<V>(0), apart, by_rest));
-  }
+  struct Apart {
+    V total;   // log of the student's sum over all classes, relative to its pivot
+    V totals;  // minus that of the teacher
+    V target;  // log(p / q) of the target
+
+    static KD_FN Apart of(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Split<V>& p, const Split<V>& q,
+                          V relative, V relative_t) {
+      const V over = Ops<V>::splat(1 / scales.temperature), sum_s = a.v[Of::sum_s], sum_t = a.v[Of::sum_t];
+      const V total = log_total(p, relative * over, sum_s), total_t = log_total(q, relative_t * over, sum_t);
+      const V logits = (relative - relative_t) * over, targets = p.log_p - q.log_p;
+      const V by_rest = select(min_of(sum_s, sum_t) == lit<V>(0), total - total_t,
+                               Ops<V>::log(sum_s / sum_t) - (p.log_rest - q.log_rest));
+      const auto large = min_of(p.p, q.p) > lit<V>(.5);
+      return {total, select(large, logits - targets, by_rest), select(large, targets, logits - by_rest)};
+    }
+  };
 };
 
 template <Variant kVariant>
