@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 
 #include "cpu/cpu.h"
 
@@ -70,12 +71,15 @@ void run(const kd::Kernels& build, const Described& call) {
       if (!build.run(p, plan, begin * unit, std::min(rows, end * unit))) ok = false;
       return;
     }
-    // Kernels take the numbers of a call: here each row is one.
+    // Kernels take the numbers of a call: rows with the same ones are one.
     const kd::LossFacts& facts = build.losses[p.loss];
-    kd::Problem one = p;
-    for (int64_t row = begin; row < end; ++row) {
-      one.set_loss(p.loss, facts, call.params_of_rows + row * facts.params);
-      if (!build.run(one, kd::plan(build, one), row, row + 1)) ok = false;
+    const auto of_row = [&](int64_t row) { return call.params_of_rows + row * facts.params; };
+    const size_t bytes = facts.params * sizeof(double);
+    kd::Problem part = p;
+    for (int64_t row = begin, stop; row < end; row = stop) {
+      for (stop = row + 1; stop < end && memcmp(of_row(row), of_row(stop), bytes) == 0;) ++stop;
+      part.set_loss(p.loss, facts, of_row(row));
+      if (!build.run(part, kd::plan(build, part), row, stop)) ok = false;
     }
   });
   STD_TORCH_CHECK(ok, "out of memory: no scratch for ", p.classes, " classes");

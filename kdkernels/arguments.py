@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
@@ -101,10 +102,11 @@ Common keyword arguments:
 
 Numbers that are multiplied or divided by (temperature and all weights) may be 0-d tensors as well,
 on the CPU, where reading them waits for nothing, and may require a gradient (the reference's).
-Those of the loss itself (temperatures, alpha, beta, gamma, ratio) may also be tensors of the shape
-of the target, one number for each row, on the device of the logits; with `causal` that of position
-i belongs to the logits there. The CPU kernels take them; on other devices, and under torch.func,
-the reference does, with a warning, once. Under torch.compile a number that changes is compiled once
+Those of the loss itself (temperatures, alpha, beta, gamma, ratio, z_weight) may also be tensors of
+the shape of the target, one number for each row, on the device of the logits; with `causal` that of
+position i belongs to the logits there, and those of ignored rows are not looked at. The CPU kernels
+take them, rows of equal numbers together; on other devices, and under torch.func, the reference
+does, in float64, with a warning, once. Under torch.compile a number that changes is compiled once
 more, then no more; a tensor is not.
 
 Returns:
@@ -129,7 +131,10 @@ def complete_signature(
     signature: inspect.Signature, common: Mapping[str, Any]
 ) -> inspect.Signature:
     """One that ends in **common, with these instead, and their defaults."""
-    own = [x for x in signature.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    given = signature.parameters
+    if not any(x.kind is x.VAR_KEYWORD for x in given.values()):
+        return signature
+    own = [x for x in given.values() if x.kind is not x.VAR_KEYWORD]
     more = [
         inspect.Parameter(
             name,
@@ -138,6 +143,7 @@ def complete_signature(
             annotation=Common.__annotations__[name].__forward_arg__,
         )
         for name, value in common.items()
+        if name not in given
     ]
     return signature.replace(parameters=[*own, *more])
 
@@ -176,8 +182,6 @@ def common_options(
     for name, value in given.items():
         if name in RULES:
             options[name] = RULES[name](name, value)
-            if isinstance(value, Tensor):
-                scalar(name, value)
     return options
 
 
@@ -216,16 +220,35 @@ def number(name: str, value: Any, low: float, high: float, allowed: str) -> Any:
 
 
 def _scheduled(
-    name: str, value: Any, low: float, high: float, allowed: str, zero: bool = False
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    allowed: str,
+    zero: bool = False,
+    rows: bool = True,
 ) -> float | Tensor:
-    """A float, or a tensor, whose values are looked at where that costs nothing. zero: is one."""
+    """A float, or a tensor, whose values are looked at where that costs nothing. zero: is one;
+    rows: a tensor may hold one number for each row.
+    """
     if not isinstance(value, Tensor):
-        return number(name, value, low, high, f"{allowed}, or a tensor")
-    value = tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
-    if is_eager(value) and value.device.type == "cpu":
-        for x in {value.item()} if value.dim() == 0 else set(value.flatten().tolist()):
-            if not (zero and x == 0):
-                number(name, x, low, high, allowed)
+        more = "a tensor, 0-d or of one number for each row" if rows else "a 0-d tensor"
+        return number(name, value, low, high, f"{allowed}, or {more}")
+    value = tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES)) if rows else scalar(name, value)
+    if not is_eager(value) or value.device.type != "cpu":
+        return value
+    if value.dim() == 0:
+        x = value.item()
+        if not (zero and x == 0):
+            number(name, x, low, high, allowed)
+        return value
+    # The ends as the tensor's own dtype has them.
+    x = value.detach().float() if value.dtype.itemsize < 4 else value.detach()
+    good = (x >= low) & (x <= high)
+    if zero:
+        good |= x == 0
+    if not good.all():
+        raise ValueError(f"{name}: got {x[~good][0].item()}; must be {allowed}")
     return value
 
 
@@ -233,20 +256,20 @@ def _temperature(name: str, value: Any) -> float | Tensor:
     return _scheduled(name, value, 1e-4, 1e4, "a number from 1e-4 to 1e4")
 
 
-def _weight(name: str, value: Any) -> float | Tensor:
+def _weight(name: str, value: Any, rows: bool = True) -> float | Tensor:
     # Beyond, float32 holds neither it nor its products.
     allowed = "0 or a number from 1e-30 to 1e30"
     if _is_number(value) and value == 0:
         return 0.0
-    return _scheduled(name, value, 1e-30, 1e30, allowed, zero=True)
+    return _scheduled(name, value, 1e-30, 1e30, allowed, zero=True, rows=rows)
 
 
 def positive(name: str, value: Any) -> float:
     return number(name, value, 1e-30, 1e30, "a number from 1e-30 to 1e30 or a 0-d tensor")
 
 
-def _share(name: str, value: Any) -> float | Tensor:
-    return _scheduled(name, value, 0.0, 1.0, "a number from 0 to 1")
+def _share(name: str, value: Any, rows: bool = True) -> float | Tensor:
+    return _scheduled(name, value, 0.0, 1.0, "a number from 0 to 1", rows=rows)
 
 
 def _share_of_a_mixture(name: str, value: Any) -> float | Tensor:
@@ -327,9 +350,9 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "gamma": _weight,
     "variant": _variant,
     "log_ratio_max": _clamp,
-    "kd_weight": _weight,
-    "ce_weight": _weight,
-    "label_smoothing": _share,
+    "kd_weight": partial(_weight, rows=False),
+    "ce_weight": partial(_weight, rows=False),
+    "label_smoothing": partial(_share, rows=False),
     "ignore_index": _integer,
     "reduction": _reduction,
     "dim": _integer,
@@ -344,7 +367,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
 MEANINGS = {"share": _share, "mixed share": _share_of_a_mixture}
 
 
-def check_option(name: str, value: Any, loss: str = "") -> Any:
+def check_option(name: str, value: Any, loss: str) -> Any:
     """Checks a keyword argument of a loss; returns it as the operators take it."""
     meaning = LOSSES[loss].means.get(name) if loss in LOSSES else None
     return (MEANINGS[meaning] if meaning else RULES[name])(name, value)

@@ -166,6 +166,11 @@ def _one_by_one(function: Any, info: Any, in_dims: Sequence[Any], args: Sequence
     return tuple(torch.stack(x) for x in zip(*each, strict=True)), (0,) * len(each[0])
 
 
+def _of_more_rows(size: int, params: Tensor) -> Tensor:
+    """Parameters of each row when the rows become `size` times as many, in front."""
+    return params.repeat(size, 1) if params.dim() == 2 else params
+
+
 def _several(loss: str) -> int:
     """Dimensions in front of those of the rows: 1 for a loss of several outputs."""
     return int(LOSSES[loss].outputs > 1)
@@ -266,6 +271,7 @@ class Rows(_Function):
         if in_dims[6] is not None:
             return _one_by_one(Rows, info, in_dims, args)
         size, lead = info.batch_size, _several(loss)
+        params = _of_more_rows(size, params)
         tensors = [_in_front(size, *x) for x in zip(in_dims[2:6], inputs, strict=True)]
         rows, stats, parts = Rows.apply(
             operators, loss, *as_rows(*tensors), params, ignore_index, with_parts, classes
@@ -331,6 +337,7 @@ class Gradient(_Function):
         if in_dims[7] is not None:
             return _one_by_one(Gradient, info, in_dims, args)
         size, lead = info.batch_size, _several(loss)
+        params = _of_more_rows(size, params)
         tensors = [_in_front(size, *x) for x in zip(in_dims[3:7], inputs, strict=True)]
         student, teacher, target, row_weight = as_rows(*tensors)
         grad_rows = _in_front(size, in_dims[2], grad_rows, lead)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kdkernels import backend, ops, reference, sharded, tensors
 from kdkernels.arguments import (
+    INTEGER_DTYPES,
+    LOGIT_DTYPES,
     WEIGHTS,
     Inputs,
     check_like,
@@ -22,6 +24,7 @@ from kdkernels.arguments import (
     positive,
     read_tensors,
     scalar,
+    tensor,
     wants_gradient,
     wrong_target,
 )
@@ -79,7 +82,15 @@ def alone(
 
 
 def _checked(loss: str, own: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(check_option(name, value, loss) for name, value in own.items())
+    """Numbers as the operators take them. Those of rows are checked when these are known."""
+    return tuple(
+        [
+            value
+            if isinstance(value, Tensor) and value.dim() > 0
+            else check_option(name, value, loss)
+            for name, value in own.items()
+        ]
+    )
 
 
 def _over_rows(
@@ -93,7 +104,7 @@ def _over_rows(
     if sharded.is_sharded(student):
         run = partial(_rows, name, params=params)
         return _over_ranks(name, run, student, teacher, target, options, params)
-    inputs = _read(name, student, teacher, target, options, params)
+    inputs, params = _read(name, student, teacher, target, options, params)
     divisor = _divisor(options, student)
     with_parts = options["return_parts"]
     if divisor is None or not _fits_one_sweep(inputs, divisor, params):
@@ -108,14 +119,17 @@ def _over_rows(
 
 
 def rows(
-    name: str, logits: Tensor, target: Tensor, own: Numbers, options: Mapping[str, Any]
+    name: str, logits: Tensor, target: Tensor, own: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Tensor:
     """The rows of a loss of one tensor without weights."""
+    numbers = _checked(name, own)
 
     def local(logits: Tensor, _: Any, target: Tensor, __: Any) -> Tensor:
-        return _rows(name, _read(name, logits, None, target, options, own, "logits"), own)[0]
+        inputs, params = _read(name, logits, None, target, options, numbers, "logits")
+        return _rows(name, inputs, params)[0]
 
     if sharded.is_sharded(logits):
+        _refuse_for_ranks(name, numbers)
         value: Tensor = sharded.over_rows(
             local, logits, None, target, None, options["dim"], "logits"
         )
@@ -131,20 +145,42 @@ def _read(
     options: Mapping[str, Any],
     params: Numbers,
     student_name: str = "student",
-) -> Inputs:
-    """The checked tensors of a call, with the backend that takes it."""
+) -> tuple[Inputs, Numbers]:
+    """The checked tensors of a call, with the backend that takes it, and its checked numbers."""
     inputs = read_tensors(name, student, teacher, target, options, student_name)
-    names = reference.LOSSES[name].params if _are_of_rows(params) else ()
-    for of, x in zip(names, params, strict=False):
-        if isinstance(x, Tensor) and x.dim() > 0:
-            shape = inputs.student.shape[:-1]
-            if x.shape != shape:
-                raise ValueError(
-                    f"{of}: got shape {tuple(x.shape)}; a tensor must be 0-d, or hold one number"
-                    f" for each row: {tuple(shape)}"
-                )
-            check_like(of, x, shape, inputs.student)
-    return _where_kernels_serve(inputs, params, options["backend"])
+    if _are_of_rows(params):
+        named = zip(reference.LOSSES[name].params, params, strict=True)
+        params = tuple(_of_rows(name, of, x, inputs) for of, x in named)
+    return _where_kernels_serve(inputs, params, options["backend"]), params
+
+
+def _of_rows(loss: str, name: str, value: float | Tensor, inputs: Inputs) -> float | Tensor:
+    """A number of each row, checked in the rows that are read."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
+    shape = inputs.student.shape[:-1]
+    if value.shape != shape:
+        raise ValueError(
+            f"{name}: got shape {tuple(value.shape)}; a tensor must be 0-d, or hold one number"
+            f" for each row: {tuple(shape)}"
+        )
+    check_like(name, value, shape, inputs.student)
+    unread = None
+    if inputs.target is not None:
+        unread = inputs.target == inputs.ignore_index
+    if inputs.row_weight is not None and not wants_gradient(inputs.row_weight):
+        of_no_weight = inputs.row_weight == 0
+        unread = of_no_weight if unread is None else unread | of_no_weight
+    if unread is not None:
+        value = torch.where(unread, 1.0, value)
+    checked: Tensor = check_option(name, value, loss)
+    return checked
+
+
+def _are_of_rows(numbers: Numbers) -> bool:
+    """Whether one of them is a tensor of one for each row."""
+    return any([isinstance(x, Tensor) and x.dim() > 0 for x in numbers])
 
 
 def _returned(
@@ -171,7 +207,7 @@ def _over_ranks(
 
     def local(student: Tensor, teacher: Any, target: Any, row_weight: Any) -> Tensor:
         own = {**options, "row_weight": row_weight}
-        inputs = _read(name, student, teacher, target, own, params)
+        inputs, _ = _read(name, student, teacher, target, own, params)
         value, parts = run(inputs=inputs, with_parts=with_parts)
         counts = torch.ones_like(value)
         if inputs.target is not None:
@@ -181,16 +217,7 @@ def _over_ranks(
             of_parts = (of_parts[0], torch.zeros_like(of_parts[1]))
         return torch.stack([value, *of_parts, counts])
 
-    if _are_of_rows(params):
-        raise ValueError(
-            "temperature and other numbers: got a tensor of one for each row; with DTensors they"
-            " are numbers, or 0-d tensors"
-        )
-    if any(wants_gradient(x) for x in params):
-        raise ValueError(
-            "temperature and weights: got one that requires a gradient, of which each rank would"
-            " have a part; with DTensors they are numbers, or tensors that require none"
-        )
+    _refuse_for_ranks(name, params)
     if options["causal"]:
         sharded.refuse_split_sequences(student)
     stacked = sharded.over_rows(local, student, teacher, target, row_weight, options["dim"])
@@ -202,6 +229,22 @@ def _over_ranks(
         whole = divided(totals[:-1], divisor.normalizer, totals[-1] if divisor.mean else None)
         out = [sharded.replicated(x, student) for x in whole.unbind()]
     return Parts(*out) if with_parts else out[0]
+
+
+def _refuse_for_ranks(name: str, params: Numbers) -> None:
+    """Numbers that DTensors cannot be computed with."""
+    if _are_of_rows(params):
+        names = zip(reference.LOSSES[name].params, params, strict=False)
+        of = next(of for of, x in names if isinstance(x, Tensor) and x.dim() > 0)
+        raise ValueError(
+            f"{of}: got a tensor of one number for each row; with DTensors it must be a number or"
+            " a 0-d tensor"
+        )
+    if any(wants_gradient(x) for x in params):
+        raise ValueError(
+            "temperature and weights: got one that requires a gradient, of which each rank would"
+            " have a part; with DTensors they are numbers, or tensors that require none"
+        )
 
 
 # ---- parameters as the operators take them -----------------------------------------------------
@@ -233,11 +276,6 @@ def _packed(numbers: Numbers, like: Tensor) -> Tensor:
     return torch.stack(each, -1)
 
 
-def _are_of_rows(numbers: Numbers) -> bool:
-    """Whether one of them is a tensor of one for each row."""
-    return any(isinstance(x, Tensor) and x.dim() > 0 for x in numbers)
-
-
 def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> Inputs:
     """Moves a call that the kernels cannot take to the reference, with words; refuses it where the
     kernels were asked for by name.
@@ -249,6 +287,8 @@ def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> 
         why = "torch.func under torch.compile"
     elif tensors.is_forward_over_forward():
         why = "forward mode over forward mode"
+    elif not any([isinstance(x, Tensor) for x in params]):
+        return inputs
     elif _are_of_rows(params) and (inputs.backend != "cpu" or tensors.is_transformed()):
         why = "numbers of each row (on the CPU the kernels take them, but not under torch.func)"
     elif any(isinstance(x, Tensor) and x.device.type != "cpu" for x in params):
@@ -399,7 +439,8 @@ def _reference_rows(
     name: str, inputs: Inputs, params: Numbers, with_parts: bool
 ) -> tuple[Tensor, Tensor | None]:
     # As the operators take them: what is made of a number of 16 bits, such as 1 - x, is not.
-    params = tuple(x.double() if isinstance(x, Tensor) else x for x in params)
+    # Copied: what is changed before the backward pass, or made in inference mode, is kept by none.
+    params = tuple(x.to(torch.float64, copy=True) if isinstance(x, Tensor) else x for x in params)
     given = inputs[:2] if reference.LOSSES[name].teacher else inputs[:1]
     logits = [tensors.counted(x, inputs.classes) for x in given if x is not None]
     parts: dict[str, bool] = {"parts": True} if with_parts else {}
@@ -429,7 +470,7 @@ def tf_nkd(
     weights = (options["kd_weight"], options["ce_weight"], options["label_smoothing"])
     if sharded.is_sharded(student):
         return _tf_nkd_over_ranks(student, target, mean_confidence, options, weights)
-    inputs = _read("cross_entropy", student, None, target, options, weights)
+    inputs, _ = _read("cross_entropy", student, None, target, options, weights)
     divisor = _divisor(options, student)
     confidence = _confidence(mean_confidence, inputs.dtype)
     with_parts = options["return_parts"]
@@ -467,7 +508,7 @@ def _tf_nkd_over_ranks(
 
     def counted(student: Tensor, _: Any, target: Any, row_weight: Any) -> Tensor:
         own = {**options, "row_weight": row_weight}
-        inputs = _read(name, student, None, target, own, weights)
+        inputs, _ = _read(name, student, None, target, own, weights)
         confidence = _read_cross_entropy(inputs).neg().exp()
         read = _is_read(confidence, inputs)
         return torch.stack((torch.where(read, confidence, 0.0), read.to(confidence.dtype)))

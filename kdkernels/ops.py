@@ -6,8 +6,9 @@ device it is built for, and TRITON, whose names begin with `triton_`.
 Logits are `(*rows, classes)` with any strides and at most two dimensions of rows; target and
 row_weight are contiguous and have the shape of the rows; params are the numbers that the loss's
 reference takes, in its order, as one float64 tensor on the CPU: a tensor, because the numbers of a
-schema are constants to a compiled graph. Kernels are registered for a device by the extension
-modules; everything here is independent of which of them exist.
+schema are constants to a compiled graph; the CPU's also take `(rows, params)`, those of each row.
+Kernels are registered for a device by the extension modules; everything here is independent of
+which of them exist.
 
 forward    losses in the shape of the rows, or `(outputs, *rows)` for a loss of several outputs,
            already multiplied by row_weight; the row statistics that `backward` needs; and with

@@ -21,7 +21,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -72,8 +71,8 @@ def kd(
     rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     if teacher_temperature is None:
         teacher_temperature = temperature
-    log_p = torch.log_softmax(rows.student / temperature, dim=-1)
-    log_q = torch.log_softmax(rows.teacher / teacher_temperature, dim=-1)
+    log_p = torch.log_softmax(_at(rows.student, temperature), dim=-1)
+    log_q = torch.log_softmax(_at(rows.teacher, teacher_temperature), dim=-1)
     distillation = _gain(temperature, t_squared) * _divergence(log_q, log_p)
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
 
@@ -286,7 +285,8 @@ def ab(
     """
     rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     log_p, log_q = (
-        torch.log_softmax(x.double() / temperature, dim=-1) for x in (rows.student, rows.teacher)
+        torch.log_softmax(_at(x.double(), temperature), dim=-1)
+        for x in (rows.student, rows.teacher)
     )
     numbers = [torch.as_tensor(x, dtype=torch.float64) for x in (alpha, beta)]
     distillation = _gain(temperature, t_squared) * _alpha_beta(log_p, log_q, *numbers)
@@ -354,8 +354,8 @@ def nkd(
     log_b, _ = _log_target(rows.teacher, rows.hot)
     distillation = _times(log_b.exp(), -log_c)
     if not _is_zero(gamma):
-        _, log_ph = _non_target(rows.student / temperature, rows.hot)
-        qh, _ = _non_target(rows.teacher / temperature, rows.hot)
+        _, log_ph = _non_target(_at(rows.student, temperature), rows.hot)
+        qh, _ = _non_target(_at(rows.teacher, temperature), rows.hot)
         rest = _times(qh, -log_ph).sum(dim=-1)
         distillation = distillation + _weighted(gamma * _gain(temperature, t_squared), rest)
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
@@ -472,7 +472,7 @@ def target_split(
     section 3.1.
     """
     rows = _open(logits, None, target, ignore_index, row_weight)
-    scaled = rows.student / temperature
+    scaled = _at(rows.student, temperature)
     log_c, log_rest = _log_target(scaled, rows.hot)
     return rows.close(torch.stack((log_c, log_rest, _logsumexp_rest(scaled, rows.hot))))
 
@@ -577,10 +577,18 @@ def _gain(temperature: Number, t_squared: bool) -> Number:
     return temperature**2 if t_squared else 1.0
 
 
+def _at(logits: Tensor, temperature: Number) -> Tensor:
+    """Logits at a temperature; what is -inf has no derivative by it, and not NaN."""
+    if not isinstance(temperature, Tensor):
+        return logits / temperature
+    none = logits == _NEG_INF
+    return torch.where(none, _NEG_INF, torch.where(none, 0.0, logits) / temperature)
+
+
 def _log_softmaxes(rows: _Rows, temperature: Number) -> tuple[Tensor, Tensor]:
     """log p and log q, of student and teacher."""
-    log_p = torch.log_softmax(rows.student / temperature, dim=-1)
-    return log_p, torch.log_softmax(rows.teacher / temperature, dim=-1)
+    log_p = torch.log_softmax(_at(rows.student, temperature), dim=-1)
+    return log_p, torch.log_softmax(_at(rows.teacher, temperature), dim=-1)
 
 
 def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -749,16 +757,16 @@ def _accurate_near_one(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def _binary_divergence(rows: _Rows, temperature: Number) -> Tensor:
     """TCKD: b log(b/c) + (1-b) log((1-b)/(1-c))."""
-    log_c, log_c_rest = _log_target(rows.student / temperature, rows.hot)
-    log_b, log_b_rest = _log_target(rows.teacher / temperature, rows.hot)
+    log_c, log_c_rest = _log_target(_at(rows.student, temperature), rows.hot)
+    log_b, log_b_rest = _log_target(_at(rows.teacher, temperature), rows.hot)
     target = _times(log_b.exp(), log_b - log_c)
     return target + _times(log_b_rest.exp(), log_b_rest - log_c_rest)
 
 
 def _non_target_divergence(rows: _Rows, temperature: Number) -> Tensor:
     """NCKD: the sum over i != y of qh_i log(qh_i / ph_i)."""
-    _, log_ph = _non_target(rows.student / temperature, rows.hot)
-    qh, log_qh = _non_target(rows.teacher / temperature, rows.hot)
+    _, log_ph = _non_target(_at(rows.student, temperature), rows.hot)
+    qh, log_qh = _non_target(_at(rows.teacher, temperature), rows.hot)
     return _times(qh, log_qh - log_ph).sum(dim=-1)
 
 
@@ -766,8 +774,8 @@ def _explicit_knowledge(
     rows: _Rows, temperature: Number, variant: str, log_ratio_max: Number
 ) -> Tensor:
     """phi(c; b) of AEKT."""
-    log_c, _ = _log_target(rows.student / temperature, rows.hot)
-    log_b, _ = _log_target(rows.teacher / temperature, rows.hot)
+    log_c, _ = _log_target(_at(rows.student, temperature), rows.hot)
+    log_b, _ = _log_target(_at(rows.teacher, temperature), rows.hot)
     neither = (log_b == _NEG_INF) & (log_c == _NEG_INF)
     log_ratio = torch.where(neither, 0.0, log_b - log_c)
     # Not clamp(), whose gradient at NaN is 0.
@@ -813,17 +821,16 @@ class Loss:
     choices: tuple[str, ...] = ()  # parameters that are a choice, not a number
     soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
 
-    @cached_property
-    def params(self) -> tuple[str, ...]:
-        """The names of its parameters, in the operators' order."""
+    params: tuple[str, ...] = field(init=False)  # their names, in the operators' order
+    temperature: bool = field(init=False)  # whether the first one is one
+
+    def __post_init__(self) -> None:
         signature = inspect.signature(self.reference).parameters.values()
         positional = [x.name for x in signature if x.kind is x.POSITIONAL_OR_KEYWORD]
-        return tuple(positional[3 if self.teacher else 2 :])  # behind the tensors
-
-    @cached_property
-    def temperature(self) -> bool:
-        """Whether its first parameter is one."""
-        return self.params[:1] == ("temperature",)
+        params = tuple(positional[3 if self.teacher else 2 :])  # behind the tensors
+        # While a graph is traced nothing could be worked out.
+        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "temperature", params[:1] == ("temperature",))
 
 
 # The list of losses: one line each.

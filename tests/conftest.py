@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 # Files whose tests share what was costly to compile: one process runs all of one. Without
 # pytest-xdist that is so anyway.
 SHARING = ("test_build", "test_cuda_compiled", "test_launches", "test_triton_compiled")
+assert all(Path(__file__).with_name(f"{x}.py").exists() for x in SHARING)
 KERNELS = {x for case in KERNEL_CASES for x in (case, case.apart)}
 
 

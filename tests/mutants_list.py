@@ -593,8 +593,8 @@ MUTANTS = [
     Mutant(
         "bindings-first-rows-numbers",
         "csrc/ops.cpp",
-        "call.params_of_rows + row * facts.params",
-        "call.params_of_rows",
+        "return call.params_of_rows + row * facts.params;",
+        "return call.params_of_rows + 0 * row;",
         "every row is computed with the numbers of the first one",
     ),
     Mutant(

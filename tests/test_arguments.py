@@ -33,7 +33,7 @@ NAN = math.nan
 ROWS, CLASSES = 6, 5
 LOGIT_DTYPES = "must be one of float16, bfloat16, float32, float64"
 TARGET_DTYPES = "must be one of int64, int32, int16, int8, uint8"
-TENSOR = ", or a tensor"
+TENSOR = ", or a"  # 0-d tensor, or a tensor
 TEMPERATURE = f"must be a number from 1e-4 to 1e4{TENSOR}"
 WEIGHT = f"must be 0 or a number from 1e-30 to 1e30{TENSOR}"
 POSITIVE = "must be a number from 1e-30 to 1e30 or a 0-d tensor"
@@ -124,7 +124,7 @@ REFUSED = [
     ("alpha", torch.tensor(1e-40), ValueError, "got 9.99"),
     ("alpha", torch.nn.Parameter(torch.tensor(-1.0)), ValueError, "got -1.0; must be 0 or a num"),
     ("kd_weight", -1, ValueError, f"got -1; {WEIGHT}"),
-    ("label_smoothing", 1.5, ValueError, "got 1.5; must be a number from 0 to 1, or a tensor"),
+    ("label_smoothing", 1.5, ValueError, "got 1.5; must be a number from 0 to 1, or a 0-d tensor"),
     ("ignore_index", 2**63, ValueError, f"got {2**63}; must be an integer of 64 bits"),
     ("ignore_index", 10**5000, ValueError, "got a value of type int; must be an integer of 64"),
     ("dim", 10**30, ValueError, f"got {10**30}; must be an integer of 64 bits"),
@@ -621,4 +621,4 @@ def test_inputs_are_not_modified(case, name):
 
 def test_the_parameters_of_the_variants_are_in_order():
     for position, variant in enumerate(reference.AEKT_VARIANTS):
-        assert arguments.check_option("variant", variant) == position
+        assert arguments.check_option("variant", variant, "aekt") == position

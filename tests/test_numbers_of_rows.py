@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -34,11 +37,9 @@ RANGES = {"temperature": (0.5, 5.0), "teacher_temperature": (0.5, 5.0), "gamma":
 
 def numbers_of(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
     """Of every number that a loss has of its own, one for each row."""
-    choices = ("t_squared", "log_ratio_max", "kd_weight", "ce_weight")
+    choices = ("t_squared", "log_ratio_max", "kd_weight", "ce_weight", "label_smoothing")
     facts = LOSSES[case.loss]
     names = [x for x in facts.params if x not in (*choices, *facts.choices)]
-    if case.facts.weights:
-        names = [x for x in names if x != "label_smoothing"]
     found = {}
     for name in names:
         low, high = RANGES.get(name, (0.0, 1.0))
@@ -126,6 +127,46 @@ def test_all_that_a_call_can_have(
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:kdkernels")
+@pytest.mark.parametrize("case", SCALARS, ids=str)
+def test_gradients_of_the_numbers(case: Case, generator: torch.Generator) -> None:
+    """Against a call for each row with 0-d tensors; classes at -inf have no part in them."""
+    s, t, y = make_inputs("masked", 5, 6, F64, generator)
+    t = torch.where(s.isneginf(), s, t.nan_to_num(neginf=-1.0))
+    drawn = numbers_of(case, (5,), generator)
+    own = {k: (0.1 + 0.8 * x.double()).requires_grad_() for k, x in drawn.items()}
+    each = {k: [x[i].detach().requires_grad_() for i in range(5)] for k, x in own.items()}
+    case.having(**own).rows(s, t, y).sum().backward()
+    for i in range(5):
+        single = case.having(**{k: x[i] for k, x in each.items()})
+        single.rows(s[i], t[i], y[i], backend="reference").backward()
+    for k, x in own.items():
+        truth = torch.stack([z.grad for z in each[k]])
+        assert truth.isfinite().all() and x.grad is not None, k
+        torch.testing.assert_close(x.grad, truth)
+
+
+@pytest.mark.filterwarnings("ignore:kdkernels")
+@pytest.mark.parametrize("padding", [0.0, torch.nan, torch.inf, -1.0])
+def test_numbers_of_unread_rows_are_not_looked_at(padding: float, backend: str) -> None:
+    s, t, y = make_inputs("normal", 5, 6, F64)
+    read = torch.tensor([True, False, True, True, False])
+    ones = torch.where(read, 1.5, 1.0).double()
+    padded = torch.where(read, 1.5, padding).double()
+    for how in (
+        {"target": torch.where(read, y, -100)},
+        {"target": y, "row_weight": read},
+        {"target": y, "row_weight": read.double()},
+    ):
+        found = []
+        for given in (ones, padded):
+            student, numbers = s.clone().requires_grad_(), given.clone().requires_grad_()
+            value = kdkernels.dkd_loss(student, t, temperature=numbers, backend=backend, **how)
+            found.append((value, *torch.autograd.grad(value, (student, numbers))))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_nothing_and_a_row_without_dimensions(backend: str) -> None:
     x = torch.zeros((0, 5), requires_grad=True)
     temperature = torch.ones(0, requires_grad=True)
@@ -153,6 +194,39 @@ def test_schedules_compile_once() -> None:
         torch.testing.assert_close(value, eager)
         torch.testing.assert_close(gradient, *torch.autograd.grad(eager, student))
     assert counter.frame_count == 1
+
+
+@needs_cpu
+def test_compiled_first_in_a_process() -> None:
+    """Nothing that a graph needs is worked out only when the first call without one comes."""
+    text = """
+import torch, kdkernels
+s, t = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7)
+loss = torch.compile(
+    lambda s, t, x: kdkernels.kd_loss(s, t, temperature=x), backend="aot_eager", fullgraph=True
+)
+loss(s, t, torch.ones(4)).backward()
+assert s.grad is not None
+"""
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_cpu
+def test_mapped_upstream_gradients(generator: torch.Generator) -> None:
+    s, t, _ = make_inputs("normal", 4, 9, F64, generator)
+    numbers = torch.rand(4, generator=generator, dtype=F64) + 0.5
+    given = [x.clone().requires_grad_() for x in (s, numbers)]
+    value = kdkernels.kd_loss(given[0], t, temperature=given[1], reduction="none", backend="cpu")
+
+    def pull(upstream: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, given, upstream, retain_graph=True)
+
+    units = torch.eye(4, dtype=F64)
+    mapped = torch.func.vmap(pull)(units)
+    for ours, *theirs in zip(mapped, *(pull(x) for x in units), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
 
 
 @pytest.mark.filterwarnings("ignore:kdkernels computes numbers of each row")

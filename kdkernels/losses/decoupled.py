@@ -349,7 +349,7 @@ def target_split(
     Args:
         logits: `(..., classes)`, or with the classes at `dim`; any floating dtype of `kd_loss`.
         target: integer class ids, the shape of the logits without the classes.
-        temperature: T, from 1e-4 to 1e4.
+        temperature: T, from 1e-4 to 1e4; a tensor of it may be 0-d or hold one for each row.
         dim, classes, ignore_index, backend: as in `kd_loss`; ignored rows are 0 in all results.
 
     Returns:
@@ -362,7 +362,7 @@ def target_split(
 
     Raises the errors of `kd_loss`.
     """
-    own = check_option("temperature", temperature)
+    name, own = "target_split", {"temperature": temperature}
     given = {"dim": dim, "classes": classes, "ignore_index": ignore_index, "backend": backend}
-    options = {**COMMON, **{name: check_option(name, value) for name, value in given.items()}}
-    return TargetSplit(*call.rows("target_split", logits, target, (own,), options).unbind())
+    options = {**COMMON, **{key: check_option(key, x, name) for key, x in given.items()}}
+    return TargetSplit(*call.rows(name, logits, target, own, options).unbind())

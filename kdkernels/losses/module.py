@@ -70,11 +70,11 @@ class LossModule(nn.Module):
     def extra_repr(self) -> str:
         """Its own numbers, and whatever is not as by default."""
         own = inspect.signature(type(self)).parameters
-        defaults = {**_DEFAULTS, **{name: own[name].default for name in self._own}}
+        defaults = {**_DEFAULTS, **{name: x.default for name, x in own.items()}}
 
         def is_shown(name: str, value: Any) -> bool:
             flag = value is None or isinstance(value, bool)
-            return (name in self._own and not flag) or bool(value != defaults[name])
+            return (name in self._own and not flag) or bool(value != defaults.get(name))
 
         options = self._options().items()
         return ", ".join(f"{name}={value!r}" for name, value in options if is_shown(name, value))
