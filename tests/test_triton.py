@@ -502,6 +502,17 @@ def test_the_planner_takes(
     assert (chosen.regime, chosen.block, chosen.rows) == expected
 
 
+def test_heavy_losses_keep_to_8_warps() -> None:
+    for most in (1, 16):
+        device = Device(H200, ctas=most)
+        for rows, classes in product((3, 4096), (1000, 4096, 4097, 8192, 50264, 151936)):
+            chosen = plan(rows, classes, device, small=False, wide=False, heavy=True)
+            assert chosen.warps <= 8 and chosen.ctas == 1 and chosen.block <= 4096
+            assert (chosen.regime == "resident") == (classes <= 4096)
+            of_doubles = plan(rows, classes, device, small=False, wide=True, heavy=True)
+            assert of_doubles == plan(rows, classes, device, small=False, wide=True)
+
+
 @pytest.mark.parametrize(
     ("classes", "small", "most", "expected"),
     [

@@ -26,6 +26,7 @@ from .stats import INF, LOG2E, usable
 
 __all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
 
+HEAVY = True  # for the planner: powers and series of the second round need registers
 LN2 = tl.constexpr(0.6931471805599453)
 
 

@@ -216,6 +216,11 @@ class Call:
         return self.dtype == torch.float64 or large
 
     @property
+    def heavy(self) -> bool:
+        """Whether a class takes more registers than threads of 16 warps have for a tile."""
+        return getattr(self.loss, "HEAVY", False)
+
+    @property
     def window(self) -> int:
         """Tile indices of a row, its shift included."""
         return self.shape[2] + (self.vec - 1 if self.aligned and self._shifted else 0)
@@ -300,7 +305,9 @@ def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> 
     if call.rows == 0:
         return
     device = device_of(call.device)
-    chosen = plan(call.rows, call.window, device, small=call.small, wide=call.wide)
+    chosen = plan(
+        call.rows, call.window, device, small=call.small, wide=call.wide, heavy=call.heavy
+    )
     arguments = call.arguments(chosen, losses=losses, stats=stats, **reduction)
     if chosen.regime == "resident":
         launch(kernels.resident, (chosen.programs,), chosen.warps, arguments, chosen.ctas)

@@ -48,8 +48,8 @@ RESIDENT = (
     (16384, 1, 16),
 )
 # The largest of RESIDENT: with 16-bit logits at one temperature, of which nothing but exponentials
-# is kept; otherwise; in float64.
-LARGEST, LARGEST_ELSE, LARGEST_WIDE = 16384, 8192, 2048
+# is kept; otherwise; of losses whose second round needs twice the registers; in float64.
+LARGEST, LARGEST_ELSE, LARGEST_HEAVY, LARGEST_WIDE = 16384, 8192, 4096, 2048
 # (tile indices, warps) of a CTA in a cluster, for the same calls and otherwise:
 # two to a multiprocessor, where one waits while the other computes, and one that fills it.
 CLUSTER, CLUSTER_ELSE = ((8192, 8), (16384, 16)), ((4096, 8), (8192, 16))
@@ -63,18 +63,21 @@ SLICE, SLICE_WIDE = (4096, 8), (1024, 8)
 MOST_PARTS = 64  # of a split row: their statistics are merged by every program
 
 
-def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> Plan:
+def plan(
+    rows: int, window: int, device: Device, *, small: bool, wide: bool, heavy: bool = False
+) -> Plan:
     """The plan for rows of `window` tile indices. A pure function.
 
     small: 16-bit logits at one temperature, of which nothing but exponentials is kept; wide:
-    computed in float64.
+    computed in float64; heavy: in more registers than two CTAs, or 16 warps, have per thread.
     """
-    if window <= (LARGEST_WIDE if wide else LARGEST if small else LARGEST_ELSE):
+    largest = LARGEST_HEAVY if heavy else LARGEST if small else LARGEST_ELSE
+    if window <= (LARGEST_WIDE if wide else largest):
         block, tile, warps = next(x for x in RESIDENT if x[0] >= window)
         if wide and block == LARGEST_WIDE:
             warps *= 2  # as many registers per thread as below; the logarithms of JSD need them
         return Plan("resident", block, tile, warps, triton.cdiv(rows, tile))
-    if device.ctas > 1 and not wide:
+    if device.ctas > 1 and not wide and not heavy:
         # For few rows, too: one launch, which reads them once, where slices take two.
         block = triton.next_power_of_2(window)
         for own, warps in CLUSTER if small else CLUSTER_ELSE:
@@ -83,7 +86,7 @@ def plan(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> 
     if rows >= device.multiprocessors:
         # One row in flight per multiprocessor, which the reversed sweep finds in the L2 cache as
         # far as they fit; fewer would leave bandwidth unused.
-        block, warps = CHUNK_WIDE if wide else CHUNK
+        block, warps = CHUNK_WIDE if wide else SLICE if heavy else CHUNK
         stages = STAGES_WIDE if wide else STAGES if small else STAGES_ELSE
         return Plan("sweeps", block, 1, warps, device.multiprocessors, stages=stages)
     block, warps = SLICE_WIDE if wide else SLICE
