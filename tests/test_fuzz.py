@@ -184,6 +184,8 @@ class Rows:
         shape = problem.shape
         lowest = problem.kind == "masked_lowest"
         kind = "masked" if lowest else problem.kind
+        # Where all classes count alike: of log p - log q no digit is left beside such numbers.
+        lowest = lowest and problem.case.power > 0
         student, teacher, target = make_inputs(
             kind, shape, problem.classes, problem.dtypes, generator
         )
@@ -287,7 +289,8 @@ def test_any_input(problem: Problem) -> None:
         assert nan.all() if problem.scalar else nan[rows.broken].all()
 
     assert not gradient[rows.dead].any()
-    assert gradient[fine].isfinite().all()
+    held = truth_gradient.abs() <= torch.finfo(gradient.dtype).max  # float16 may not
+    assert (gradient.isfinite() | ~held)[fine].all()
     target, upstream = rows.target.masked_fill(~fine, IGNORED), rows.upstream * rows.weight
     allowed = gradient_tolerance(case, truth_gradient, *logits, target, upstream, problem.dtype)
     if problem.scalar:  # rounded once more when the upstream gradient multiplies it

@@ -75,7 +75,7 @@ if TRITON.available:
 def forced(regime: str, block: int) -> object:
     """A planner that knows one regime."""
 
-    def planned(rows: int, window: int, device: Device, *, small: bool, wide: bool) -> Plan:
+    def planned(rows: int, window: int, device: Device, **_: bool) -> Plan:
         chunks = math.ceil(window / block)
         if regime == "resident":
             one = 1 << max(0, window - 1).bit_length()
