@@ -383,6 +383,7 @@ def test_a_record_for_each_provider(loss: str, direction: str, dtype: str) -> No
             assert gradient <= record["peak_bytes"] <= gradient + 256 * case.rows + (64 << 10)
 
 
+@pytest.mark.full
 @needs_cpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("loss", ["kd", "dkd", "tf_nkd"])

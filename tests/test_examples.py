@@ -11,6 +11,7 @@ from cases import needs_cpu
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits.py"
 
 
+@pytest.mark.full
 @needs_cpu
 def test_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
