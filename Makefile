@@ -9,7 +9,7 @@
 #   make gpu-check               on a GPU, CUDA kernels: a smoke test, the headline, tests, memory checkers; one table
 #   make gpu-check-triton        the same of Triton's, which take minutes to compile
 #   make gpu-counters | gpu-sweep | gpu-bench   what Nsight Compute counts; all plans of long rows; the benchmark
-# Each of the five ends within 10 minutes, build included, and leaves its results in OUT as they come (CONTRIBUTING.md).
+# Each of the five ends within 10 minutes after the build, and leaves its results in OUT as they come (CONTRIBUTING.md).
 # ENV=current BUILD=no builds nothing: the kdkernels that comes first on PYTHONPATH is used.
 #   make versions                what a source build gives under the oldest torch (TORCH=2.14.1: another one)
 #   make triton-newest           the Triton kernels as compiled, with clusters, which the pinned Triton has not
@@ -96,7 +96,7 @@ test-full: export KDKERNELS_FUZZ_EXAMPLES ?= 400
 test-full: $(BUILT)
 	$(PY) -m pytest -q -m "not gate$(if $(REST), and (full or fuzz))" $(WORKERS) $(ARGS)
 
-# The budgets are seconds, of 600 with the build of one architecture on 16 cores.
+# The budgets are seconds, of 600 after the build.
 gpu-check: $(BUILT)
 	$(PY) tests/gpu_check.py --budget 500 $(ARGS)
 

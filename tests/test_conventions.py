@@ -123,6 +123,11 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     ),
     "DistiLLM `skewed_reverse_kl": of_probabilities(lambda p, q: kl(p, mixture(p, q, 1 - 0.1))),
     "DistiLLM-2, reverse": of_probabilities(lambda p, q: kl(p, mixture(p.detach(), q, 1 - 0.1))),
+    "ABKD `ab_div": of_probabilities(
+        lambda p, q: (
+            -(q**0.2 * p**0.7 - 0.2 / 0.9 * q**0.9 - 0.7 / 0.9 * p**0.9).sum(-1) / (0.2 * 0.7)
+        )
+    ),
     "torchtune `ForwardKLLoss": of_probabilities(without_entropy),
     "torchtune `ReverseKLLoss": of_probabilities(
         lambda p, q: -((p * q.log()).sum(-1) - (p * p.log()).sum(-1))

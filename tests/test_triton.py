@@ -33,9 +33,9 @@ from cases import (
     MAIN_SCALARS,
     OPERATORS,
     PRECISE_CASES,
-    SCALAR_CASES,
     SOME,
     USUAL,
+    WALKED,
     Case,
     as_params,
     assert_same,
@@ -239,7 +239,8 @@ def test_dim(case: Case, dim: int, generator: torch.Generator) -> None:
 
 @pytest.mark.full
 @pairwise(
-    case=SCALAR_CASES, how=REDUCTIONS, regime=REGIMES, classes=[10, 37], dtypes=DTYPE_PAIRS,
+    case=[x for x in WALKED if x.outputs == 1], how=REDUCTIONS, regime=REGIMES, classes=[10, 37],
+    dtypes=DTYPE_PAIRS,
     kind=["normal", "masked"], ignored=[0.0, 0.2], weighted=[True, False],
 )  # fmt: skip
 def test_reductions(
