@@ -4,7 +4,7 @@
 #   make test                    the tests of what this machine can use
 #   make test-full               all tests: of the CUDA kernels too, emulated and as nvcc compiles them
 #   make lint | format           style and types; apply the style
-#   make gate | check            what nvcc makes of the CUDA kernels, for all architectures; lint and gate
+#   make gate | check            what nvcc and Triton make of the kernels, for all architectures; lint and gate
 #   make asan                    the fuzz tests under AddressSanitizer and UBSan (GCC on Linux)
 #   make gpu-check               on a GPU, CUDA kernels: a smoke test, the headline, tests, memory checkers; one table
 #   make gpu-check-triton        the same of Triton's, which take minutes to compile
@@ -125,9 +125,10 @@ format: $(TOOLS)
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP_FILES)
 
+GATE_TESTS ?= tests/test_cuda_compiled.py tests/test_triton_compiled.py
 gate: export KDKERNELS_GATE_ARCHS ?= 80,90,100
 gate: build
-	$(PY) -m pytest -q -m gate tests/test_cuda_compiled.py $(ARGS)
+	$(PY) -m pytest -q -m gate $(GATE_TESTS) $(ARGS)
 
 check: lint gate
 

@@ -286,6 +286,8 @@ ALL = dict.fromkeys(
     ]
 )
 
+OF_THE_GATE = {x for x in SIZES if x[0] != MAIN}
+
 # ---- compilation ----------------------------------------------------------------------------
 
 Launches = list[dict[str, Any]]
@@ -319,10 +321,13 @@ def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Compiled]:
     """What a job launches on a target. Two processes compile everything that any test needs; with
-    -k, what the chosen ones name, and the rest when it is asked for.
+    -k, what the chosen ones name, and the rest when it is asked for. So it is with the gate's.
     """
     cache = tmp_path_factory.mktemp("triton")
-    jobs = list(asked(request.session.items) if request.config.option.keyword else ALL)
+    chosen = asked(request.session.items)
+    if not request.config.option.keyword:
+        chosen |= {x: None for x in ALL if x not in OF_THE_GATE}
+    jobs = list(chosen)
     halves = jobs[::2], jobs[1::2]
     with ThreadPoolExecutor(2) as pool:
         results = [pool.submit(compile_jobs, half, cache) for half in halves]
@@ -362,7 +367,11 @@ def check_registers(target: str, job: Job, launches: Launches, spared: int = 0) 
 
 
 @needs_cuobjdump
-@pytest.mark.parametrize(("target", "job"), SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("target", "job"),
+    [x if x[0] == MAIN else pytest.param(*x, marks=pytest.mark.gate) for x in SIZES],
+    ids=str,
+)
 def test_no_kernel_spills_registers(compiled, target, job):
     # A few numbers of the row may be spilled, once a row, to keep to the registers of its warps:
     # aekt's most of all, those that label smoothing sums, and in float64 around the subroutine that
