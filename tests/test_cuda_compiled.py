@@ -534,10 +534,18 @@ def threads_and_blocks(x: Kernel) -> list[tuple[int, int]]:
     return [(number("kLongThreads"), 1)] if x.name == "sweeps" else [(number("kPartThreads"), 2)]
 
 
+def spared(x: Kernel) -> int:
+    """Bytes that may be spilled: a few numbers of a row, where logits of two types that do not lie
+    alike meet the powers of AB's second round.
+    """
+    mixed = x.sums.startswith("AbSums") and x.format == "AnyFormat<float>" and x.skewed
+    return 32 if mixed and x.name in ("cluster", "sweeps") else 0
+
+
 def spills(x: Kernel) -> Iterator[str]:
-    if x.stack or x.local:
+    if x.stack > spared(x) or x.local:
         yield f"stack {x.stack}, local {x.local}"
-    if n := x.count(r"(LDL|STL)(\..*)?"):
+    if (n := x.count(r"(LDL|STL)(\..*)?")) > spared(x):
         yield f"{n} accesses of local memory"
 
 
