@@ -169,8 +169,8 @@ class Kernel:
     name: str
     sums: str = ""
     format: str = ""  # of scale: the types of the gradient and of the factor
-    lanes: int = 0  # few: of a row
-    classes: int = 0  # few: of a lane
+    lanes: int = 0  # lanes: of a row
+    classes: int = 0  # lanes: of a lane
     skewed: bool = True  # sweeps, cluster: tensors may lie otherwise than the gradient
     arch: str = field(default="", compare=False)
     registers: int = field(default=0, compare=False)
