@@ -26,10 +26,10 @@ constexpr double kLargeTemperature = 32;  // kdkernels.reference.LARGE_TEMPERATU
 constexpr int kStatsWidth = 10;           // two pivots and up to eight sums
 constexpr int kMostRefined = 2;           // of which a second round has up to so many
 
-// What is summed beside what every call of a loss needs, each a build of its own: `two`, the sums at temperature 1;
+// What is summed beside what every call of a loss needs, each a build of its own: `at_one`, the sums at temperature 1;
 // `smooth`, these, at any temperature, and those of the logits themselves, for label smoothing. It also gives the
 // parts. `apart` and `apart_smooth` are plain and smooth with a temperature of the teacher's own.
-enum class Variant : int32_t { plain, two, smooth, apart, apart_smooth };
+enum class Variant : int32_t { plain, at_one, smooth, apart, apart_smooth };
 
 // What is known of a loss without its code.
 struct LossFacts {

@@ -6,7 +6,8 @@
 //
 //   Sums::exps(scales, ds, dt)   the exponentials of a class, e[0..kept) are what the gradient needs again
 //   Sums::add(stats, exps)       statistics of one more class
-//   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes
+//   Sums::moved_to(...)          statistics that fit other pivots; merge<Sums>() joins two disjoint sets of classes,
+//                                each a Summary: pivots, the target's logits, statistics
 //   Sums::rebase(...)            coefficients that fit exponentials relative to other pivots: the transpose of how
 //                                these move. Of Sums with a second round: what opens it, whatever that does to a class
 //   Sums::gradient(e, coef)      d loss / d logit of a class: no new exponential
@@ -17,10 +18,10 @@
 // Losses that need p and q of every class, normalised, take a second round over what the first one kept:
 //
 //   Sums::refined                how many sums it has; 0: there is none
-//   Sums::open(scales, stats, pivots, s_y, t_y, multipliers)
-//                                from the first round's sums, what turns the kept of a class into its probabilities:
-//                                multiplies exponentials, or is added to logits; the loops rebase it to the pivots that
-//                                these are relative to
+//   Sums::open(scales, row, multipliers)
+//                                from the Summary of the first round, what turns the kept of a class into its
+//                                probabilities: multiplies exponentials, or is added to logits; the loops rebase it to
+//                                the pivots that these are relative to
 //   Sums::refine(scales, e, multipliers, sums)
 //                                a class: what is kept of it, in place, and plain sums. What is kept is absolute from
 //                                then on, relative to no pivot: its coefficients are not rebased
@@ -47,6 +48,20 @@ template <class V>
 KD_FN V usable(V pivot) {
   return select(pivot == -infinity<V>(), lit<V>(0), pivot);
 }
+
+// A row, or some of its classes, once they are summed up: all that its loss and its gradient's coefficients are
+// finished from, whoever has summed them, in however many parts.
+template <class Sums, class V>
+struct Summary {
+  Pivots<V> pivots;
+  V s_y, t_y;  // the target's logits, which the sums leave out; -inf where there is no target
+  typename Sums::template Stats<V> stats;
+
+  KD_FN Summary() : pivots{-infinity<V>(), -infinity<V>()}, s_y(-infinity<V>()), t_y(s_y), stats{} {}
+  // The target's logits relative to the pivots.
+  KD_FN V relative_s() const { return s_y - usable(pivots.s); }
+  KD_FN V relative_t() const { return t_y - usable(pivots.t); }
+};
 
 // How far logits relative to `from` move when they are taken relative to `to`.
 template <class V>
@@ -120,7 +135,7 @@ struct Kept {
   static constexpr Variant variant = kVariant;
   static constexpr bool smooth = kVariant == Variant::smooth || kVariant == Variant::apart_smooth;
   static constexpr bool apart = kVariant == Variant::apart || kVariant == Variant::apart_smooth;
-  static constexpr bool two = kVariant == Variant::two || smooth;
+  static constexpr bool sums_at_one = kVariant == Variant::at_one || smooth;
   static constexpr bool loses = false;              // classes that the teacher lacks are summed apart
   static constexpr bool crowded = smooth || apart;  // more sums and numbers per row than features tell of
   static constexpr int held = kKept;                // what a kernel makes room for in registers, per class
@@ -172,7 +187,7 @@ template <Variant kVariant, bool kCross>
 struct PairSums : Kept<kVariant == Variant::plain || kVariant == Variant::apart ? 2 : 3, kVariant> {
  private:
   using Base = Kept<kVariant == Variant::plain || kVariant == Variant::apart ? 2 : 3, kVariant>;
-  static constexpr bool kTwo = Base::two;
+  static constexpr bool kAtOne = Base::sums_at_one;
 
  public:
   static constexpr bool teacher = true;
@@ -180,14 +195,14 @@ struct PairSums : Kept<kVariant == Variant::plain || kVariant == Variant::apart 
   template <class S>
   using Scales = std::conditional_t<Base::apart, ApartScales<S>, kd::Scales<S>>;
   static constexpr int held = Base::kept + Base::apart;  // one more: the numbers of the second temperature
-  static constexpr int count = 3 + (kTwo ? (kCross ? 2 : 1) : 0) + (Base::smooth ? 2 : 0);
+  static constexpr int count = 3 + (kAtOne ? (kCross ? 2 : 1) : 0) + (Base::smooth ? 2 : 0);
   enum { sum_s, sum_t, mean_x, sum_s1, sum_t1 };
-  // The student's sum and exponential at temperature 1, where one is asked for: without `two` that is the row's.
-  static constexpr int at_one = kTwo ? sum_s1 : sum_s, kept_at_one = kTwo ? 2 : 0;
+  // The student's sum and exponential at temperature 1, where one is asked for: without `at_one` that is the row's.
+  static constexpr int at_one = kAtOne ? sum_s1 : sum_s, kept_at_one = kAtOne ? 2 : 0;
 
   template <class V>
   struct Exps {
-    V e[kTwo ? 3 : 2];  // 2^(k ds), 2^(k dt), e^ds
+    V e[kAtOne ? 3 : 2];  // 2^(k ds), 2^(k dt), e^ds
     V x, t1, ds;
   };
   template <class V>
@@ -200,8 +215,8 @@ struct PairSums : Kept<kVariant == Variant::plain || kVariant == Variant::apart 
     Exps<V> out;
     out.e[0] = Base::marked(Ops<V>::exp2(ds * scales.k), ds);
     out.e[1] = Ops<V>::exp2(dt * scales.k_teacher());
-    if constexpr (kTwo) out.e[2] = Ops<V>::exp2(ds * lit<V>(kLog2e));
-    if constexpr (kTwo && kCross) out.t1 = Ops<V>::exp2(dt * lit<V>(kLog2e));
+    if constexpr (kAtOne) out.e[2] = Ops<V>::exp2(ds * lit<V>(kLog2e));
+    if constexpr (kAtOne && kCross) out.t1 = Ops<V>::exp2(dt * lit<V>(kLog2e));
     out.x = kCross ? -ds : scales.apart(ds, dt);
     if constexpr (Base::smooth) out.ds = ds;
     return out;
@@ -213,8 +228,8 @@ struct PairSums : Kept<kVariant == Variant::plain || kVariant == Variant::apart 
     a.v[sum_t] += x.e[1];
     // Without teacher mass the class is out, also where it is -inf - -inf. NaN logits arrive through the sums.
     a.v[mean_x] = x.e[1] * select(x.e[1] > lit<V>(0), x.x, lit<V>(0)) + a.v[mean_x];
-    if constexpr (kTwo) a.v[sum_s1] += x.e[2];
-    if constexpr (kTwo && kCross) a.v[sum_t1] += x.t1;
+    if constexpr (kAtOne) a.v[sum_s1] += x.e[2];
+    if constexpr (kAtOne && kCross) a.v[sum_t1] += x.t1;
     if constexpr (Base::smooth) Base::count(a.v, x.ds);
   }
 
@@ -227,8 +242,8 @@ struct PairSums : Kept<kVariant == Variant::plain || kVariant == Variant::apart 
     out.v[sum_s] = a.v[sum_s] * Ops<V>::exp2(ds * scales.k);
     out.v[sum_t] = a.v[sum_t] * ft;
     out.v[mean_x] = weighted(ft, a.v[mean_x] + weighted(a.v[sum_t], kCross ? -ds : scales.apart(ds, dt)));
-    if constexpr (kTwo) out.v[sum_s1] = a.v[sum_s1] * Ops<V>::exp2(ds * lit<V>(kLog2e));
-    if constexpr (kTwo && kCross) out.v[sum_t1] = a.v[sum_t1] * Ops<V>::exp2(dt * lit<V>(kLog2e));
+    if constexpr (kAtOne) out.v[sum_s1] = a.v[sum_s1] * Ops<V>::exp2(ds * lit<V>(kLog2e));
+    if constexpr (kAtOne && kCross) out.v[sum_t1] = a.v[sum_t1] * Ops<V>::exp2(dt * lit<V>(kLog2e));
     Base::move_counted(out.v, a.v, ds);
     return out;
   }
@@ -238,7 +253,7 @@ struct PairSums : Kept<kVariant == Variant::plain || kVariant == Variant::apart 
     const V ds = moved(part.s, row.s), dt = moved(part.t, row.t);
     coef.c[0] *= Ops<V>::exp2(ds * scales.k);
     coef.c[1] *= Ops<V>::exp2(dt * scales.k_teacher());
-    if constexpr (kTwo) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));
+    if constexpr (kAtOne) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));
   }
 };
 
@@ -251,7 +266,7 @@ struct StudentSums : Kept<1, kVariant> {
  public:
   static constexpr bool teacher = false;
   static constexpr bool has_parts = false;
-  static constexpr bool two = false;  // its one temperature is whatever the loss says
+  static constexpr bool sums_at_one = false;  // its one temperature is whatever the loss says
   template <class S>
   using Scales = kd::Scales<S>;
   static constexpr int count = Base::smooth ? 3 : 1;
@@ -290,24 +305,24 @@ struct StudentSums : Kept<1, kVariant> {
   }
 };
 
-// a takes over b, a disjoint set of classes.
-template <class Sums, class V, class Stats>
-KD_FN void merge(const typename Sums::template Scales<ScalarOf<V>>& scales, Stats& a, Pivots<V>& pa, const Stats& b,
-                 const Pivots<V>& pb) {
-  const Pivots<V> p = {max_of(pa.s, pb.s), max_of(pa.t, pb.t)};
-  const Stats sum = Sums::moved_to(scales, b, pb, p);
-  a = Sums::moved_to(scales, a, pa, p);
-  for (int i = 0; i < Sums::count; ++i) a.v[i] += sum.v[i];
-  pa = p;
+// a takes over what b, a disjoint set of classes, sums to. Its target stays its own.
+template <class Sums, class V>
+KD_FN void merge(const typename Sums::template Scales<ScalarOf<V>>& scales, Summary<Sums, V>& a,
+                 const Summary<Sums, V>& b) {
+  const Pivots<V> p = {max_of(a.pivots.s, b.pivots.s), max_of(a.pivots.t, b.pivots.t)};
+  const auto sum = Sums::moved_to(scales, b.stats, b.pivots, p);
+  a.stats = Sums::moved_to(scales, a.stats, a.pivots, p);
+  for (int i = 0; i < Sums::count; ++i) a.stats.v[i] += sum.v[i];
+  a.pivots = p;
 }
 
 // NaN if a logit of the row is, else 0: added to the losses, it wins over infinities and over whatever is switched off.
-// s_y and t_y are the target's logits; those of the other classes have made the sums NaN.
-template <class Sums, class V, class Stats>
-KD_FN V nan_of(const Stats& a, V s_y, V t_y) {
-  V all = a.v[Sums::sum_s] + s_y;
-  if constexpr (Sums::teacher) all += a.v[Sums::sum_t] + t_y;
-  if constexpr (Sums::loses) all += a.v[Sums::lost];
+// A class's NaN has made the sums NaN; the target's is in its logits.
+template <class Sums, class V>
+KD_FN V nan_of(const Summary<Sums, V>& row) {
+  V all = row.stats.v[Sums::sum_s] + row.s_y;
+  if constexpr (Sums::teacher) all += row.stats.v[Sums::sum_t] + row.t_y;
+  if constexpr (Sums::loses) all += row.stats.v[Sums::lost];
   return select(all == all, lit<V>(0), all);
 }
 

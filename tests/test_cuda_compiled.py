@@ -539,7 +539,7 @@ def spared(x: Kernel) -> int:
     alike meet the powers of AB's second round.
     """
     mixed = x.sums.startswith("AbSums") and x.format == "AnyFormat<float>" and x.skewed
-    return 32 if mixed and x.name in ("cluster", "sweeps") else 0
+    return 24 if mixed and x.name in ("cluster", "sweeps") else 0
 
 
 def spills(x: Kernel) -> Iterator[str]:

@@ -113,7 +113,6 @@ template <class Sums, class S>
 struct Rows {
   using Scales = typename Sums::template Scales<S>;
   using V = Vec<S>;
-  using StatsD = typename Sums::template Stats<double>;
   using CoefD = typename Sums::template Coef<double>;
   static constexpr int L = kLanes<S>;
   static_assert(kSums<Sums> + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
@@ -192,19 +191,18 @@ struct Rows {
       const char* next_s = row_start(p.student, next_outer, next_inner);
       const char* next_t = Sums::teacher ? row_start(p.teacher, next_outer, next_inner) : next_s;
       const int64_t target = p.target ? p.target[row] : -1;
-      const double s_y = target < 0 ? -infinity<double>() : get<double>(p.student, s, target);
-      const double t_y = target < 0 || !Sums::teacher ? -infinity<double>() : get<double>(p.teacher, t, target);
+      Summary<Sums, double> all;
+      if (target >= 0) all.s_y = get<double>(p.student, s, target);
+      if (target >= 0 && Sums::teacher) all.t_y = get<double>(p.teacher, t, target);
 
       double g[kMostValues] = {}, loss[kMostValues] = {};
       upstream(p, chosen.outputs, row, g);
-      StatsD stats = {};
-      Pivots<double> pivots = {-infinity<double>(), -infinity<double>()};
       CoefD coef = {};
       Opening<Sums, double> opening = {};
       if (back) {
-        load_stats(stats_of(p, row), pivots, stats);
-        chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
-        if constexpr (Sums::refined > 0) Sums::open(chosen.template scales<Sums>(), stats, pivots, s_y, t_y, opening);
+        load_stats(stats_of(p, row), all);
+        chosen.finish(all, g, loss, coef);
+        if constexpr (Sums::refined > 0) Sums::open(chosen.template scales<Sums>(), all, opening);
       }
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t first = i * kTile;
@@ -216,7 +214,7 @@ struct Rows {
         const Prefetch ahead = {last ? next_s : s + (first + kTile) * s_bytes,
                                 last ? next_t : t + (first + kTile) * t_bytes, L * s_bytes, L * t_bytes};
         if (back) {
-          const Pivots<S> at = {static_cast<S>(pivots.s), static_cast<S>(pivots.t)};
+          const Pivots<S> at = {static_cast<S>(all.pivots.s), static_cast<S>(all.pivots.t)};
           sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
           if constexpr (Sums::refined > 0) {
             double unused[Sums::refined] = {};
@@ -230,26 +228,28 @@ struct Rows {
         const auto lanes =
             keep ? sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept + first, padded, ahead)
                  : sweep<Sums, S, false>(scales, s_tile.data, t_tile.data, n, at, nullptr, 0, ahead);
-        StatsD part;
-        for (int k = 0; k < Sums::count; ++k) part.v[k] = sum_lanes<S>(lanes.v[k]);
+        Summary<Sums, double> part;
+        part.pivots = {at.s, at.t};
+        for (int k = 0; k < Sums::count; ++k) part.stats.v[k] = sum_lanes<S>(lanes.v[k]);
         tile_pivots[i] = at;
-        merge<Sums>(chosen.template scales<Sums>(), stats, pivots, part, Pivots<double>{at.s, at.t});
+        merge(chosen.template scales<Sums>(), all, part);
       }
       if (!back) {
         if constexpr (Sums::refined > 0) {
-          Sums::open(chosen.template scales<Sums>(), stats, pivots, s_y, t_y, opening);
-          for (int k = 0; k < Sums::refined; ++k) stats.v[Sums::count + k] = 0;
+          Sums::open(chosen.template scales<Sums>(), all, opening);
+          for (int k = 0; k < Sums::refined; ++k) all.stats.v[Sums::count + k] = 0;
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t first = i * kTile, n = classes - first < kTile ? classes - first : kTile;
             Opening<Sums, double> c = opening;
-            Sums::rebase(chosen.template scales<Sums>(), c, pivots, Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
-            refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(c), stats.v + Sums::count);
+            const Pivots<double> at = {tile_pivots[i].s, tile_pivots[i].t};
+            Sums::rebase(chosen.template scales<Sums>(), c, all.pivots, at);
+            refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(c), all.stats.v + Sums::count);
           }
         }
-        chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
-        for (double& x : loss) x += nan_of<Sums>(stats, s_y, t_y);
+        chosen.finish(all, g, loss, coef);
+        for (double& x : loss) x += nan_of(all);
         write_rows(p, chosen.outputs, row, loss, g);
-        if (p.stats) store_stats(stats_of(p, row), pivots, stats);
+        if (p.stats) store_stats(stats_of(p, row), all);
       }
       if (keep && grad) {
         with_type(p.grad.dtype, grad, [&](auto* out) {
@@ -258,7 +258,7 @@ struct Rows {
             const int n = static_cast<int>(classes - first < kTile ? classes - first : kTile);
             CoefD c = coef;
             if constexpr (Sums::refined == 0)
-              Sums::rebase(chosen.template scales<Sums>(), c, pivots,
+              Sums::rebase(chosen.template scales<Sums>(), c, all.pivots,
                            Pivots<double>{tile_pivots[i].s, tile_pivots[i].t});
             gradient_tile<Sums, S>(out + first, n, kept + first, padded, c.c);
           }
@@ -276,15 +276,15 @@ struct Rows {
   }
 
   static double* stats_of(const Problem& p, int64_t row) { return static_cast<double*>(p.stats) + row * kStatsWidth; }
-  static void store_stats(double* to, const Pivots<double>& pivots, const StatsD& stats) {
-    to[0] = pivots.s;
-    to[1] = pivots.t;
+  static void store_stats(double* to, const Summary<Sums, double>& row) {
+    to[0] = row.pivots.s;
+    to[1] = row.pivots.t;
     for (int k = 2; k < kStatsWidth; ++k) to[k] = 0;
-    for (int k = 0; k < kSums<Sums>; ++k) to[stored_at<Sums>(k)] = stats.v[k];
+    for (int k = 0; k < kSums<Sums>; ++k) to[stored_at<Sums>(k)] = row.stats.v[k];
   }
-  static void load_stats(const double* from, Pivots<double>& pivots, StatsD& stats) {
-    pivots = {from[0], from[1]};
-    for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = from[stored_at<Sums>(k)];
+  static void load_stats(const double* from, Summary<Sums, double>& row) {
+    row.pivots = {from[0], from[1]};
+    for (int k = 0; k < kSums<Sums>; ++k) row.stats.v[k] = from[stored_at<Sums>(k)];
   }
 
   // ---- several rows at a time ---------------------------------------------------------------------------------------
@@ -318,25 +318,30 @@ struct Rows {
     if (p.pass != Pass::backward) return;
     for (int lane = 0; lane < L; ++lane) {
       if (!b.block.active[lane]) continue;
-      Pivots<double> pivots;
-      StatsD stats;
-      load_stats(stats_of(p, first + lane), pivots, stats);
-      b.maxima[0][lane] = static_cast<S>(pivots.s);
-      b.maxima[1][lane] = static_cast<S>(pivots.t);
-      for (int k = 0; k < kSums<Sums>; ++k) b.sums[k][lane] = stats.v[k];
+      Summary<Sums, double> known;
+      load_stats(stats_of(p, first + lane), known);
+      b.maxima[0][lane] = static_cast<S>(known.pivots.s);
+      b.maxima[1][lane] = static_cast<S>(known.pivots.t);
+      for (int k = 0; k < kSums<Sums>; ++k) b.sums[k][lane] = known.stats.v[k];
     }
+  }
+
+  // As many rows of a batch as doubles have lanes, by the first `sums` of their sums.
+  static Summary<Sums, VecD> rows_of(const Batch& b, int part, int sums) {
+    const int at = part * kLanes<double>;
+    Summary<Sums, VecD> rows;
+    rows.pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
+    rows.s_y = load_bits<VecD>(b.s_y + at);
+    rows.t_y = load_bits<VecD>(b.t_y + at);
+    for (int k = 0; k < sums; ++k) rows.stats.v[k] = load_bits<VecD>(b.sums[k] + at);
+    return rows;
   }
 
   // Between the rounds. What is kept of rows that are skipped becomes 0.
   static void open_second(const Chosen<double>& chosen, Batch& b) {
     for (int part = 0; part < kParts<S> && part * kLanes<double> < b.block.lanes; ++part) {
-      const int at = part * kLanes<double>;
-      typename Sums::template Stats<VecD> stats = {};
       Opening<Sums, VecD> opening;
-      const Pivots<VecD> pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
-      for (int k = 0; k < Sums::count; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
-      Sums::open(chosen.template scales<Sums>(), stats, pivots, load_bits<VecD>(b.s_y + at),
-                 load_bits<VecD>(b.t_y + at), opening);
+      Sums::open(chosen.template scales<Sums>(), rows_of(b, part, Sums::count), opening);
       for (int k = 0; k < Sums::kept; ++k) narrow(b.opening[k], part, opening.c[k]);
     }
     for (int lane = 0; lane < L; ++lane)
@@ -348,17 +353,14 @@ struct Rows {
   static void close(const Problem& p, const Chosen<double>& chosen, int64_t first, Batch& b) {
     for (int part = 0; part < kParts<S> && part * kLanes<double> < b.block.lanes; ++part) {
       const int at = part * kLanes<double>;
-      typename Sums::template Stats<VecD> stats;
+      const Summary<Sums, VecD> rows = rows_of(b, part, kSums<Sums>);
       typename Sums::template Coef<VecD> coef = {};
       VecD g[kMostValues], loss[kMostValues] = {};
-      const Pivots<VecD> pivots = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
-      store_bits(b.pivots[0] + at, pivots.s);
-      store_bits(b.pivots[1] + at, pivots.t);
-      for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = load_bits<VecD>(b.sums[k] + at);
+      store_bits(b.pivots[0] + at, rows.pivots.s);
+      store_bits(b.pivots[1] + at, rows.pivots.t);
       for (int k = 0; k < kMostValues; ++k) g[k] = load_bits<VecD>(b.g[k] + at);
-      const VecD s_y = load_bits<VecD>(b.s_y + at), t_y = load_bits<VecD>(b.t_y + at);
-      chosen.template finish<Sums>(stats, pivots, s_y, t_y, g, loss, coef);
-      const VecD nan = nan_of<Sums>(stats, s_y, t_y);
+      chosen.finish(rows, g, loss, coef);
+      const VecD nan = nan_of(rows);
       for (int k = 0; k < kMostValues; ++k) store_bits(b.loss[k] + at, loss[k] + nan);
       for (int k = 0; k < Sums::coefs; ++k) narrow(b.coef[k], part, coef.c[k]);
       narrow(b.coef_y, part, coef.y);
@@ -373,9 +375,10 @@ struct Rows {
       for (int k = 0; k < kMostValues; ++k) loss[k] = b.loss[k][lane], g[k] = b.g[k][lane];
       write_rows(p, chosen.outputs, row, b.block.active[lane] ? loss : nullptr, g);
       if (!p.stats) continue;
-      StatsD stats;
-      for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = b.sums[k][lane];
-      store_stats(stats_of(p, row), {b.pivots[0][lane], b.pivots[1][lane]}, stats);
+      Summary<Sums, double> of_row;
+      of_row.pivots = {b.pivots[0][lane], b.pivots[1][lane]};
+      for (int k = 0; k < kSums<Sums>; ++k) of_row.stats.v[k] = b.sums[k][lane];
+      store_stats(stats_of(p, row), of_row);
     }
   }
 
@@ -532,16 +535,13 @@ struct Rows {
                          const double (&sums)[Sums::count][L]) {
     for (int part = 0; part < kParts<S>; ++part) {
       const int at = part * kLanes<double>;
-      typename Sums::template Stats<VecD> stats, more;
-      for (int k = 0; k < Sums::count; ++k) {
-        stats.v[k] = load_bits<VecD>(b.sums[k] + at);
-        more.v[k] = load_bits<VecD>(sums[k] + at);
-      }
-      Pivots<VecD> row = {widen(b.maxima[0], part), widen(b.maxima[1], part)};
-      merge<Sums>(scales, stats, row, more, Pivots<VecD>{widen_part(pivots.s, part), widen_part(pivots.t, part)});
-      for (int k = 0; k < Sums::count; ++k) store_bits(b.sums[k] + at, stats.v[k]);
-      narrow(b.maxima[0], part, row.s);
-      narrow(b.maxima[1], part, row.t);
+      Summary<Sums, VecD> rows = rows_of(b, part, Sums::count), more;
+      more.pivots = {widen_part(pivots.s, part), widen_part(pivots.t, part)};
+      for (int k = 0; k < Sums::count; ++k) more.stats.v[k] = load_bits<VecD>(sums[k] + at);
+      merge(scales, rows, more);
+      for (int k = 0; k < Sums::count; ++k) store_bits(b.sums[k] + at, rows.stats.v[k]);
+      narrow(b.maxima[0], part, rows.pivots.s);
+      narrow(b.maxima[1], part, rows.pivots.t);
     }
   }
 

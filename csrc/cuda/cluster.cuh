@@ -66,7 +66,7 @@ struct PreparedRow {
   int has_target, unused;
 };
 constexpr int kPreparedGranules = sizeof(PreparedRow) / sizeof(Granule);
-constexpr int kJobs = 64;  // a batch of 32, and those of the rows that are in stages
+constexpr int kPreparedRows = 64;  // a batch of 32, and those of the rows that are in stages
 
 // The shared memory of a block of a cluster.
 template <class Sums, class S>
@@ -75,9 +75,9 @@ struct ClusterScratch {
   static constexpr int kFields = Scratch<Sums, S>::kFields + 2, kMessage = (kFields + 3) / 4;  // granules
   Scratch<Sums, S> block;
   arch::Shared<S> edges;  // exponentials of the edges
-  arch::Shared<Granule> jobs;
-  arch::Shared<int64_t> next;      // the first row that has no job yet
-  arch::Shared<int> made, fed;     // how many jobs there have been, how many rows have gone to stages
+  arch::Shared<Granule> prepared;
+  arch::Shared<int64_t> next;      // the first row that is not prepared yet
+  arch::Shared<int> made, fed;     // how many have been prepared, how many have gone to stages
   arch::Bars full;                 // per stage: the part has arrived
   arch::Bars met;                  // per message slot: those of all blocks have arrived
   arch::Shared<Granule> messages;  // two slots of one per block, because a block may be one exchange ahead of another
@@ -87,7 +87,7 @@ struct ClusterScratch {
   KD_FN ClusterScratch(arch::Carver& carver, int blocks, int stages, int s_granules, int t_granules)
       : block(carver),
         edges(carver.template take<S>(Sums::kept * kMostEdges)),
-        jobs(carver.template take<Granule>(kJobs * kPreparedGranules)),
+        prepared(carver.template take<Granule>(kPreparedRows * kPreparedGranules)),
         next(carver.template take<int64_t>(1)),
         made(carver.template take<int>(1)),
         fed(carver.template take<int>(1)),
@@ -103,6 +103,11 @@ struct ClusterScratch {
     const ClusterScratch counted(carver, blocks, stages, s_granules, t_granules);
     return carver.bytes();
   }
+};
+
+template <class S>
+struct ClassLogits {
+  S s, t;
 };
 
 template <class Sums, class F, bool kSkewed>
@@ -139,7 +144,7 @@ struct Cluster {
     }
     arch::sync_cluster();
     for (int i = 0; arch::thread() < 32 && i < a.stages; ++i) {
-      make_jobs();
+      prepare_next();
       feed(i);
     }
   }
@@ -148,46 +153,46 @@ struct Cluster {
     const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
     const Part part = part_of(at);
     const Span s(fs, at.s_place, at.s, at, part), t(ft, at.t_place, at.t, at, part);
-    PreparedRow job;
-    job.row = row;
-    job.target = opened.target;
-    job.weight = opened.weight;
-    job.row_g = at.g ? at.g - static_cast<char*>(a.grad.data) : 0;
-    job.g = job.row_g + (at.g_base - at.g) + static_cast<int64_t>(at.first + part.begin) * (E * fs.size());
-    job.count = part.end - part.begin;
-    job.has_target = part.has(at, opened.target);
-    job.hot = job.has_target && at.hot_vector >= 0 ? (at.hot_vector - at.first - part.begin) * E + at.hot_lane : -1;
-    job.s_first = static_cast<int>(s.vectors - s.begin);
-    job.t_first = static_cast<int>(t.vectors - t.begin);
-    job.s_zero = static_cast<int>(s.row - s.begin);
-    job.t_zero = static_cast<int>(t.row - t.begin);
-    job.head = part.head ? at.head : 0;
-    job.tail = part.tail ? at.tail : a.classes;
-    job.s_from = at.s_place.base + s.begin;
-    job.t_from = at.t_place.base + t.begin;
-    job.s_bytes = static_cast<uint32_t>(s.end - s.begin);
-    job.t_bytes = Sums::teacher ? static_cast<uint32_t>(t.end - t.begin) : 0;
-    job.unused = 0;
-    return job;
+    PreparedRow out;
+    out.row = row;
+    out.target = opened.target;
+    out.weight = opened.weight;
+    out.row_g = at.g ? at.g - static_cast<char*>(a.grad.data) : 0;
+    out.g = out.row_g + (at.g_base - at.g) + static_cast<int64_t>(at.first + part.begin) * (E * fs.size());
+    out.count = part.end - part.begin;
+    out.has_target = part.has(at, opened.target);
+    out.hot = out.has_target && at.hot_vector >= 0 ? (at.hot_vector - at.first - part.begin) * E + at.hot_lane : -1;
+    out.s_first = static_cast<int>(s.vectors - s.begin);
+    out.t_first = static_cast<int>(t.vectors - t.begin);
+    out.s_zero = static_cast<int>(s.row - s.begin);
+    out.t_zero = static_cast<int>(t.row - t.begin);
+    out.head = part.head ? at.head : 0;
+    out.tail = part.tail ? at.tail : a.classes;
+    out.s_from = at.s_place.base + s.begin;
+    out.t_from = at.t_place.base + t.begin;
+    out.s_bytes = static_cast<uint32_t>(s.end - s.begin);
+    out.t_bytes = Sums::teacher ? static_cast<uint32_t>(t.end - t.begin) : 0;
+    out.unused = 0;
+    return out;
   }
-  KD_DEVICE void put_prepared(int n, const PreparedRow& job) const {
+  KD_DEVICE void put_prepared(int n, const PreparedRow& x) const {
     Granule g[kPreparedGranules];
-    memcpy(g, &job, sizeof(job));
+    memcpy(g, &x, sizeof(x));
     KD_UNROLL
-    for (int i = 0; i < kPreparedGranules; ++i) scratch.jobs.st(n % kJobs * kPreparedGranules + i, g[i]);
+    for (int i = 0; i < kPreparedGranules; ++i) scratch.prepared.st(n % kPreparedRows * kPreparedGranules + i, g[i]);
   }
   // What is not used of it is not loaded.
   KD_DEVICE PreparedRow prepared(int n) const {
     Granule g[kPreparedGranules];
     KD_UNROLL
-    for (int i = 0; i < kPreparedGranules; ++i) g[i] = scratch.jobs.ld(n % kJobs * kPreparedGranules + i);
+    for (int i = 0; i < kPreparedGranules; ++i) g[i] = scratch.prepared.ld(n % kPreparedRows * kPreparedGranules + i);
     PreparedRow out;
     memcpy(&out, g, sizeof(out));
     return out;
   }
 
-  // Jobs for the next rows that are read; or one that says that none is left.
-  KD_DEVICE void make_jobs() const {
+  // The next rows that are read, prepared; or one that says that none is left.
+  KD_DEVICE void prepare_next() const {
     arch::sync_warp();
     int64_t next = scratch.next.ld(0);
     int made = scratch.made.ld(0);
@@ -212,7 +217,7 @@ struct Cluster {
     scratch.made.st(0, made);
   }
 
-  // Has the row of the next job copied to a stage, which nobody reads any more.
+  // Has the next row that is prepared copied to a stage, which nobody reads any more.
   KD_DEVICE void feed(int stage) const {
     arch::sync_warp();
     if (arch::lane() > 0) return;
@@ -269,7 +274,7 @@ struct Cluster {
     for (int e = 0; e < E; ++e) pivots = {max_of(pivots.s, s[e]), max_of(pivots.t, t[e])};
     return pivots;
   }
-  KD_DEVICE TargetLogits<S> logits_at(const PreparedRow& x, int stage, int64_t c) const {
+  KD_DEVICE ClassLogits<S> logits_at(const PreparedRow& x, int stage, int64_t c) const {
     const StagedRow s = {scratch.s, static_cast<int64_t>(stage) * scratch.s_stage * 16 + x.s_zero};
     const StagedRow t = {scratch.t, static_cast<int64_t>(stage) * scratch.t_stage * 16 + x.t_zero};
     const S at_s = fs.get(s, c);
@@ -283,13 +288,12 @@ struct Cluster {
 
   // ---- the parts' statistics, by the first warp ----
 
-  // To all blocks of the cluster, this one included. y: the target's logits where this part has them, else 0.
-  template <class Stats>
-  KD_DEVICE void send(int slot, const Stats& stats, const Pivots<S>& pivots, const TargetLogits<S>& y) const {
+  // To all blocks of the cluster, this one included. The target's logits of a part that has them not are 0.
+  KD_DEVICE void send(int slot, const Summary<Sums, S>& part) const {
     constexpr int kMessage = ClusterScratch<Sums, S>::kMessage;
-    S fields[4 * kMessage] = {pivots.s, pivots.t, y.s, y.t};
+    S fields[4 * kMessage] = {part.pivots.s, part.pivots.t, part.s_y, part.t_y};
     KD_UNROLL
-    for (int k = 0; k < Sums::count; ++k) fields[4 + k] = stats.v[k];
+    for (int k = 0; k < Sums::count; ++k) fields[4 + k] = part.stats.v[k];
     if (arch::lane() == 0) arch::bar_expect(scratch.met, slot, blocks * kMessage * 16);
     if (arch::lane() >= blocks) return;
     KD_UNROLL
@@ -301,9 +305,8 @@ struct Cluster {
     }
   }
 
-  // The row's statistics from those of all blocks: the same bits in each of them, because each merges them by rank.
-  template <class Stats>
-  KD_DEVICE void receive(int slot, uint32_t parity, Stats& stats, Pivots<S>& pivots, TargetLogits<S>& y) const {
+  // The row's summary from those of all blocks: the same bits in each of them, because each merges them by rank.
+  KD_DEVICE void receive(int slot, uint32_t parity, Summary<Sums, S>& all) const {
     constexpr int kMessage = ClusterScratch<Sums, S>::kMessage;
     arch::bar_wait_cluster(scratch.met, slot, parity);
     const int from = arch::lane() % kMostClusterBlocks;
@@ -316,11 +319,12 @@ struct Cluster {
         for (int w = 0; w < 4; ++w) fields[4 * j + w] = as_float(g.w[w]);
       }
     }
-    pivots = {fields[0], fields[1]};
+    all.pivots = {fields[0], fields[1]};
     KD_UNROLL
-    for (int k = 0; k < Sums::count; ++k) stats.v[k] = fields[4 + k];
-    lanes_merge<Sums, kMostClusterBlocks>(scales_of<Sums>(a), stats, pivots);
-    y = {lanes_sum<kMostClusterBlocks>(fields[2]), lanes_sum<kMostClusterBlocks>(fields[3])};
+    for (int k = 0; k < Sums::count; ++k) all.stats.v[k] = fields[4 + k];
+    lanes_merge<kMostClusterBlocks>(scales_of<Sums>(a), all);
+    all.s_y = lanes_sum<kMostClusterBlocks>(fields[2]);
+    all.t_y = lanes_sum<kMostClusterBlocks>(fields[3]);
   }
 
   // The same of the sums of a second round, which are plain.
@@ -363,15 +367,13 @@ template <class Sums, class F, bool kSkewed>
 struct Meeting {
   using S = typename F::S;
   const Cluster<Sums, F, kSkewed>& c;
-  TargetLogits<S>& y;
   int stage, slot;
   uint32_t parity;
   bool again;  // the stage is still needed afterwards
-  template <class Stats>
-  KD_DEVICE void operator()(Stats& stats, Pivots<S>& pivots) const {
-    if (c.blocks > 1) c.send(slot, stats, pivots, y);
+  KD_DEVICE void operator()(Summary<Sums, S>& part) const {
+    if (c.blocks > 1) c.send(slot, part);
     if (!again) c.feed(stage);
-    if (c.blocks > 1) c.receive(slot, parity, stats, pivots, y);
+    if (c.blocks > 1) c.receive(slot, parity, part);
   }
   template <int kCount>
   KD_DEVICE void operator()(S (&sums)[kCount]) const {
@@ -394,25 +396,26 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
     const int rank = arch::thread(), size = arch::threads();
     const bool first_warp = rank < 32;
     c.begin();
-    const S factor = a.total ? reduction_factor(a, c.scratch.block.doubles) : S(1);
+    const S factor = reduction_factor(a, c.scratch.block.doubles);
     int stage = 0, slot = 0, n = 0;
     uint32_t full_parity = 0, met_parity = 0;
     for (int64_t row = c.first_row();; row += a.clusters, ++n) {
-      if (first_warp) c.make_jobs();
+      if (first_warp) c.prepare_next();
       arch::bar_wait(c.scratch.full, stage, full_parity);
       const int64_t read = c.prepared(n).row;
       for (; row < read && row < a.rows; row += a.clusters) c.skip(row);
       if (row >= a.rows) break;
 
       // The warp's maxima, which its exponentials will be relative to.
-      Pivots<S> pivots = {lowest<S>(), lowest<S>()};
+      Summary<Sums, S> part;
+      Pivots<S>& pivots = part.pivots;
       {
         const PreparedRow x = c.prepared(n);
         const Row<F> at = c.row_of(x);
         for (int i = rank; i < at.count; i += size) pivots = c.raised(pivots, x, stage, at, i);
         const int edge = first_warp ? c.edge(x, rank) : -1;
         if (edge >= 0 && edge != x.target) {
-          const TargetLogits<S> logits = c.logits_at(x, stage, edge);
+          const ClassLogits<S> logits = c.logits_at(x, stage, edge);
           pivots = {max_of(pivots.s, logits.s), max_of(pivots.t, logits.t)};
         }
       }
@@ -422,8 +425,6 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
 
       // The sums, and the exponentials that registers hold.
       Exponentials<Sums, F, kVectors> kept;
-      typename Sums::template Stats<S> stats = {};
-      TargetLogits<S> y = {0, 0};
       {
         const PreparedRow x = c.prepared(n);
         const Row<F> at = c.row_of(x);
@@ -433,74 +434,74 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
           c.logits(x, stage, at, rank + k * size, s, t);
           KD_UNROLL
           for (int e = 0; e < E; ++e)
-            add_and_keep<Sums>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t, stats, kept.x[k][e]);
+            add_and_keep<Sums>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t, part.stats, kept.x[k][e]);
         }
         for (int i = rank + kVectors * size; i < at.count; i += size) {
           c.logits(x, stage, at, i, s, t);
           KD_UNROLL
           for (int e = 0; e < E; ++e)
-            Sums::add(stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
+            Sums::add(part.stats, Sums::template exps<S>(scales_of<Sums>(a), s[e] - from_s, t[e] - from_t));
         }
         const int edge = first_warp ? c.edge(x, rank) : -1;
         if (edge >= 0) {
-          TargetLogits<S> logits = {lowest<S>(), lowest<S>()};
+          ClassLogits<S> logits = {lowest<S>(), lowest<S>()};
           if (edge != x.target) logits = c.logits_at(x, stage, edge);
           S edge_x[Sums::kept];
-          add_and_keep<Sums>(scales_of<Sums>(a), logits.s - from_s, logits.t - from_t, stats, edge_x);
+          add_and_keep<Sums>(scales_of<Sums>(a), logits.s - from_s, logits.t - from_t, part.stats, edge_x);
           KD_UNROLL
           for (int i = 0; i < Sums::kept; ++i) c.scratch.edges.st(i * kMostEdges + rank, edge_x[i]);
         }
+        // Over the blocks they are summed up: -inf in one of them where there is no target, else 0 where it is not.
+        ClassLogits<S> y = {0, 0};
         if (first_warp && x.has_target) y = c.logits_at(x, stage, x.target);
         if (x.target < 0 && c.block == 0) y = {lowest<S>(), lowest<S>()};
+        part.s_y = y.s;
+        part.t_y = y.t;
       }
       KD_UNROLL
-      for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
+      for (int k = 0; k < Sums::count; ++k) part.stats.v[k] = lanes_sum<32>(part.stats.v[k]);
 
       const bool again = (Sums::refined || a.grad.data) && c.prepared(n).count > kVectors * size;
-      const Meeting<Sums, F, kSkewed> meet = {c, y, stage, slot, met_parity, again};
-      RowGradient<Sums, S> slope;
-      double loss;
-      if constexpr (Sums::refined > 0) {
-        const auto refine = [&](RowGradient<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
-          rebase_gradient(scales_of<Sums>(a), row_slope, pivots);
-          row_slope.pivots = {from_s, from_t};
-          kept.refine(scales_of<Sums>(a), row_slope.opening, sums);
-          const PreparedRow x = c.prepared(n);
-          const Row<F> at = c.row_of(x);
-          for (int i = rank + kVectors * size; i < at.count; i += size) {
-            S s[E], t[E];
-            c.logits(x, stage, at, i, s, t);
-            refine_sums<Sums>(scales_of<Sums>(a), row_slope, s, t, sums);
-          }
-          if (!first_warp || c.edge(x, rank) < 0) return;
-          S edge_x[Sums::kept];
-          KD_UNROLL
-          for (int i = 0; i < Sums::kept; ++i) edge_x[i] = c.scratch.edges.ld(i * kMostEdges + rank);
-          Sums::template refine<S>(scales_of<Sums>(a), edge_x, row_slope.opening, sums);
-          KD_UNROLL
-          for (int i = 0; i < Sums::kept; ++i) c.scratch.edges.st(i * kMostEdges + rank, edge_x[i]);
-        };
-        loss = refine_in_block(a, c.scratch.block, y, row, c.prepared(n).weight * factor, pivots, stats, slope, refine,
-                               c.block == 0, meet);
+      const Meeting<Sums, F, kSkewed> meet = {c, stage, slot, met_parity, again};
+      RowGradient<Sums, S> gradient;
+      const auto refine = [&](RowGradient<Sums, S>& of_row, auto& sums) {
+        rebase_gradient(scales_of<Sums>(a), of_row, pivots);
+        of_row.pivots = {from_s, from_t};
+        kept.refine(scales_of<Sums>(a), of_row.opening, sums);
+        const PreparedRow x = c.prepared(n);
+        const Row<F> at = c.row_of(x);
+        for (int i = rank + kVectors * size; i < at.count; i += size) {
+          S s[E], t[E];
+          c.logits(x, stage, at, i, s, t);
+          refine_sums<Sums>(scales_of<Sums>(a), of_row, s, t, sums);
+        }
+        if (!first_warp || c.edge(x, rank) < 0) return;
+        S edge_x[Sums::kept];
+        KD_UNROLL
+        for (int i = 0; i < Sums::kept; ++i) edge_x[i] = c.scratch.edges.ld(i * kMostEdges + rank);
+        refine_kept<Sums>(scales_of<Sums>(a), of_row, edge_x, sums);
+        KD_UNROLL
+        for (int i = 0; i < Sums::kept; ++i) c.scratch.edges.st(i * kMostEdges + rank, edge_x[i]);
+      };
+      const double loss = finish_in_block(a, c.scratch.block, part, row, c.prepared(n).weight * factor, gradient,
+                                          refine, c.block == 0, meet);
+      if (Sums::refined > 0) {  // another message slot has been used
         slot ^= 1;
         met_parity ^= slot == 0;
-      } else {
-        loss = finish_in_block(a, c.scratch.block, y, row, c.prepared(n).weight * factor, pivots, stats, slope,
-                               c.block == 0, meet);
       }
       if (a.total && c.block == 0 && rank == 0) arch::store(a.sums + row, loss);
       if (a.grad.data) {
         const PreparedRow x = c.prepared(n);
         const Row<F> at = c.row_of(x);
         if constexpr (Sums::refined == 0) {
-          rebase_gradient(scales_of<Sums>(a), slope, pivots);
-          slope.pivots = {from_s, from_t};
+          rebase_gradient(scales_of<Sums>(a), gradient, pivots);
+          gradient.pivots = {from_s, from_t};
         }
-        kept.write(fs, at, rank, size, at.count, slope);
+        kept.write(fs, at, rank, size, at.count, gradient);
         for (int i = rank + kVectors * size; i < at.count; i += size) {
           S s[E], t[E];
           c.logits(x, stage, at, i, s, t);
-          write_vector<Sums>(a, fs, at, i, s, t, slope);
+          write_vector<Sums>(a, fs, at, i, s, t, gradient);
         }
         const int edge = first_warp ? c.edge(x, rank) : -1;
         if (edge >= 0) {
@@ -508,7 +509,7 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
           KD_UNROLL
           for (int i = 0; i < Sums::kept; ++i) edge_x[i] = c.scratch.edges.ld(i * kMostEdges + rank);
           fs.put(static_cast<char*>(a.grad.data) + x.row_g, edge,
-                 edge == x.target ? slope.y : Sums::gradient(edge_x, slope.c));
+                 edge == x.target ? gradient.y : Sums::gradient(edge_x, gradient.c));
         }
       }
       if (again) {

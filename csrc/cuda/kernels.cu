@@ -44,7 +44,7 @@ Args<S> arguments(const Call& c, const Plan& plan) {
   a.target = p.target;
   a.ignore_index = p.ignore_index;
   const auto& scales = a.loss.template scales<Sums>();  // scales_of() is for the device alone
-  const double steepest = std::max<double>({scales.k, scales.k_teacher(), Sums::two ? kLog2e : 0});
+  const double steepest = std::max<double>({scales.k, scales.k_teacher(), Sums::sums_at_one ? kLog2e : 0});
   // Finite, so that -inf and the margin make -inf.
   a.margin = static_cast<S>(std::min(1e30, 8 / steepest));
   a.narrow = !p.in_double();

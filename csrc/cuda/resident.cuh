@@ -152,7 +152,7 @@ lanes(KD_ARGUMENT(Args<typename F::S>) a) {
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F f(a.student);
-  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const S factor = reduction_factor(a, scratch.doubles);
   const int rank = arch::lane() % kLanes, group = arch::lane() / kLanes;
   const int64_t warp = arch::block() * (arch::threads() / 32) + arch::thread() / 32;
   const int64_t step = arch::blocks() * (arch::threads() / 32) * (32 / kLanes);
@@ -162,43 +162,38 @@ lanes(KD_ARGUMENT(Args<typename F::S>) a) {
     const bool exists = row < a.rows;
     const RowInputs<S> opened = open(a, row);
     const Row<F> at = view<Sums>(a, f, f, exists ? row : base, opened.target);
-    const TargetLogits<S> y = target_logits<Sums>(f, f, at.s, at.t, 1, 1, opened);
+    Summary<Sums, S> all;
+    load_target(all, f, f, at, opened);
     Tile<Sums, F, kVectors, kEdgeCount> tile;
     tile.load(f, at, opened.read, opened.target, rank, kLanes);
-    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
-    typename Sums::template Stats<S> known = {};
     if (a.backward) {
-      if (exists) load_row_stats<Sums>(a, row, pivots, known);
+      if (exists) load_row_stats(a, row, all);
     } else {
-      pivots = lanes_max<kLanes>(tile.top(), Sums::teacher);
+      all.pivots = lanes_max<kLanes>(tile.top(), Sums::teacher);
     }
-    auto stats = tile.sweep(scales_of<Sums>(a), pivots);
+    const auto stats = tile.sweep(scales_of<Sums>(a), all.pivots);
     KD_UNROLL
-    for (int k = 0; k < Sums::count; ++k) stats.v[k] = a.backward ? known.v[k] : lanes_sum<kLanes>(stats.v[k]);
+    for (int k = 0; k < Sums::count; ++k) all.stats.v[k] = a.backward ? all.stats.v[k] : lanes_sum<kLanes>(stats.v[k]);
     if constexpr (Sums::refined > 0) {  // before groups leave: lanes exchange
       Opening<Sums, S> opening;
-      Sums::template open<S>(scales_of<Sums>(a), stats, pivots, y.s, y.t, opening);
+      Sums::template open<S>(scales_of<Sums>(a), all, opening);
       S sums[Sums::refined] = {};
       tile.refine(scales_of<Sums>(a), opening, sums);
       KD_UNROLL
       for (int k = 0; k < Sums::refined; ++k)
-        stats.v[Sums::count + k] = a.backward ? known.v[Sums::count + k] : lanes_sum<kLanes>(sums[k]);
+        all.stats.v[Sums::count + k] = a.backward ? all.stats.v[Sums::count + k] : lanes_sum<kLanes>(sums[k]);
     }
     if (!exists) continue;
     if (!opened.read) {
-      if (rank == 0) write_nothing(a, row);
-      if (at.g) write_zero_row(f, at, rank, kLanes);
+      write_nothing(a, f, at, row, rank, kLanes);
       continue;
     }
     typename Sums::template Coef<S> coef;
-    const double loss = finish_row<Sums>(a, y, row, opened.weight * factor, pivots, stats, rank == 0, coef);
+    const double loss = finish_row(a, all, row, opened.weight * factor, rank == 0, coef);
     if (rank == 0) sum += loss;
     if (at.g) tile.write(f, at, opened.target, rank, kLanes, coef);
   }
-  if (!a.total) return;
-  sum = block_sum(scratch.doubles, sum);
-  if (arch::thread() == 0) arch::store(a.sums + arch::block(), sum);
-  total(a, scratch.doubles);
+  if (a.total) total_with(a, scratch.doubles, block_sum(scratch.doubles, sum));
 }
 
 // A block per row.
@@ -210,53 +205,45 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F f(a.student);
-  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const S factor = reduction_factor(a, scratch.doubles);
   double sum = 0;
-  for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
-    const RowInputs<S> opened = open(a, row);
-    const Row<F> at = view<Sums>(a, f, f, row, opened.target);
-    if (!opened.read) {
-      if (arch::thread() == 0) write_nothing(a, row);
-      if (at.g) write_zero_row(f, at, arch::thread(), arch::threads());
-      continue;
-    }
-    const TargetLogits<S> y = target_logits<Sums>(f, f, at.s, at.t, 1, 1, opened);
+  for (BlockRows<Sums, F> rows(a, f, f); rows.next();) {
+    const int64_t row = rows.row;
+    const RowInputs<S>& opened = rows.opened;
+    const Row<F>& at = rows.at;
+    Summary<Sums, S> part;
+    load_target(part, f, f, at, opened);
     Tile<Sums, F, kVectors, 1> tile;
     tile.load(f, at, true, opened.target, arch::thread(), arch::threads());
-    Pivots<S> pivots;
-    typename Sums::template Stats<S> stats;
     if (a.backward) {
-      load_row_stats<Sums>(a, row, pivots, stats);
-      tile.sweep(scales_of<Sums>(a), pivots);
-      if (arch::thread() >= 32) stats = {};
+      load_row_stats(a, row, part);
+      tile.sweep(scales_of<Sums>(a), part.pivots);
+      if (arch::thread() >= 32) part.stats = {};
     } else {
-      pivots = lanes_max<32>(tile.top(), Sums::teacher);
-      stats = tile.sweep(scales_of<Sums>(a), pivots);
+      part.pivots = lanes_max<32>(tile.top(), Sums::teacher);
+      part.stats = tile.sweep(scales_of<Sums>(a), part.pivots);
       KD_UNROLL
-      for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<32>(stats.v[k]);
+      for (int k = 0; k < Sums::count; ++k) part.stats.v[k] = lanes_sum<32>(part.stats.v[k]);
     }
-    RowGradient<Sums, S> slope;
-    const auto refine = [&](auto& row_slope, auto& sums) {
-      rebase_gradient(scales_of<Sums>(a), row_slope, pivots);
-      tile.refine(scales_of<Sums>(a), row_slope.opening, sums);
+    const S weight = opened.weight * factor;
+    RowGradient<Sums, S> gradient;
+    const auto refine = [&](auto& of_row, auto& sums) {
+      rebase_gradient(scales_of<Sums>(a), of_row, part.pivots);
+      tile.refine(scales_of<Sums>(a), of_row.opening, sums);
     };
-    if (!Sums::refined || a.backward) {
-      sum += finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope);
-    } else if constexpr (Sums::refined > 0) {
-      sum += refine_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, refine);
-    }
+    // One of them where there is one round: a second copy would only take registers.
+    sum += !Sums::refined || a.backward ? finish_known(a, scratch, part, row, weight, gradient)
+                                        : finish_in_block(a, scratch, part, row, weight, gradient, refine);
     if (!at.g) continue;
     if constexpr (Sums::refined > 0) {
       S unused[Sums::refined] = {};
-      if (a.backward) refine(slope, unused);
+      if (a.backward) refine(gradient, unused);
     } else {
-      rebase_gradient(scales_of<Sums>(a), slope, pivots);
+      rebase_gradient(scales_of<Sums>(a), gradient, part.pivots);
     }
-    tile.write(f, at, opened.target, arch::thread(), arch::threads(), slope);
+    tile.write(f, at, opened.target, arch::thread(), arch::threads(), gradient);
   }
-  if (!a.total) return;
-  if (arch::thread() == 0) arch::store(a.sums + arch::block(), sum);
-  total(a, scratch.doubles);
+  total_with(a, scratch.doubles, sum);
 }
 
 }  // namespace cuda

@@ -94,13 +94,13 @@ KD_DEVICE Pivots<V> lanes_max(const Pivots<V>& p, bool teacher) {
   return {s, teacher ? lanes_max<kLanes>(p.t) : s};
 }
 // From each lane's statistics, relative to its own pivots, to those of all lanes.
-template <class Sums, int kLanes, class S, class Stats>
-KD_DEVICE void lanes_merge(const typename Sums::template Scales<S>& scales, Stats& stats, Pivots<S>& pivots) {
-  const Pivots<S> all = lanes_max<kLanes>(pivots, Sums::teacher);
-  stats = Sums::template moved_to<S>(scales, stats, pivots, all);
-  pivots = all;
+template <int kLanes, class Sums, class S>
+KD_DEVICE void lanes_merge(const typename Sums::template Scales<S>& scales, Summary<Sums, S>& part) {
+  const Pivots<S> all = lanes_max<kLanes>(part.pivots, Sums::teacher);
+  part.stats = Sums::template moved_to<S>(scales, part.stats, part.pivots, all);
+  part.pivots = all;
   KD_UNROLL
-  for (int k = 0; k < Sums::count; ++k) stats.v[k] = lanes_sum<kLanes>(stats.v[k]);
+  for (int k = 0; k < Sums::count; ++k) part.stats.v[k] = lanes_sum<kLanes>(part.stats.v[k]);
 }
 
 // The shared memory of a block beside staged rows.
@@ -153,9 +153,11 @@ KD_DEVICE double block_sum(const arch::Shared<double>& doubles, double x) {
   return x;
 }
 
-// What multiplies the rows of a reduction: scale, over normalizer, over the number of rows that are not ignored.
+// What multiplies the rows of a reduction: scale, over normalizer, over the number of rows that are not ignored. 1
+// where rows are not reduced.
 template <class S>
 KD_DEVICE S reduction_factor(const Args<S>& a, const arch::Shared<double>& doubles) {
+  if (!a.total) return S(1);
   S factor = a.scale;
   if (a.normalizer) factor /= load_number(a, a.normalizer, 0);
   if (!a.mean) return factor;
@@ -182,6 +184,13 @@ KD_DEVICE void total(const Args<S>& a, const arch::Shared<double>& doubles) {
   double sum = thread_sum<double>(a.sum_count, [&](int64_t i) { return arch::load_written(a.sums + i); });
   sum = block_sum(doubles, sum);
   if (arch::thread() == 0) store_number(a, a.total, 0, static_cast<S>(sum));
+}
+// The same, with the block's own sum, which thread 0 has.
+template <class S>
+KD_DEVICE void total_with(const Args<S>& a, const arch::Shared<double>& doubles, double sum) {
+  if (!a.total) return;
+  if (arch::thread() == 0) arch::store(a.sums + arch::block(), sum);
+  total(a, doubles);
 }
 
 // ---- one row ------------------------------------------------------------------------------------------------------
@@ -239,34 +248,32 @@ KD_DEVICE void values_of(const F& fs, const F& ft, const Row<F>& row, int vector
 
 // Statistics: of a row, for the backward pass, and of a part of a row.
 template <class Sums, class S, class T>
-KD_DEVICE void load_stats(const T* from, Pivots<S>& pivots, typename Sums::template Stats<S>& stats) {
-  pivots = {arch::load(from), arch::load(from + 1)};
+KD_DEVICE void load_stats(const T* from, Summary<Sums, S>& part) {
+  part.pivots = {arch::load(from), arch::load(from + 1)};
   KD_UNROLL
-  for (int k = 0; k < kSums<Sums>; ++k) stats.v[k] = arch::load(from + stored_at<Sums>(k));
+  for (int k = 0; k < kSums<Sums>; ++k) part.stats.v[k] = arch::load(from + stored_at<Sums>(k));
 }
 template <class Sums, class S, class T>
-KD_DEVICE void store_stats(T* to, const Pivots<S>& pivots, const typename Sums::template Stats<S>& stats) {
-  arch::store(to, static_cast<T>(pivots.s));
-  arch::store(to + 1, static_cast<T>(pivots.t));
+KD_DEVICE void store_stats(T* to, const Summary<Sums, S>& part) {
+  arch::store(to, static_cast<T>(part.pivots.s));
+  arch::store(to + 1, static_cast<T>(part.pivots.t));
   KD_UNROLL
   for (int i = 2; i < kStatsWidth; ++i) {
     const int k = sum_stored_at<Sums>(i);
-    arch::store(to + i, k < 0 ? T(0) : static_cast<T>(stats.v[k < 0 ? 0 : k]));
+    arch::store(to + i, k < 0 ? T(0) : static_cast<T>(part.stats.v[k < 0 ? 0 : k]));
   }
 }
 template <class Sums, class S>
-KD_DEVICE void load_row_stats(const Args<S>& a, int64_t row, Pivots<S>& pivots,
-                              typename Sums::template Stats<S>& stats) {
+KD_DEVICE void load_row_stats(const Args<S>& a, int64_t row, Summary<Sums, S>& known) {
   if constexpr (sizeof(S) == 8)
-    if (a.narrow) return load_stats<Sums>(static_cast<const float*>(a.stats_in) + row * kStatsWidth, pivots, stats);
-  load_stats<Sums>(static_cast<const S*>(a.stats_in) + row * kStatsWidth, pivots, stats);
+    if (a.narrow) return load_stats(static_cast<const float*>(a.stats_in) + row * kStatsWidth, known);
+  load_stats(static_cast<const S*>(a.stats_in) + row * kStatsWidth, known);
 }
 template <class Sums, class S>
-KD_DEVICE void store_row_stats(const Args<S>& a, int64_t row, const Pivots<S>& pivots,
-                               const typename Sums::template Stats<S>& stats) {
+KD_DEVICE void store_row_stats(const Args<S>& a, int64_t row, const Summary<Sums, S>& all) {
   if constexpr (sizeof(S) == 8)
-    if (a.narrow) return store_stats<Sums>(static_cast<float*>(a.stats_out) + row * kStatsWidth, pivots, stats);
-  store_stats<Sums>(static_cast<S*>(a.stats_out) + row * kStatsWidth, pivots, stats);
+    if (a.narrow) return store_stats(static_cast<float*>(a.stats_out) + row * kStatsWidth, all);
+  store_stats(static_cast<S*>(a.stats_out) + row * kStatsWidth, all);
 }
 
 // Nothing learned from a row that is not read.
@@ -280,40 +287,39 @@ KD_DEVICE void write_nothing(const Args<S>& a, int64_t row) {
     if (a.stats_out) store_number(a, a.stats_out, row * kStatsWidth + k, S(0));
 }
 
-// The logits of the target; -inf without one. Asked for before the row is summed up, so that nobody waits for them.
-template <class S>
-struct TargetLogits {
-  S s, t;
-};
+// The logits of the target. Asked for before the row is summed up, so that nobody waits for them.
 template <class Sums, class F, class S>
-KD_DEVICE TargetLogits<S> target_logits(const F& fs, const F& ft, const char* s, const char* t, int64_t s_step,
-                                        int64_t t_step, const RowInputs<S>& open) {
-  TargetLogits<S> out = {lowest<S>(), lowest<S>()};
-  if (!open.read || open.target < 0) return out;
-  out.s = fs.get(s, open.target * s_step);
-  if (Sums::teacher) out.t = ft.get(t, open.target * t_step);
-  return out;
+KD_DEVICE void load_target(Summary<Sums, S>& all, const F& fs, const F& ft, const char* s, const char* t,
+                           int64_t s_step, int64_t t_step, const RowInputs<S>& open) {
+  if (!open.read || open.target < 0) return;
+  all.s_y = fs.get(s, open.target * s_step);
+  if (Sums::teacher) all.t_y = ft.get(t, open.target * t_step);
+}
+template <class Sums, class F, class S>
+KD_DEVICE void load_target(Summary<Sums, S>& all, const F& fs, const F& ft, const Row<F>& row,
+                           const RowInputs<S>& open) {
+  load_target(all, fs, ft, row.s, row.t, 1, 1, open);
 }
 
 // The row's loss times its weight, as part of a sum, and its coefficients. writes: in one thread of the team.
-template <class Sums, class S, class Stats, class Coef>
-KD_DEVICE double finish_row(const Args<S>& a, const TargetLogits<S>& y, int64_t row, S weight, const Pivots<S>& pivots,
-                            const Stats& stats, bool writes, Coef& coef) {
+template <class Sums, class S, class Coef>
+KD_DEVICE double finish_row(const Args<S>& a, const Summary<Sums, S>& all, int64_t row, S weight, bool writes,
+                            Coef& coef) {
   S g[kMostValues], loss[kMostValues] = {};
   KD_UNROLL
   for (int k = 0; k < kMostValues; ++k) {
     g[k] = weight;
     if (a.upstream && k < a.loss.outputs) g[k] *= load_number(a, a.upstream, k * a.rows + row);
   }
-  a.loss.template finish<Sums>(stats, pivots, y.s, y.t, g, loss, coef);
+  a.loss.finish(all, g, loss, coef);
   if (!writes || a.backward) return 0;
-  const S nan = nan_of<Sums>(stats, y.s, y.t);
+  const S nan = nan_of(all);
   KD_UNROLL
   for (int k = 0; k < kMostValues; ++k) loss[k] += nan;
   KD_UNROLL
   for (int k = 0; k < kMostValues; ++k)
     if (a.losses && k < a.loss.outputs) store_number(a, a.losses, k * a.rows + row, loss[k] * g[k]);
-  if (a.stats_out) store_row_stats<Sums>(a, row, pivots, stats);
+  if (a.stats_out) store_row_stats(a, row, all);
   if (Sums::has_parts && a.parts_out) {
     const S own = open(a, row).weight;  // without what multiplies the rows of a reduction
     store_number(a, a.parts_out, row, loss[1] * own);
@@ -333,48 +339,55 @@ struct RowGradient {
   Opening<Sums, S> opening;
 };
 
-// Makes a slope fit exponentials relative to other pivots.
+// Makes a gradient fit exponentials relative to other pivots.
 template <class Sums, class S>
-KD_DEVICE void rebase_gradient(const typename Sums::template Scales<S>& scales, RowGradient<Sums, S>& slope,
+KD_DEVICE void rebase_gradient(const typename Sums::template Scales<S>& scales, RowGradient<Sums, S>& gradient,
                                const Pivots<S>& to) {
   if constexpr (Sums::refined > 0)
-    Sums::rebase(scales, slope.opening, slope.pivots, to);
+    Sums::rebase(scales, gradient.opening, gradient.pivots, to);
   else
-    Sums::rebase(scales, slope, slope.pivots, to);
+    Sums::rebase(scales, gradient, gradient.pivots, to);
 }
 
-// A class in the second round, from its logits.
+// A class in the second round, from what is kept of it.
 template <class Sums, class S>
-KD_DEVICE void refine_at(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& slope, S s, S t,
-                         S (&e)[Sums::kept], S (&sums)[Sums::refined]) {
-  const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
+KD_DEVICE void refine_kept(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& gradient,
+                           S (&e)[Sums::kept], S (&sums)[Sums::refined]) {
+  Sums::template refine<S>(scales, e, gradient.opening, sums);
+}
+// And from its logits.
+template <class Sums, class S>
+KD_DEVICE void refine_at(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& gradient, S s,
+                         S t, S (&e)[Sums::kept], S (&sums)[Sums::refined]) {
+  const auto x = Sums::template exps<S>(scales, s - gradient.pivots.s, t - gradient.pivots.t);
   KD_UNROLL
   for (int k = 0; k < Sums::kept; ++k) e[k] = x.e[k];
-  Sums::template refine<S>(scales, e, slope.opening, sums);
+  refine_kept<Sums>(scales, gradient, e, sums);
 }
 // Several classes, for their sums alone.
 template <class Sums, int kCount, class S>
-KD_DEVICE void refine_sums(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& slope,
+KD_DEVICE void refine_sums(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& gradient,
                            const S (&s)[kCount], const S (&t)[kCount], S (&sums)[Sums::refined]) {
   KD_UNROLL
   for (int i = 0; i < kCount; ++i) {
     S e[Sums::kept];
-    refine_at<Sums>(scales, slope, s[i], t[i], e, sums);
+    refine_at<Sums>(scales, gradient, s[i], t[i], e, sums);
   }
 }
 
 template <class Sums, class S>
-KD_DEVICE S slope_at(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& slope, S s, S t) {
+KD_DEVICE S gradient_at(const typename Sums::template Scales<S>& scales, const RowGradient<Sums, S>& gradient, S s,
+                        S t) {
   S e[Sums::kept];
   if constexpr (Sums::refined > 0) {
     S unused[Sums::refined] = {};
-    refine_at<Sums>(scales, slope, s, t, e, unused);
+    refine_at<Sums>(scales, gradient, s, t, e, unused);
   } else {
-    const auto x = Sums::template exps<S>(scales, s - slope.pivots.s, t - slope.pivots.t);
+    const auto x = Sums::template exps<S>(scales, s - gradient.pivots.s, t - gradient.pivots.t);
     KD_UNROLL
     for (int k = 0; k < Sums::kept; ++k) e[k] = x.e[k];
   }
-  return Sums::gradient(e, slope.c);
+  return Sums::gradient(e, gradient.c);
 }
 
 template <class F>
@@ -395,97 +408,102 @@ KD_DEVICE void write_zero_row(const F& f, const Row<F>& row, int rank, int size)
   write_zero_edges(f, row, rank, size);
 }
 
+// Nothing learned from a row that is not read, and its gradient, by a team of threads.
+template <class F, class S>
+KD_DEVICE void write_nothing(const Args<S>& a, const F& f, const Row<F>& at, int64_t row, int rank, int size) {
+  if (rank == 0) write_nothing(a, row);
+  if (at.g) write_zero_row(f, at, rank, size);
+}
+
+// The rows that a block takes in turn: `while (rows.next())` stops at those that are read and writes the others off.
+template <class Sums, class F>
+struct BlockRows {
+  using S = typename F::S;
+  const Args<S>& a;
+  const F &fs, &ft;
+  int64_t row;
+  RowInputs<S> opened;
+  Row<F> at;
+
+  KD_DEVICE BlockRows(const Args<S>& args, const F& s, const F& t)
+      : a(args), fs(s), ft(t), row(arch::block() - arch::blocks()), opened{}, at{} {}
+  KD_DEVICE bool next() {
+    for (row += arch::blocks(); row < a.rows; row += arch::blocks()) {
+      opened = open(a, row);
+      at = view<Sums>(a, fs, ft, row, opened.target);
+      if (opened.read) return true;
+      write_nothing(a, fs, at, row, arch::thread(), arch::threads());
+    }
+    return false;
+  }
+};
+
 // ---- a row in warps -----------------------------------------------------------------------------------------------
 
 // From each warp's statistics to those of the block, in the first warp. The others get nothing. The sums of a second
 // round, which the first warp has of a row in a backward pass, stay what they are.
-template <class Sums, class S, class Stats>
-KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, Stats& stats, Pivots<S>& pivots) {
+template <class Sums, class S>
+KD_DEVICE void warps_merge(const Args<S>& a, const Scratch<Sums, S>& scratch, Summary<Sums, S>& part) {
   constexpr int kFields = Scratch<Sums, S>::kFields;
   const int warps = arch::threads() / 32, warp = arch::thread() / 32, lane = arch::lane();
   if (warps == 1) return;
   if (lane == 0) {
-    scratch.warps.st(warp * kFields, pivots.s);
-    scratch.warps.st(warp * kFields + 1, pivots.t);
+    scratch.warps.st(warp * kFields, part.pivots.s);
+    scratch.warps.st(warp * kFields + 1, part.pivots.t);
     KD_UNROLL
-    for (int k = 0; k < Sums::count; ++k) scratch.warps.st(warp * kFields + 2 + k, stats.v[k]);
+    for (int k = 0; k < Sums::count; ++k) scratch.warps.st(warp * kFields + 2 + k, part.stats.v[k]);
   }
   arch::sync_block();
   if (warp > 0) return;
-  const Stats known = stats;
-  pivots = {lowest<S>(), lowest<S>()};
-  stats = {};
-  if (lane < warps) {
-    pivots = {scratch.warps.ld(lane * kFields), scratch.warps.ld(lane * kFields + 1)};
-    KD_UNROLL
-    for (int k = 0; k < Sums::count; ++k) stats.v[k] = scratch.warps.ld(lane * kFields + 2 + k);
-  }
-  lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
+  part.pivots = {lowest<S>(), lowest<S>()};
   KD_UNROLL
-  for (int k = Sums::count; k < kSums<Sums>; ++k) stats.v[k] = known.v[k];
+  for (int k = 0; k < Sums::count; ++k) part.stats.v[k] = 0;
+  if (lane < warps) {
+    part.pivots = {scratch.warps.ld(lane * kFields), scratch.warps.ld(lane * kFields + 1)};
+    KD_UNROLL
+    for (int k = 0; k < Sums::count; ++k) part.stats.v[k] = scratch.warps.ld(lane * kFields + 2 + k);
+  }
+  const auto known = part.stats;  // moving the others loses the second round's
+  lanes_merge<32>(scales_of<Sums>(a), part);
+  KD_UNROLL
+  for (int k = Sums::count; k < kSums<Sums>; ++k) part.stats.v[k] = known.v[k];
 }
 
-struct Alone {
-  template <class Stats, class S>
-  KD_DEVICE void operator()(Stats&, Pivots<S>&) const {}
-  template <class S, int kCount>
-  KD_DEVICE void operator()(S (&)[kCount]) const {}  // the sums of a second round
-};
-
-// What opens the second round of a row whose statistics the first warp has, from its first lane to all threads.
-template <class Sums, class S, class Stats>
-KD_DEVICE void put_opening(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                           const Pivots<S>& pivots, const Stats& stats) {
-  Opening<Sums, S> opening;
-  Sums::template open<S>(scales_of<Sums>(a), stats, pivots, y.s, y.t, opening);
-  KD_UNROLL
-  for (int k = 0; k < Sums::kept && arch::lane() == 0; ++k) scratch.results.st(Sums::coefs + 3 + k, opening.c[k]);
+// What the first warp knows of a row, from its first lane to all threads: its pivots and what opens its second round,
+// and its coefficients. Between put and get there is a barrier.
+template <class Sums, class S>
+KD_DEVICE void put_opening(const Args<S>& a, const Scratch<Sums, S>& scratch, const Summary<Sums, S>& all) {
+  if constexpr (Sums::refined > 0) {
+    Opening<Sums, S> opening;
+    Sums::template open<S>(scales_of<Sums>(a), all, opening);
+    KD_UNROLL
+    for (int k = 0; k < Sums::kept && arch::lane() == 0; ++k) scratch.results.st(Sums::coefs + 3 + k, opening.c[k]);
+  }
+  if (arch::lane() > 0) return;
+  scratch.results.st(Sums::coefs + 1, usable(all.pivots.s));
+  scratch.results.st(Sums::coefs + 2, usable(all.pivots.t));
 }
 template <class Sums, class S>
-KD_DEVICE void get_opening(const Scratch<Sums, S>& scratch, RowGradient<Sums, S>& slope) {
-  KD_UNROLL
-  for (int k = 0; k < Sums::kept; ++k) slope.opening.c[k] = scratch.results.ld(Sums::coefs + 3 + k);
-}
-
-// From the statistics of a block, in the first warp, to the row's coefficients, known to all threads, relative to the
-// row's pivots. Before it the first warp calls `meet` with the block's statistics, for a row in several blocks;
-// `writes` in one of these. Ends with every thread past a barrier after which nobody reads the warps' statistics again.
-template <class Sums, class S, class Stats, class Meet = Alone>
-KD_DEVICE double finish_merged(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y, int64_t row,
-                               S weight, Pivots<S> pivots, Stats stats, RowGradient<Sums, S>& slope, bool writes = true,
-                               const Meet& meet = Meet()) {
-  double loss = 0;
-  if (arch::thread() < 32) {
-    meet(stats, pivots);
-    const bool first = arch::lane() == 0;
-    typename Sums::template Coef<S> coef;
-    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, first && writes, coef);
-    if constexpr (Sums::refined > 0) put_opening<Sums>(a, scratch, y, pivots, stats);
-    if (first) {
-      KD_UNROLL
-      for (int k = 0; k < Sums::coefs; ++k) scratch.results.st(k, coef.c[k]);
-      scratch.results.st(Sums::coefs, coef.y);
-      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
-      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
-    }
+KD_DEVICE void get_opening(const Scratch<Sums, S>& scratch, RowGradient<Sums, S>& gradient) {
+  if constexpr (Sums::refined > 0) {
+    KD_UNROLL
+    for (int k = 0; k < Sums::kept; ++k) gradient.opening.c[k] = scratch.results.ld(Sums::coefs + 3 + k);
   }
-  arch::sync_block();
-  KD_UNROLL
-  for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = scratch.results.ld(k);
-  slope.y = scratch.results.ld(Sums::coefs);
-  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
-  if constexpr (Sums::refined > 0) get_opening(scratch, slope);
-  if (arch::threads() == 32) arch::sync_block();  // the next row's results may come before another barrier
-  return loss;
+  gradient.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
 }
-
-// The same from each warp's statistics: the first round's, or, for a backward pass, all of them in the first warp.
-template <class Sums, class S, class Stats, class Meet = Alone>
-KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, RowGradient<Sums, S>& slope,
-                                 bool writes = true, const Meet& meet = Meet()) {
-  warps_merge<Sums>(a, scratch, stats, pivots);
-  return finish_merged(a, scratch, y, row, weight, pivots, stats, slope, writes, meet);
+template <class Sums, class S, class Coef>
+KD_DEVICE void put_coefficients(const Scratch<Sums, S>& scratch, const Coef& coef) {
+  if (arch::lane() > 0) return;
+  KD_UNROLL
+  for (int k = 0; k < Sums::coefs; ++k) scratch.results.st(k, coef.c[k]);
+  scratch.results.st(Sums::coefs, coef.y);
+}
+template <class Sums, class S>
+KD_DEVICE void get_coefficients(const Scratch<Sums, S>& scratch, RowGradient<Sums, S>& gradient) {
+  KD_UNROLL
+  for (int k = 0; k < Sums::coefs; ++k) gradient.c[k] = scratch.results.ld(k);
+  gradient.y = scratch.results.ld(Sums::coefs);
+  if (arch::threads() == 32) arch::sync_block();  // the next row's results may come before another barrier
 }
 
 // From each warp's sums of a second round to those of the block, in the first warp.
@@ -504,46 +522,66 @@ KD_DEVICE void warps_sum(const Scratch<Sums, S>& scratch, S (&sums)[Sums::refine
     sums[k] = lanes_sum<32>(lane < warps ? scratch.warps.ld(lane * Sums::refined + k) : S(0));
 }
 
-// As finish_in_block, with the second round in it: refine(slope, sums) gives that of the thread's classes, from opening
-// and pivots of the row. The first warp also calls `meet` with the sums of the block.
-template <class Sums, class S, class Stats, class Refine, class Meet = Alone>
-KD_DEVICE double refine_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, const TargetLogits<S>& y,
-                                 int64_t row, S weight, Pivots<S> pivots, Stats stats, RowGradient<Sums, S>& slope,
-                                 const Refine& refine, bool writes = true, const Meet& meet = Meet()) {
-  warps_merge<Sums>(a, scratch, stats, pivots);
-  if (arch::thread() < 32) {
-    meet(stats, pivots);
-    put_opening<Sums>(a, scratch, y, pivots, stats);
-    if (arch::lane() == 0) {
-      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
-      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
-    }
-  }
-  arch::sync_block();  // from here on nobody reads the warps' statistics
-  get_opening(scratch, slope);
-  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
-  S sums[Sums::refined] = {};
-  refine(slope, sums);
-  warps_sum<Sums>(scratch, sums);
+// A block's row, or its part of one, finished: known to all threads are then its coefficients, relative to its pivots.
+// part: each warp's own summary, or, where all of the row is known (a backward pass), the first warp's.
+
+// What a row in several blocks does between them: the first warp calls it with its block's summary and with the sums of
+// the second round, to have those of the row.
+struct Alone {
+  template <class T>
+  KD_DEVICE void operator()(T&) const {}
+};
+
+template <class Sums, class S, class Meet = Alone>
+KD_DEVICE double finish_known(const Args<S>& a, const Scratch<Sums, S>& scratch, Summary<Sums, S> part, int64_t row,
+                              S weight, RowGradient<Sums, S>& gradient, bool writes = true, const Meet& meet = Meet()) {
+  warps_merge(a, scratch, part);
   double loss = 0;
   if (arch::thread() < 32) {
-    meet(sums);
-    KD_UNROLL
-    for (int k = 0; k < Sums::refined; ++k) stats.v[Sums::count + k] = sums[k];
+    meet(part);
     typename Sums::template Coef<S> coef;
-    loss = finish_row<Sums>(a, y, row, weight, pivots, stats, arch::lane() == 0 && writes, coef);
-    if (arch::lane() == 0) {
-      KD_UNROLL
-      for (int k = 0; k < Sums::coefs; ++k) scratch.results.st(k, coef.c[k]);
-      scratch.results.st(Sums::coefs, coef.y);
-    }
+    loss = finish_row(a, part, row, weight, arch::lane() == 0 && writes, coef);
+    put_opening(a, scratch, part);
+    put_coefficients(scratch, coef);
   }
   arch::sync_block();
-  KD_UNROLL
-  for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = scratch.results.ld(k);
-  slope.y = scratch.results.ld(Sums::coefs);
-  if (arch::threads() == 32) arch::sync_block();
+  get_opening(scratch, gradient);
+  get_coefficients(scratch, gradient);
   return loss;
+}
+
+// With the second round in it, where the loss has one: refine(gradient, sums) gives that of the thread's classes, from
+// opening and pivots of the row. writes: whether this block does.
+template <class Sums, class S, class Refine, class Meet = Alone>
+KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, Summary<Sums, S> part, int64_t row,
+                                 S weight, RowGradient<Sums, S>& gradient, const Refine& refine, bool writes = true,
+                                 const Meet& meet = Meet()) {
+  if constexpr (Sums::refined == 0) {
+    return finish_known(a, scratch, part, row, weight, gradient, writes, meet);
+  } else {
+    warps_merge(a, scratch, part);
+    if (arch::thread() < 32) {
+      meet(part);
+      put_opening(a, scratch, part);
+    }
+    arch::sync_block();  // from here on nobody reads the warps' statistics
+    get_opening(scratch, gradient);
+    S sums[Sums::refined] = {};
+    refine(gradient, sums);
+    warps_sum<Sums>(scratch, sums);
+    double loss = 0;
+    if (arch::thread() < 32) {
+      meet(sums);
+      KD_UNROLL
+      for (int k = 0; k < Sums::refined; ++k) part.stats.v[Sums::count + k] = sums[k];
+      typename Sums::template Coef<S> coef;
+      loss = finish_row(a, part, row, weight, arch::lane() == 0 && writes, coef);
+      put_coefficients(scratch, coef);
+    }
+    arch::sync_block();
+    get_coefficients(scratch, gradient);
+    return loss;
+  }
 }
 
 // ---- running statistics -------------------------------------------------------------------------------------------
@@ -551,11 +589,9 @@ KD_DEVICE double refine_in_block(const Args<S>& a, const Scratch<Sums, S>& scrat
 // One thread's statistics of logits that arrive in order. The pivots are what the first logits make them; they follow
 // when a logit rises so far above them that sums would lose their scale, hardly ever after the first vector.
 template <class Sums, class S>
-struct Running {
-  Pivots<S> pivots;
-  typename Sums::template Stats<S> stats;
-
-  KD_DEVICE Running() : pivots{lowest<S>(), lowest<S>()}, stats{} {}
+struct Running : Summary<Sums, S> {
+  using Summary<Sums, S>::pivots;
+  using Summary<Sums, S>::stats;
 
   template <int kCount>
   KD_DEVICE void add(const Args<S>& a, const S (&s)[kCount], const S (&t)[kCount]) {

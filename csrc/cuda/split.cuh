@@ -36,21 +36,20 @@ split_stats(KD_ARGUMENT(Args<typename F::S>) a) {
     stride.each(fs, ft, at, i, size, end,
                 [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
   }
-  lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
-  warps_merge<Sums>(a, scratch, running.stats, running.pivots);
-  if (rank == 0) store_stats<Sums>(a.split_stats + arch::block() * kStatsWidth, running.pivots, running.stats);
+  lanes_merge<32, Sums>(scales_of<Sums>(a), running);
+  warps_merge<Sums>(a, scratch, running);
+  if (rank == 0) store_stats<Sums>(a.split_stats + arch::block() * kStatsWidth, running);
 }
 
 // The row's statistics from those of its parts, by the first warp.
-template <class Sums, class S, class Stats>
-KD_DEVICE void parts_merge(const Args<S>& a, int64_t in_wave, Stats& stats, Pivots<S>& pivots) {
+template <class Sums, class S>
+KD_DEVICE void parts_merge(const Args<S>& a, int64_t in_wave, Summary<Sums, S>& all) {
   for (int n = arch::thread(); n < a.parts; n += 32) {
-    Pivots<S> part_pivots;
-    typename Sums::template Stats<S> part_sums;
-    load_stats<Sums>(a.split_stats + (in_wave * a.parts + n) * kStatsWidth, part_pivots, part_sums);
-    merge<Sums>(scales_of<Sums>(a), stats, pivots, part_sums, part_pivots);
+    Summary<Sums, S> part;
+    load_stats(a.split_stats + (in_wave * a.parts + n) * kStatsWidth, part);
+    merge(scales_of<Sums>(a), all, part);
   }
-  lanes_merge<Sums, 32>(scales_of<Sums>(a), stats, pivots);
+  lanes_merge<32>(scales_of<Sums>(a), all);
 }
 
 // The second round of one part of a row, between the other two launches.
@@ -70,31 +69,25 @@ split_refined(KD_ARGUMENT(Args<typename F::S>) a) {
   const RowInputs<S> opened = open(a, row);
   if (!opened.read) return;
   const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
-  const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
+  Summary<Sums, S> all;
+  load_target(all, fs, ft, at, opened);
   const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
   if (rank < 32) {
-    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
-    typename Sums::template Stats<S> stats = {};
-    parts_merge<Sums>(a, in_wave, stats, pivots);
-    put_opening<Sums>(a, scratch, y, pivots, stats);
-    if (rank == 0) {
-      scratch.results.st(Sums::coefs + 1, usable(pivots.s));
-      scratch.results.st(Sums::coefs + 2, usable(pivots.t));
-    }
+    parts_merge(a, in_wave, all);
+    put_opening(a, scratch, all);
   }
   arch::sync_block();
-  RowGradient<Sums, S> slope;
-  get_opening(scratch, slope);
-  slope.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
+  RowGradient<Sums, S> gradient;
+  get_opening(scratch, gradient);
   S sums[Sums::refined] = {};
   for (int i = begin + rank; i < end; i += U * size) {
     Stride<Sums, F, U, true, false> stride;
     stride.fetch(fs, ft, at, i, size, end);
     stride.each(fs, ft, at, i, size, end, [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
-      refine_sums<Sums>(scales_of<Sums>(a), slope, s, t, sums);
+      refine_sums<Sums>(scales_of<Sums>(a), gradient, s, t, sums);
     });
   }
-  if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, slope, sums);
+  if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, gradient, sums);
   warps_sum<Sums>(scratch, sums);
   static_assert(Sums::refined <= kMostRefined, "scratch has room for them");
   KD_UNROLL
@@ -112,7 +105,7 @@ split_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
-  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const S factor = reduction_factor(a, scratch.doubles);
   const int rank = arch::thread(), size = arch::threads(), parts = a.grad.data ? a.parts : 1;
   const int64_t from_end = arch::blocks() - 1 - arch::block(), in_wave = from_end / parts, row = a.first_row + in_wave;
   const int part = static_cast<int>(from_end - in_wave * parts);
@@ -121,37 +114,36 @@ split_gradient(KD_ARGUMENT(Args<typename F::S>) a) {
   const int begin = part * a.part_vectors, end = begin + a.part_vectors < at.count ? begin + a.part_vectors : at.count;
   double sum = 0;
   if (opened.read) {
-    const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
+    Summary<Sums, S> all;
+    load_target(all, fs, ft, at, opened);
     // The last stride, which comes first, is on its way while the row is finished.
     const int strides = end > begin ? (end - begin + U * size - 1) / (U * size) : 0;
     int i = begin + (strides - 1) * U * size + rank;
     Stride<Sums, F, U, true, true> stride;
     if (at.g && strides) stride.fetch(fs, ft, at, i, size, end);
-    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
-    typename Sums::template Stats<S> stats = {};
     if (rank < 32 && a.backward) {
-      load_row_stats<Sums>(a, row, pivots, stats);
+      load_row_stats(a, row, all);
     } else if (rank < 32) {
-      parts_merge<Sums>(a, in_wave, stats, pivots);
+      parts_merge(a, in_wave, all);
       KD_UNROLL
       for (int k = 0; k < Sums::refined; ++k) {
         S sum_of_lane = 0;
         KD_ROLL
         for (int n = rank; n < a.parts; n += 32)
           sum_of_lane += arch::load(a.split_refined + (in_wave * a.parts + n) * kMostRefined + k);
-        stats.v[Sums::count + k] = lanes_sum<32>(sum_of_lane);
+        all.stats.v[Sums::count + k] = lanes_sum<32>(sum_of_lane);
       }
     }
-    RowGradient<Sums, S> slope;
-    sum = finish_in_block(a, scratch, y, row, opened.weight * factor, pivots, stats, slope, part == 0);
+    RowGradient<Sums, S> gradient;
+    sum = finish_known(a, scratch, all, row, opened.weight * factor, gradient, part == 0);
     for (int n = strides - 1; at.g && n >= 0; --n) {
       stride.each(fs, ft, at, i, size, end, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
-        write_vector<Sums>(a, fs, at, vector, s, t, slope);
+        write_vector<Sums>(a, fs, at, vector, s, t, gradient);
       });
       i -= U * size;
       if (n > 0) stride.fetch(fs, ft, at, i, size, end);
     }
-    if (at.g && part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
+    if (at.g && part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, gradient);
   } else {
     if (rank == 0 && part == 0) write_nothing(a, row);
     if (at.g) {

@@ -45,7 +45,7 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
   };
 
   for (int n = 0; n < mine(opened, at); ++n) copy(at, n, slot(n));
-  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const S factor = reduction_factor(a, scratch.doubles);
   double sum = 0;
   for (; row < a.rows; row += arch::blocks()) {
     arch::copy_commit();
@@ -60,44 +60,38 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
 
     if (opened.read) {
       Running<Sums, S> running;
-      const TargetLogits<S> y = target_logits<Sums>(f, f, at.s, at.t, 1, 1, opened);
+      load_target<Sums>(running, f, f, at, opened);
       Edge<Sums, F>(f, f, at, opened.target, rank).add(a, running);
       for (int n = 0; n < here; ++n) {
         S s[E], t[E];
         values(n, s, t);
         running.add(a, s, t);
       }
-      lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
-      RowGradient<Sums, S> slope;
-      if constexpr (Sums::refined > 0) {
-        const auto refine = [&](const RowGradient<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
-          for (int n = 0; n < here; ++n) {
-            S s[E], t[E];
-            values(n, s, t);
-            refine_sums<Sums>(scales_of<Sums>(a), row_slope, s, t, sums);
-          }
-          Edge<Sums, F>(f, f, at, opened.target, rank).refine(a, row_slope, sums);
-        };
-        sum +=
-            refine_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope, refine);
-      } else {
-        sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
-      }
+      lanes_merge<32, Sums>(scales_of<Sums>(a), running);
+      RowGradient<Sums, S> gradient;
+      const auto refine = [&](const RowGradient<Sums, S>& of_row, auto& sums) {
+        for (int n = 0; n < here; ++n) {
+          S s[E], t[E];
+          values(n, s, t);
+          refine_sums<Sums>(scales_of<Sums>(a), of_row, s, t, sums);
+        }
+        Edge<Sums, F>(f, f, at, opened.target, rank).refine(a, of_row, sums);
+      };
+      sum += finish_in_block<Sums>(a, scratch, running, row, opened.weight * factor, gradient, refine);
       if (at.g) {
         for (int n = 0; n < here; ++n) {
           S s[E], t[E];
           values(n, s, t);
-          write_vector<Sums>(a, f, at, at.first + rank + n * size, s, t, slope);
+          write_vector<Sums>(a, f, at, at.first + rank + n * size, s, t, gradient);
           if (begun < coming) {
             copy(next, begun, slot(begin + n));
             ++begun;
           }
         }
-        Edge<Sums, F>(f, f, at, opened.target, rank).write(a, f, at, opened.target, slope);
+        Edge<Sums, F>(f, f, at, opened.target, rank).write(a, f, at, opened.target, gradient);
       }
     } else {
-      if (rank == 0) write_nothing(a, row);
-      if (at.g) write_zero_row(f, at, rank, size);
+      write_nothing(a, f, at, row, rank, size);
     }
     // What is left of the next row goes where this row was: behind it, around the ring.
     begin = begin + here < slots ? begin + here : begin + here - slots;
@@ -105,9 +99,7 @@ staged(KD_ARGUMENT(Args<typename F::S>) a) {
     opened = next_opened;
     at = next;
   }
-  if (!a.total) return;
-  if (rank == 0) arch::store(a.sums + arch::block(), sum);
-  total(a, scratch.doubles);
+  total_with(a, scratch.doubles, sum);
 }
 
 }  // namespace cuda

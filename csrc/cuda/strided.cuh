@@ -20,7 +20,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
-  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const S factor = reduction_factor(a, scratch.doubles);
   const int64_t s_step = a.student.class_stride, t_step = a.teacher.class_stride, g_step = a.grad.class_stride;
   double sum = 0;
   for (int64_t row = arch::block() * arch::threads() + arch::thread(); row < a.rows;
@@ -48,11 +48,10 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
         t[k] = Sums::teacher && there ? ft.get(t_row, (c + k) * t_step) : s[k];
       }
     };
-    const TargetLogits<S> y = target_logits<Sums>(fs, ft, s_row, t_row, s_step, t_step, opened);
-    Pivots<S> pivots = {lowest<S>(), lowest<S>()};
-    typename Sums::template Stats<S> stats = {};
+    Summary<Sums, S> all;
+    load_target(all, fs, ft, s_row, t_row, s_step, t_step, opened);
     if (a.backward) {
-      load_row_stats<Sums>(a, row, pivots, stats);
+      load_row_stats(a, row, all);
     } else {
       Running<Sums, S> running;
       for (int64_t from = 0; from < a.classes; from += kChunk) {
@@ -62,29 +61,29 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
           fetch(c, s, t);
           running.add(a, s, t);
         }
-        merge<Sums>(scales_of<Sums>(a), stats, pivots, running.stats, running.pivots);
+        merge<Sums, S>(scales_of<Sums>(a), all, running);
       }
     }
-    RowGradient<Sums, S> slope;
-    slope.pivots = {usable(pivots.s), usable(pivots.t)};
+    RowGradient<Sums, S> gradient;
+    gradient.pivots = {usable(all.pivots.s), usable(all.pivots.t)};
     if constexpr (Sums::refined > 0) {
-      Sums::template open<S>(scales_of<Sums>(a), stats, pivots, y.s, y.t, slope.opening);
+      Sums::template open<S>(scales_of<Sums>(a), all, gradient.opening);
       for (int64_t from = 0; from < a.classes && !a.backward; from += kChunk) {
         S sums[Sums::refined] = {};
         for (int64_t c = from; c < from + kChunk && c < a.classes; c += U) {
           S s[U], t[U];
           fetch(c, s, t);
-          refine_sums<Sums>(scales_of<Sums>(a), slope, s, t, sums);
+          refine_sums<Sums>(scales_of<Sums>(a), gradient, s, t, sums);
         }
         KD_UNROLL
-        for (int k = 0; k < Sums::refined; ++k) stats.v[Sums::count + k] += sums[k];
+        for (int k = 0; k < Sums::refined; ++k) all.stats.v[Sums::count + k] += sums[k];
       }
     }
     typename Sums::template Coef<S> coef;
-    sum += finish_row<Sums>(a, y, row, opened.weight * factor, pivots, stats, true, coef);
+    sum += finish_row(a, all, row, opened.weight * factor, true, coef);
     if (!g_row) continue;
     KD_UNROLL
-    for (int k = 0; k < Sums::coefs; ++k) slope.c[k] = coef.c[k];
+    for (int k = 0; k < Sums::coefs; ++k) gradient.c[k] = coef.c[k];
     for (int64_t c = 0; c < a.classes; c += U) {
       S s[U], t[U];
       fetch(c, s, t);
@@ -92,13 +91,10 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
       for (int k = 0; k < U; ++k)
         if (c + k < a.classes)
           fs.put(g_row, (c + k) * g_step,
-                 c + k == opened.target ? coef.y : slope_at<Sums>(scales_of<Sums>(a), slope, s[k], t[k]));
+                 c + k == opened.target ? coef.y : gradient_at<Sums>(scales_of<Sums>(a), gradient, s[k], t[k]));
     }
   }
-  if (!a.total) return;
-  sum = block_sum(scratch.doubles, sum);
-  if (arch::thread() == 0) arch::store(a.sums + arch::block(), sum);
-  total(a, scratch.doubles);
+  if (a.total) total_with(a, scratch.doubles, block_sum(scratch.doubles, sum));
 }
 
 }  // namespace cuda

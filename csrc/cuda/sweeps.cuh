@@ -41,11 +41,11 @@ struct Stride {
 
 template <class Sums, class F, class S>
 KD_DEVICE void write_vector(const Args<S>& a, const F& f, const Row<F>& row, int vector, const S (&s)[F::kVector],
-                            const S (&t)[F::kVector], const RowGradient<Sums, S>& slope) {
+                            const S (&t)[F::kVector], const RowGradient<Sums, S>& gradient) {
   S out[F::kVector];
   KD_UNROLL
-  for (int e = 0; e < F::kVector; ++e) out[e] = slope_at<Sums>(scales_of<Sums>(a), slope, s[e], t[e]);
-  if (vector == row.hot_vector) row.at_target(out, slope.y);
+  for (int e = 0; e < F::kVector; ++e) out[e] = gradient_at<Sums>(scales_of<Sums>(a), gradient, s[e], t[e]);
+  if (vector == row.hot_vector) row.at_target(out, gradient.y);
   f.put_vector(row.g_base, vector, out);
 }
 
@@ -66,13 +66,13 @@ struct Edge {
     if (c >= 0) running.add(a, s1, t1);
   }
   template <int kCount>
-  KD_DEVICE void refine(const Args<S>& a, const RowGradient<Sums, S>& slope, S (&sums)[kCount]) const {
+  KD_DEVICE void refine(const Args<S>& a, const RowGradient<Sums, S>& gradient, S (&sums)[kCount]) const {
     const S s1[1] = {s}, t1[1] = {t};
-    if (c >= 0) refine_sums<Sums>(scales_of<Sums>(a), slope, s1, t1, sums);
+    if (c >= 0) refine_sums<Sums>(scales_of<Sums>(a), gradient, s1, t1, sums);
   }
   KD_DEVICE void write(const Args<S>& a, const F& f, const Row<F>& row, int target,
-                       const RowGradient<Sums, S>& slope) const {
-    if (c >= 0) f.put(row.g, c, c == target ? slope.y : slope_at<Sums>(scales_of<Sums>(a), slope, s, t));
+                       const RowGradient<Sums, S>& gradient) const {
+    if (c >= 0) f.put(row.g, c, c == target ? gradient.y : gradient_at<Sums>(scales_of<Sums>(a), gradient, s, t));
   }
 };
 
@@ -88,19 +88,15 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
   arch::Carver carver = arch::shared();
   const Scratch<Sums, S> scratch(carver);
   const F fs(a.student), ft(Sums::teacher ? a.teacher : a.student);
-  const S factor = a.total ? reduction_factor(a, scratch.doubles) : S(1);
+  const S factor = reduction_factor(a, scratch.doubles);
   const int rank = arch::thread(), size = arch::threads();
   double sum = 0;
-  for (int64_t row = arch::block(); row < a.rows; row += arch::blocks()) {
-    const RowInputs<S> opened = open(a, row);
-    const Row<F> at = view<Sums>(a, fs, ft, row, opened.target);
-    if (!opened.read) {
-      if (rank == 0) write_nothing(a, row);
-      if (at.g) write_zero_row(fs, at, rank, size);
-      continue;
-    }
+  for (BlockRows<Sums, F> rows(a, fs, ft); rows.next();) {
+    const int64_t row = rows.row;
+    const RowInputs<S>& opened = rows.opened;
+    const Row<F>& at = rows.at;
     Running<Sums, S> running;
-    const TargetLogits<S> y = target_logits<Sums>(fs, ft, at.s, at.t, 1, 1, opened);
+    load_target<Sums>(running, fs, ft, at, opened);
     Edge<Sums, F>(fs, ft, at, opened.target, rank).add(a, running);
     for (int i = rank; i < at.count; i += U * size) {
       Stride<Sums, F, U, kSkewed, false> stride;
@@ -108,39 +104,33 @@ sweeps(KD_ARGUMENT(Args<typename F::S>) a) {
       stride.each(fs, ft, at, i, size, at.count,
                   [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) { running.add(a, s, t); });
     }
-    lanes_merge<Sums, 32>(scales_of<Sums>(a), running.stats, running.pivots);
-    RowGradient<Sums, S> slope;
+    lanes_merge<32, Sums>(scales_of<Sums>(a), running);
+    RowGradient<Sums, S> gradient;
     const int strides = (at.count + U * size - 1) / (U * size);
-    if constexpr (Sums::refined > 0) {
-      const auto refine = [&](const RowGradient<Sums, S>& row_slope, S(&sums)[Sums::refined]) {
-        for (int n = strides - 1; n >= 0; --n) {
-          const int i = n * U * size + rank;
-          Stride<Sums, F, U, kSkewed, false> stride;
-          stride.fetch(fs, ft, at, i, size, at.count);
-          stride.each(fs, ft, at, i, size, at.count, [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
-            refine_sums<Sums>(scales_of<Sums>(a), row_slope, s, t, sums);
-          });
-        }
-        Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, row_slope, sums);
-      };
-      sum += refine_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope, refine);
-    } else {
-      sum += finish_in_block(a, scratch, y, row, opened.weight * factor, running.pivots, running.stats, slope);
-    }
+    const auto refine = [&](const RowGradient<Sums, S>& of_row, auto& sums) {
+      for (int n = strides - 1; n >= 0; --n) {
+        const int i = n * U * size + rank;
+        Stride<Sums, F, U, kSkewed, false> stride;
+        stride.fetch(fs, ft, at, i, size, at.count);
+        stride.each(fs, ft, at, i, size, at.count, [&](int, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
+          refine_sums<Sums>(scales_of<Sums>(a), of_row, s, t, sums);
+        });
+      }
+      Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, of_row, sums);
+    };
+    sum += finish_in_block<Sums>(a, scratch, running, row, opened.weight * factor, gradient, refine);
     if (!at.g) continue;
     for (int n = strides - 1; n >= 0; --n) {
       const int i = (Sums::refined ? strides - 1 - n : n) * U * size + rank;
       Stride<Sums, F, U, kSkewed, true> stride;
       stride.fetch(fs, ft, at, i, size, at.count);
       stride.each(fs, ft, at, i, size, at.count, [&](int vector, const S(&s)[F::kVector], const S(&t)[F::kVector]) {
-        write_vector<Sums>(a, fs, at, vector, s, t, slope);
+        write_vector<Sums>(a, fs, at, vector, s, t, gradient);
       });
     }
-    Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, slope);
+    Edge<Sums, F>(fs, ft, at, opened.target, rank).write(a, fs, at, opened.target, gradient);
   }
-  if (!a.total) return;
-  if (rank == 0) arch::store(a.sums + arch::block(), sum);
-  total(a, scratch.doubles);
+  total_with(a, scratch.doubles, sum);
 }
 
 }  // namespace cuda

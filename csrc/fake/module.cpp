@@ -39,7 +39,7 @@ struct Spec {
   bool large = false;  // temperature, where there is one that is not 1
 };
 constexpr const char* kPasses[] = {"forward", "backward", "forward_grad"};
-constexpr const char* kVariants[] = {"plain", "two", "smooth", "apart", "apart_smooth"};
+constexpr const char* kVariants[] = {"plain", "at_one", "smooth", "apart", "apart_smooth"};
 constexpr int kVariantCount = sizeof(kVariants) / sizeof(kVariants[0]);
 constexpr const char* kLies[] = {"aligned", "shifted", "skewed", "strided"};
 constexpr const char* kTypes[] = {"float32", "float64", "float16", "bfloat16"};

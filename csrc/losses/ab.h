@@ -146,12 +146,10 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
   }
 
   template <class V>
-  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V t_y,
-                         Multipliers<V, kept>& to) {
-    const V relative = s_y - usable(pivots.s), relative_t = t_y - usable(pivots.t);
-    const Split<V> p = Split<V>::of(relative, scales.temperature, a.v[Of::sum_s]);
-    const Split<V> q = Split<V>::of(relative_t, scales.temperature, a.v[Of::sum_t]);
-    const Apart<V> apart = Apart<V>::of(scales, a, p, q, relative, relative_t);
+  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row, Multipliers<V, kept>& to) {
+    const Split<V> p = Split<V>::of(row.relative_s(), scales.temperature, row.stats.v[Of::sum_s]);
+    const Split<V> q = Split<V>::of(row.relative_t(), scales.temperature, row.stats.v[Of::sum_t]);
+    const Apart<V> apart = Apart<V>::of(scales, row, p, q);
     to.c[0] = -apart.total * lit<V>(kLog2e);
     to.c[1] = -apart.totals * lit<V>(kLog2e);
     if constexpr (kSmooth) to.c[2] = lit<V>(1);
@@ -172,12 +170,12 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
 
   // By p h itself: h may be no number.
   template <class V>
-  static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Split<V>& p, const Split<V>& q,
-                        V relative, V relative_t, V g, V& value_y, V& score_y) {
-    const V log2e = lit<V>(kLog2e), ratio = Apart<V>::of(scales, a, p, q, relative, relative_t).target;
-    AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e, max_of(relative, relative_t) == -infinity<V>(),
-               value_y, score_y);
-    return g * (p.rest * score_y - p.p * a.v[Of::score]);
+  static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row, const Split<V>& p,
+                        const Split<V>& q, V g, V& value_y, V& score_y) {
+    const V log2e = lit<V>(kLog2e), ratio = Apart<V>::of(scales, row, p, q).target;
+    AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e,
+               max_of(row.relative_s(), row.relative_t()) == -infinity<V>(), value_y, score_y);
+    return g * (p.rest * score_y - p.p * row.stats.v[Of::score]);
   }
 
  private:
@@ -189,9 +187,10 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
     V totals;  // minus that of the teacher
     V target;  // log(p / q) of the target
 
-    static KD_FN Apart of(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Split<V>& p, const Split<V>& q,
-                          V relative, V relative_t) {
-      const V over = Ops<V>::splat(1 / scales.temperature), sum_s = a.v[Of::sum_s], sum_t = a.v[Of::sum_t];
+    static KD_FN Apart of(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row, const Split<V>& p,
+                          const Split<V>& q) {
+      const V over = Ops<V>::splat(1 / scales.temperature), relative = row.relative_s(), relative_t = row.relative_t();
+      const V sum_s = row.stats.v[Of::sum_s], sum_t = row.stats.v[Of::sum_t];
       const V total = log_total(p, relative * over, sum_s), total_t = log_total(q, relative_t * over, sum_t);
       const V logits = (relative - relative_t) * over, targets = p.log_p - q.log_p;
       const V by_rest = select(min_of(sum_s, sum_t) == lit<V>(0), total - total_t,

@@ -22,10 +22,10 @@ struct CrossEntropy : StudentSums<kVariant> {
   };
 
   template <class V>
-  static KD_FN void finish(const Params<ScalarOf<V>>& params, const typename Sums::template Stats<V>& a,
-                           const Pivots<V>& pivots, V s_y, V, const V* upstream, V* loss,
+  static KD_FN void finish(const Params<ScalarOf<V>>& params, const Summary<Sums, V>& row, const V* upstream, V* loss,
                            typename Sums::template Coef<V>& coef) {
-    const V relative = s_y - usable(pivots.s), sum = a.v[Sums::sum_s];
+    const auto& a = row.stats;
+    const V relative = row.relative_s(), sum = a.v[Sums::sum_s];
     const Split<V> p = Split<V>::of(relative, 1, sum);
     loss[0] = -p.log_p;
     coef.c[0] = upstream[0] * p.rest * inverse(sum);
@@ -38,7 +38,7 @@ struct CrossEntropy : StudentSums<kVariant> {
       coef.y = sharp * coef.y + upstream[0] * smoothing * x.at_target;
     }
     if (params.z_weight != 0) {
-      const V z = Ops<V>::splat(params.z_weight), total = log_total(p, relative, sum) + usable(pivots.s);
+      const V z = Ops<V>::splat(params.z_weight), total = log_total(p, relative, sum) + usable(row.pivots.s);
       const V slope = upstream[0] * (lit<V>(2) * z * total);
       loss[0] += z * (total * total);
       coef.c[0] += slope * p.rest * inverse(sum);

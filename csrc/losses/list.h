@@ -97,9 +97,9 @@ struct List {
 };
 
 using Losses =
-    List<Of<Kd, Variant::two, Variant::smooth, Variant::apart, Variant::apart_smooth>,
-         Of<Dkd, Variant::two, Variant::smooth>, Of<Nkd, Variant::two, Variant::smooth>,
-         Of<Aekt, Variant::two, Variant::smooth>, Of<ReverseKl, Variant::smooth>, Of<MixedKl, Variant::smooth>,
+    List<Of<Kd, Variant::at_one, Variant::smooth, Variant::apart, Variant::apart_smooth>,
+         Of<Dkd, Variant::at_one, Variant::smooth>, Of<Nkd, Variant::at_one, Variant::smooth>,
+         Of<Aekt, Variant::at_one, Variant::smooth>, Of<ReverseKl, Variant::smooth>, Of<MixedKl, Variant::smooth>,
          Of<Tvd, Variant::smooth>, OfMixture<Jsd>, OfMixture<SkewKl>, OfMixture<SkewReverseKl>, Of<Ab, Variant::smooth>,
          Of<CrossEntropy, Variant::smooth>, Variants<TargetSplit>>;
 
@@ -138,11 +138,9 @@ class Chosen {
   }
 
   // values[k] and the coefficients, by the loss of this call. Of its variants it is the one that sums so.
-  template <class Sums, class V, class Stats, class Coef>
-  KD_FN void finish(const Stats& stats, const Pivots<V>& pivots, V s_y, V t_y, const V* upstream, V* values,
-                    Coef& coef) const {
-    in_list<Sums>(Tag<Losses>(), std::make_integer_sequence<int, Losses::size>(), stats, pivots, s_y, t_y, upstream,
-                  values, coef);
+  template <class Sums, class V, class Coef>
+  KD_FN void finish(const Summary<Sums, V>& row, const V* upstream, V* values, Coef& coef) const {
+    in_list<Sums>(Tag<Losses>(), std::make_integer_sequence<int, Losses::size>(), row, upstream, values, coef);
   }
 
  private:

@@ -23,9 +23,9 @@ struct Nkd : PairSums<kVariant, true> {
   };
 
   template <class V>
-  static KD_FN void finish(const Params<ScalarOf<V>>& params, const typename Sums::template Stats<V>& a,
-                           const Pivots<V>& pivots, V s_y, V t_y, const V* upstream, V* loss,
+  static KD_FN void finish(const Params<ScalarOf<V>>& params, const Summary<Sums, V>& row, const V* upstream, V* loss,
                            typename Sums::template Coef<V>& coef) {
+    const auto& a = row.stats;
     const V gamma = Ops<V>::splat(params.gamma), kd_weight = Ops<V>::splat(params.kd_weight);
     const V sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
     const V inverse_s = inverse(sum_s), inverse_t = inverse(sum_t);
@@ -33,10 +33,10 @@ struct Nkd : PairSums<kVariant, true> {
         weighted(gamma, non_target<V>(params.temperature, sum_s, sum_t, a.v[Sums::mean_x] * inverse_t, lit<V>(0)));
     loss[0] = weighted(kd_weight, rest);
     pair_gradient<V>(params.temperature, inverse_s, inverse_t, lit<V>(0), gamma, upstream[0] * kd_weight, coef);
-    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), 1, a.v[Sums::two ? Sums::sum_t1 : Sums::sum_t]);
+    const Split<V> q = Split<V>::of(row.relative_t(), 1, a.v[Sums::sums_at_one ? Sums::sum_t1 : Sums::sum_t]);
     // The target term is cross-entropy weighted by the teacher's confidence; extra cross-entropy joins it for free.
     [[maybe_unused]] const V surprise =
-        add_cross_entropy<Sums, true>(params, kd_weight * q.p, a, s_y - usable(pivots.s), upstream[0], loss, coef);
+        add_cross_entropy<Sums, true>(params, kd_weight * q.p, a, row.relative_s(), upstream[0], loss, coef);
     if constexpr (Sums::smooth) loss[1] = rest + weighted(q.p, surprise);
   }
 };

@@ -41,17 +41,17 @@ struct PairParams : Scales {
   static KD_FN const double* own(const double* p) { return p + count; }
 };
 
-// Whether a variant of a pair loss serves a call; any does more than a plain one. always_two: the loss itself has a
-// term at temperature 1. Where there is no `two`, `smooth` has its sums.
-template <Variant kVariant, bool kHasTwo = true>
-bool pair_serves(const double* p, bool parts, bool always_two = false) {
+// Whether a variant of a pair loss serves a call; any does more than a plain one. always_at_one: the loss itself has a
+// term at temperature 1. Where there is no `at_one`, `smooth` has its sums.
+template <Variant kVariant, bool kHasAtOne = true>
+bool pair_serves(const double* p, bool parts, bool always_at_one = false) {
   const bool ce = p[2] != 0;
   switch (kVariant) {
-    case Variant::two:
-      return p[0] != 1 && (always_two || ce);
+    case Variant::at_one:
+      return p[0] != 1 && (always_at_one || ce);
     case Variant::smooth:
     case Variant::apart_smooth:
-      return parts || (kHasTwo ? ce && p[3] != 0 : ce);
+      return parts || (kHasAtOne ? ce && p[3] != 0 : ce);
     default:
       return true;
   }
@@ -90,12 +90,13 @@ struct SplitLoss : PairSums<kVariant, false> {
   static bool serves(const double* params, bool parts) { return pair_serves<kVariant>(params, parts); }
 
   template <class Params, class V>
-  static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
-                           V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
-    const V relative = s_y - usable(pivots.s), sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
+  static KD_FN void finish(const Params& params, const Summary<Sums, V>& row, const V* upstream, V* loss,
+                           typename Sums::template Coef<V>& coef) {
+    const auto& a = row.stats;
+    const V relative = row.relative_s(), sum_s = a.v[Sums::sum_s], sum_t = a.v[Sums::sum_t];
     const V inverse_s = inverse(sum_s), inverse_t = inverse(sum_t);
     const Split<V> p = Split<V>::of(relative, params.temperature, sum_s);
-    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.of_teacher(), sum_t);
+    const Split<V> q = Split<V>::of(row.relative_t(), params.of_teacher(), sum_t);
     const V nckd = non_target<V>(params.temperature, sum_s, sum_t, a.v[Sums::mean_x] * inverse_t, Ops<V>::log(sum_t));
     const V weight = Ops<V>::splat(params.gained);
     V distillation, h, beta;

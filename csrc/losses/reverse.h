@@ -19,7 +19,7 @@ struct ReverseSums : Kept<2 + kForward + (kVariant == Variant::smooth), kVariant
   static constexpr double kLeast = 1e-37;
 
  public:
-  static constexpr bool teacher = true, has_parts = kSmooth, two = kSmooth, loses = true;
+  static constexpr bool teacher = true, has_parts = kSmooth, sums_at_one = kSmooth, loses = true;
   template <class S>
   using Scales = kd::Scales<S>;
   static constexpr int held = Base::kept + 1;  // one sum and one coefficient more than features tell of
@@ -121,20 +121,21 @@ struct ReverseLoss : ReverseSums<kVariant, kForward> {
   static bool serves(const double* params, bool parts) { return pair_serves<kVariant, false>(params, parts); }
 
   template <class Params, class V>
-  static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
-                           V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
+  static KD_FN void finish(const Params& params, const Summary<Sums, V>& row, const V* upstream, V* loss,
+                           typename Sums::template Coef<V>& coef) {
+    const auto& a = row.stats;
     const V zero = lit<V>(0), none = -infinity<V>(), t = Ops<V>::splat(params.temperature);
     const V weight = Ops<V>::splat(params.gained);
-    const V relative = s_y - usable(pivots.s);
+    const V relative = row.relative_s();
     const V alive = a.v[Sums::sum_s], lost = a.v[Sums::lost], sum_t = a.v[Sums::sum_t], sum_s = alive + lost;
     const V inverse_s = inverse(sum_s), share = alive * inverse_s;
     const Split<V> p = Split<V>::of(relative, params.temperature, sum_s);
-    const Split<V> q = Split<V>::of(t_y - usable(pivots.t), params.temperature, sum_t);
+    const Split<V> q = Split<V>::of(row.relative_t(), params.temperature, sum_t);
 
     // log(p / q): of the other classes alive log((1 - c) / (1 - b)) plus that of the softmaxes among them, whose mean
     // is `mean`; of the target `at_y`, 0 where it is lost. `base` is what the sums have in it.
     const auto any = alive > zero;
-    const auto lost_y = select(t_y == none, s_y, none) > none;
+    const auto lost_y = select(row.t_y == none, row.s_y, none) > none;
     const V rest = select(any, p.log_rest - q.log_rest, zero);
     const V base = select(any, Ops<V>::log(sum_t) - Ops<V>::log(sum_s), zero);
     const V mean = select(any, base - a.v[Sums::mean_r] * inverse(alive) * (lit<V>(1 / kShare) / t), zero);

@@ -24,7 +24,7 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
   static constexpr bool kSmooth = Base::smooth;
 
  public:
-  static constexpr bool teacher = true, has_parts = kSmooth, two = kSmooth;
+  static constexpr bool teacher = true, has_parts = kSmooth, sums_at_one = kSmooth;
   template <class S>
   using Scales = typename Form::template Scales<S>;
   static constexpr int count = kSmooth ? 5 : 2;
@@ -78,11 +78,11 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
     if constexpr (kSmooth) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));
   }
 
-  template <class V>
-  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V t_y,
-                         Multipliers<V, Base::kept>& to) {
-    to.c[0] = Split<V>::of(s_y - usable(pivots.s), scales.temperature, a.v[sum_s]).rest * inverse(a.v[sum_s]);
-    to.c[1] = Split<V>::of(t_y - usable(pivots.t), scales.temperature, a.v[sum_t]).rest * inverse(a.v[sum_t]);
+  template <class V, class Row>
+  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Row& row, Multipliers<V, Base::kept>& to) {
+    const V of_s = row.stats.v[sum_s], of_t = row.stats.v[sum_t];
+    to.c[0] = Split<V>::of(row.relative_s(), scales.temperature, of_s).rest * inverse(of_s);
+    to.c[1] = Split<V>::of(row.relative_t(), scales.temperature, of_t).rest * inverse(of_t);
     if constexpr (kSmooth) to.c[2] = lit<V>(1);
   }
   // p keeps the sign of what does not count.
@@ -98,14 +98,14 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
     sums[0] += value;
     sums[1] += e[1];
   }
-  // Of the target, by its splits and its logits relative to the pivots: value and p h. Returns g times its gradient.
-  template <class V>
-  static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Stats<V>& a, const Split<V>& p, const Split<V>& q, V,
-                        V, V g, V& value_y, V& score_y) {
+  // Of the target, by its splits: value and p h. Returns g times its gradient.
+  template <class V, class Row>
+  static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Row& row, const Split<V>& p, const Split<V>& q, V g,
+                        V& value_y, V& score_y) {
     V h;
     Form::at(scales, p.p, q.p, difference(p, q), value_y, h);
     score_y = p.p * h;
-    return g * p.p * (p.rest * h - a.v[score]);
+    return g * p.p * (p.rest * h - row.stats.v[score]);
   }
 };
 
@@ -117,15 +117,15 @@ struct ScoreLoss : Own {
   static bool serves(const double* params, bool parts) { return pair_serves<kVariant, false>(params, parts); }
 
   template <class Params, class V>
-  static KD_FN void finish(const Params& params, const typename Sums::template Stats<V>& a, const Pivots<V>& pivots,
-                           V s_y, V t_y, const V* upstream, V* loss, typename Sums::template Coef<V>& coef) {
-    const V t = Ops<V>::splat(params.temperature), weight = Ops<V>::splat(params.gained),
-            relative = s_y - usable(pivots.s), relative_t = t_y - usable(pivots.t);
-    const Split<V> p = Split<V>::of(relative, params.temperature, a.v[Sums::sum_s]);
-    const Split<V> q = Split<V>::of(relative_t, params.temperature, a.v[Sums::sum_t]);
+  static KD_FN void finish(const Params& params, const Summary<Sums, V>& row, const V* upstream, V* loss,
+                           typename Sums::template Coef<V>& coef) {
+    const auto& a = row.stats;
+    const V t = Ops<V>::splat(params.temperature), weight = Ops<V>::splat(params.gained);
+    const Split<V> p = Split<V>::of(row.relative_s(), params.temperature, a.v[Sums::sum_s]);
+    const Split<V> q = Split<V>::of(row.relative_t(), params.temperature, a.v[Sums::sum_t]);
     const V g = upstream[0] * weight * t;
     V value, score;
-    coef.y = Sums::target(params, a, p, q, relative, relative_t, g, value, score);
+    coef.y = Sums::target(params, row, p, q, g, value, score);
     const V distillation = t * (t * (a.v[Sums::value] + value));
     for (V& c : coef.c) c = lit<V>(0);
     coef.c[0] = -g * (a.v[Sums::score] + score);
@@ -133,7 +133,7 @@ struct ScoreLoss : Own {
     loss[0] = weighted(weight, distillation);
     if constexpr (Sums::smooth) {
       loss[1] = distillation * Ops<V>::splat(params.gain);
-      add_cross_entropy<Sums, false>(params, lit<V>(0), a, relative, upstream[0], loss, coef);
+      add_cross_entropy<Sums, false>(params, lit<V>(0), a, row.relative_s(), upstream[0], loss, coef);
     }
   }
 };

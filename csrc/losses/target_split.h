@@ -18,16 +18,17 @@ struct TargetSplit : StudentSums<Variant::plain> {
   };
 
   template <class V>
-  static KD_FN void finish(const Params<ScalarOf<V>>& params, const Stats<V>& a, const Pivots<V>& pivots, V s_y, V,
-                           const V* upstream, V* out, Coef<V>& coef) {
+  static KD_FN void finish(const Params<ScalarOf<V>>& params, const Summary<Sums, V>& row, const V* upstream, V* out,
+                           Coef<V>& coef) {
+    const V sum = row.stats.v[sum_s];
     const V per_t = Ops<V>::splat(1 / params.temperature);
-    const Split<V> p = Split<V>::of(s_y - usable(pivots.s), params.temperature, a.v[sum_s]);
+    const Split<V> p = Split<V>::of(row.relative_s(), params.temperature, sum);
     out[0] = p.log_p;
     out[1] = p.log_rest;
-    out[2] = usable(pivots.s) * per_t + Ops<V>::log(a.v[sum_s]);
+    out[2] = usable(row.pivots.s) * per_t + Ops<V>::log(sum);
     // d/d u_i of the three: -(1 - p) ph_i, p ph_i, ph_i; of the target: 1 - p, -p, 0.
     const V h = upstream[0] * p.rest - upstream[1] * p.p;
-    coef.c[0] = (upstream[2] - h) * per_t * inverse(a.v[sum_s]);
+    coef.c[0] = (upstream[2] - h) * per_t * inverse(sum);
     coef.y = h * per_t;
   }
 };
