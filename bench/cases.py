@@ -31,6 +31,7 @@ LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int], Tensor]] = {
     "classes-first": lambda make, rows, classes: make(classes, rows).t(),  # as in images
 }
 IGNORED = -100  # the target of a row that does not count
+TEACHER_TEMPERATURE = 2.0  # of KD with two
 TEMPERATURE = 4.0  # of KD, DKD and AEKT, as in `eager`; NKD runs at its own default of 1
 
 
@@ -58,6 +59,13 @@ _KD = partial(kdkernels.kd_loss, temperature=TEMPERATURE)
 LOSSES: dict[str, Spec] = {
     "kd": Spec("KD", eager.kd, _KD, plain.kd, target=False),
     "kd_ce": Spec("KD + CE", eager.kd_ce, partial(_KD, ce_weight=1.0), plain.kd_ce, exponentials=3),
+    "kd_two_t": Spec(
+        "KD, two T",
+        partial(eager.kd, teacher_temperature=TEACHER_TEMPERATURE),
+        partial(_KD, teacher_temperature=TEACHER_TEMPERATURE),
+        partial(plain.kd, teacher_temperature=TEACHER_TEMPERATURE),
+        target=False,
+    ),
     "dkd": Spec("DKD", eager.dkd, partial(kdkernels.dkd_loss, temperature=TEMPERATURE), plain.dkd),
     "nkd": Spec("NKD", eager.nkd, kdkernels.nkd_loss, plain.nkd),
     "aekt": Spec(
@@ -212,7 +220,10 @@ def dense(*shapes: tuple[int, int]) -> list[tuple[int, int, str]]:
 
 
 OURS = ("kd", "dkd", "nkd", "aekt", "kd_ce", "tf_nkd")
-OF_LANGUAGE_MODELS = ("reverse_kl", "mixed_kl", "tvd", "skew_kl", "skew_reverse_kl", "jsd", "ab")
+DIVERGENCES = (
+    *("kd_two_t", "reverse_kl", "mixed_kl", "tvd"),
+    *("skew_kl", "skew_reverse_kl", "jsd", "ab"),
+)
 # What each kernel of the CUDA backend is for, in bfloat16 on an H200: csrc/cuda/plan.h.
 REGIMES = [
     *dense((65536, 10)),  # lanes: 8
@@ -248,7 +259,7 @@ def _default(device: str) -> list[Case]:
         large = dense((4096, 128256))
         # torch.compile takes seconds for every case, so that most of them are without it.
         cases = [
-            *grid(("kd", "dkd", "nkd", "ce", *OF_LANGUAGE_MODELS), large, ["bfloat16"]),
+            *grid(("kd", "dkd", "nkd", "ce", *DIVERGENCES), large, ["bfloat16"]),
             *grid(("kd",), dense((4096, 32000), (1024, 1000), (4096, 100)), ["bfloat16"]),
             *grid(("kd",), REGIMES, ["bfloat16"], providers=uncompiled),
             *grid(("dkd", "nkd"), dense((1024, 1000), (4096, 100)), ["bfloat16"]),
@@ -269,8 +280,8 @@ def _default(device: str) -> list[Case]:
             *grid(("kd", "nkd"), more, ["float32"], providers=uncompiled),
             *grid(("kd",), large[1:] + small[:1], ["float32"], DIRECTIONS, uncompiled),
             *grid(("kd",), large[1:], ["float32"], providers=uncompiled, ignored=(50, 90)),
-            *grid((*OF_LANGUAGE_MODELS, "ce"), large + small[:1], ["float32"]),
-            *grid(OF_LANGUAGE_MODELS, large[:1], ["bfloat16"]),
+            *grid((*DIVERGENCES, "ce"), large + small[:1], ["float32"]),
+            *grid(DIVERGENCES, large[:1], ["bfloat16"]),
         ]
     # A case that stands in two lists is measured once, where it comes first.
     seen: dict[Case, Case] = {}

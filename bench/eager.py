@@ -33,10 +33,17 @@ def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(_upcast(student), target)
 
 
-def kd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    """mdistiller's KD: T^2 KL(softmax(teacher / T) || softmax(student / T))."""
+def kd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    teacher_temperature: float | None = None,
+) -> Tensor:
+    """mdistiller's KD: T^2 KL(softmax(teacher / T) || softmax(student / T)); the teacher's
+    temperature may be one of its own."""
     log_p = F.log_softmax(_upcast(student) / temperature, dim=1)
-    q = F.softmax(_upcast(teacher) / temperature, dim=1)
+    q = F.softmax(_upcast(teacher) / (teacher_temperature or temperature), dim=1)
     return F.kl_div(log_p, q, reduction="none").sum(1).mean() * temperature**2
 
 

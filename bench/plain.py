@@ -32,9 +32,16 @@ def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.linalg.vecdot(log_q.exp(), log_q - log_p)
 
 
-def kd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T))."""
-    log_p, log_q = _log_softmaxes(student, teacher, temperature)
+def kd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float = 4.0,
+    teacher_temperature: float | None = None,
+) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the teacher's T perhaps its own."""
+    log_p = F.log_softmax(_upcast(student) / temperature, dim=1)
+    log_q = F.log_softmax(_upcast(teacher) / (teacher_temperature or temperature), dim=1)
     return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean") * temperature**2
 
 

@@ -44,6 +44,7 @@ def runner_of(*names: str, machine: measure.Machine | None = None, **options) ->
         # Read student and teacher; the same and write the gradient.
         ("kd", 2, 3, 3, 2),
         ("kd_ce", 2, 3, 3, 3),  # the student's at temperature 1, too
+        ("kd_two_t", 2, 3, 3, 2),
         ("dkd", 2, 3, 3, 2),
         ("nkd", 2, 3, 3, 2),
         ("aekt", 2, 3, 3, 2),
