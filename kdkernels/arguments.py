@@ -101,13 +101,17 @@ Common keyword arguments:
     backend: "cuda", "triton", "cpu" or "reference"; None takes the fastest available.
 
 Numbers that are multiplied or divided by (temperature and all weights) may be 0-d tensors as well,
-on the CPU, where reading them waits for nothing, and may require a gradient (the reference's).
-Those of the loss itself (temperatures, alpha, beta, gamma, ratio, z_weight) may also be tensors of
-the shape of the target, one number for each row, on the device of the logits; with `causal` that of
-position i belongs to the logits there, and those of ignored rows are not looked at. The CPU kernels
-take them, rows of equal numbers together; on other devices, and under torch.func, the reference
-does, in float64, with a warning, once. Under torch.compile a number that changes is compiled once
-more, then no more; a tensor is not.
+on the CPU, where reading them waits for nothing, or on the device of the logits, and may require a
+gradient (the reference's). Those of the loss itself (temperatures, alpha, beta, gamma, ratio,
+z_weight) may also be tensors of the shape of the target, one number for each row, on the device of
+the logits; with `causal` that of position i belongs to the logits there, and those of ignored rows
+are not looked at. The CPU kernels take them, rows of equal numbers together. So do the Triton
+kernels, and 0-d tensors on a device, in one launch more for each precision and each loss that the
+numbers may ask for; with backend None they take such a call where the CUDA kernels, which do not,
+take all others. No value on a device is waited for or checked; the kernels make the row of a
+temperature that is none NaN. Under torch.func, and where there is no Triton, the reference takes
+these calls, in float64, with a warning, once. Under torch.compile a number that changes is compiled
+once more, then no more; a tensor is not.
 
 Returns:
     float64 if either of the logits is float64, else float32: 0-d, or the shape of the target.

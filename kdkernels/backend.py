@@ -112,13 +112,18 @@ def choose(backend: str | None, device: torch.device) -> str:
         return _named(backend, device)
     preferred = _PREFERENCE.get(device.type, ())
     for name in preferred:
-        if _available[name].available and _DEVICE[name] == device.type:
+        if serves(name, device):
             break
     else:
         name = "reference"
     if preferred[:1] != (name,):
         _warn_downgrade(name, device.type)
     return name
+
+
+def serves(name: str, device: torch.device) -> bool:
+    """Whether one of the backends with kernels can be used on a device."""
+    return _available[name].available and _DEVICE[name] == device.type
 
 
 def check_name(argument: str, backend: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -256,29 +257,41 @@ def _constant(numbers: tuple[float, ...]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def _as_tensor(number: float | Tensor) -> Tensor:
-    if isinstance(number, Tensor):
+_CPU = torch.device("cpu")
+# Backends whose operators take params of (rows, numbers), on the device of the logits.
+_TAKE_NUMBERS_OF_ROWS = ("cpu", "triton")
+
+
+def _as_tensor(number: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor) and number.device == device:
         return number.to(torch.float64)
-    # By arithmetic: so a number that changes from call to call stays a variable of a graph.
-    return torch.zeros((), dtype=torch.float64, device="cpu") + number
+    # By arithmetic: so a number that changes from call to call stays a variable of a graph, and
+    # goes to a device along with a kernel, without a copy that the host would wait for.
+    return torch.zeros((), dtype=torch.float64, device=device) + number
 
 
 def _packed(numbers: Numbers, like: Tensor) -> Tensor:
-    """Numbers as the operators take them; `like` is a tensor of the call."""
+    """Numbers as the operators take them; `like` is the student of the call."""
     plain = tensors.is_eager(like) and not tensors.is_transformed()
     if plain and all(type(x) is float for x in numbers):
         return _constant(numbers)
     if not numbers:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
-    each = [_as_tensor(x) for x in numbers]
-    if _are_of_rows(numbers):
-        each = list(torch.broadcast_tensors(*(x.reshape(-1) for x in each)))
-    return torch.stack(each, -1)
+    if not (_are_of_rows(numbers) or _on_a_device(numbers)):
+        return torch.stack([_as_tensor(x, _CPU) for x in numbers], -1)
+    # A number on the device is one of every row.
+    rows = math.prod(like.shape[:-1])
+    return torch.stack([_as_tensor(x, like.device).reshape(-1).expand(rows) for x in numbers], -1)
+
+
+def _on_a_device(numbers: Numbers) -> list[torch.device]:
+    """Those that tensors lie on which the host cannot read without waiting for them."""
+    return [x.device for x in numbers if isinstance(x, Tensor) and x.device.type != "cpu"]
 
 
 def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> Inputs:
-    """Moves a call that the kernels cannot take to the reference, with words; refuses it where the
-    kernels were asked for by name.
+    """Moves a call that the kernels of its backend cannot take to those of Triton, or else to the
+    reference, with words; refuses it where the kernels were asked for by name.
     """
     if inputs.backend == "reference":
         return inputs
@@ -289,14 +302,24 @@ def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> 
         why = "forward mode over forward mode"
     elif not any([isinstance(x, Tensor) for x in params]):
         return inputs
-    elif _are_of_rows(params) and (inputs.backend != "cpu" or tensors.is_transformed()):
-        why = "numbers of each row (on the CPU the kernels take them, but not under torch.func)"
-    elif any(isinstance(x, Tensor) and x.device.type != "cpu" for x in params):
-        why = "temperatures and weights that are tensors on a device (on the CPU they are taken)"
     else:
-        return inputs
+        of_rows, places, here = _are_of_rows(params), _on_a_device(params), inputs.student.device
+        if not (of_rows or places):
+            return inputs
+        if all([x == here for x in places]) and not tensors.is_transformed():
+            if inputs.backend in _TAKE_NUMBERS_OF_ROWS:
+                return inputs
+            if named is None and backend.serves("triton", here):
+                return inputs._replace(backend="triton")
+        why = "temperatures and weights that are tensors on a device"
+        if of_rows:
+            why = "numbers of each row"
+        why += " (the kernels of the CPU and of Triton take them, but not under torch.func)"
     if named is not None:
-        raise RuntimeError(f"backend: got {named!r}, which cannot compute {why}; leave it None")
+        other = "" if named in _TAKE_NUMBERS_OF_ROWS else " or take 'triton'"
+        raise RuntimeError(
+            f"backend: got {named!r}, which cannot compute {why}; leave it None{other}"
+        )
     backend.warn_once(
         why,
         f"kdkernels computes {why} in the reference, which is slower and takes more memory than"

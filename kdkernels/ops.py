@@ -6,7 +6,8 @@ device it is built for, and TRITON, whose names begin with `triton_`.
 Logits are `(*rows, classes)` with any strides and at most two dimensions of rows; target and
 row_weight are contiguous and have the shape of the rows; params are the numbers that the loss's
 reference takes, in its order, as one float64 tensor on the CPU: a tensor, because the numbers of a
-schema are constants to a compiled graph; the CPU's also take `(rows, params)`, those of each row.
+schema are constants to a compiled graph. The CPU's and Triton's also take `(rows, params)`, those
+of each row, on the device of the logits; what is a choice (t_squared, variants) is the same in all.
 Kernels are registered for a device by the extension modules; everything here is independent of
 which of them exist.
 

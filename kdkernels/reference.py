@@ -572,8 +572,10 @@ def _open(
     return _Rows(*logits, hot, alive, valid, row_weight, target is not None, loss_dtype)
 
 
-def _gain(temperature: Number, t_squared: bool) -> Number:
+def _gain(temperature: Number, t_squared: bool | Tensor) -> Number:
     """What makes up for gradients that shrink with T."""
+    if isinstance(t_squared, Tensor):
+        return torch.where(t_squared != 0, temperature**2, 1.0)
     return temperature**2 if t_squared else 1.0
 
 

@@ -137,7 +137,7 @@ def reference_rows(
     plain = is_eager(params) and not params.requires_grad and not of_rows
     numbers = params.tolist() if plain else list(params.unbind(-1))
     for i, name in enumerate(entry.params):
-        if name in ("t_squared", *entry.choices) and not plain:
+        if name in entry.choices and not plain:
             numbers[i] = _constant(numbers[i])
         elif of_rows:
             numbers[i] = numbers[i].reshape(rows)

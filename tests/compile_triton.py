@@ -82,7 +82,10 @@ def call(job: dict[str, Any]) -> None:
     dtype = launch.ops.loss_dtype(student, teacher)
     weight = torch.ones(shape, dtype=dtype) if job["weight"] else None
     inputs = (job["loss"], student, teacher, target, weight)
-    last = (torch.tensor(job["params"], dtype=torch.float64), job["ignore_index"])
+    params = torch.tensor(job["params"], dtype=torch.float64)
+    if job["of_rows"]:
+        params = params.repeat(shape.numel(), 1)
+    last = (params, job["ignore_index"])
     if job["op"] == "forward":
         launch.forward(*inputs, *last)
     elif job["op"] == "backward":

@@ -34,6 +34,7 @@ from cases import (
 from torch import Tensor
 
 from kdkernels import ops
+from kdkernels.reference import LOSSES as REFERENCE
 
 # ---- values and gradients -------------------------------------------------------------------
 
@@ -80,7 +81,7 @@ def check_rows(
     return gradient
 
 
-def interpreted(backend: str, gradient: Tensor, student: Tensor) -> Tensor | float:
+def interpreted(backend: str | None, gradient: Tensor, student: Tensor) -> Tensor | float:
     """Some of Triton's interpreters truncate to bfloat16: twice the error of rounding."""
     if backend != "triton" or student.dtype != BF16 or student.device.type != "cpu":
         return 0.0
@@ -153,6 +154,116 @@ def check_reduction(
         assert_within(ours, truth, eager, tolerance, f"value, {variant}")
         within = (truth_gradient, eager_gradient, allowed)
         assert_within(gradient, *within, f"gradient, {variant}")
+
+
+# ---- numbers of each row ----------------------------------------------------------------------
+
+# From where each is drawn.
+RANGES = {"temperature": (0.5, 5.0), "teacher_temperature": (0.5, 5.0), "gamma": (0.0, 3.0)}
+
+
+def numbers_of(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    """Of every number that a loss has of its own, one for each row: 5 or more of them."""
+    choices = ("t_squared", "log_ratio_max", "kd_weight", "ce_weight", "label_smoothing")
+    facts = REFERENCE[case.loss]
+    names = [x for x in facts.params if x not in (*choices, *facts.choices)]
+    found: dict[str, Tensor] = {}
+    for name in names:
+        low, high = RANGES.get(name, (0.0, 1.0))
+        found[name] = low + (high - low) * torch.rand(shape, generator=generator)
+        of_row = found[name].view(-1)
+        if low == 0.0:  # what is switched off in one row is not in the next
+            of_row[0], of_row[-1] = 0.0, 1.0
+            of_row[2 + len(found) % 2] = 0.0  # and one number alone
+        else:
+            of_row[1] = 40.0  # computed in float64
+            of_row[2] = 1.5  # of student and teacher alike
+    return found
+
+
+def check_numbers_of_rows(
+    case: Case,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    own: dict[str, Tensor],
+    generator: torch.Generator,
+    backend: str | None,
+    variants: Variants,
+    placed: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:
+    """Each row against a call of its own, with plain numbers, in float64: under a random upstream
+    gradient and row weights, and a mean. placed: puts a tensor where the backend wants it."""
+    student, teacher, target = inputs
+    rows, scalar = target.shape[0], case.outputs == 1
+    dtype = loss_dtype(student, teacher if case.teacher else None)
+    options: dict = {"ce_weight": 0.7} if case.facts.weights and scalar else {}
+    weight = torch.ones(rows, dtype=dtype)
+    if scalar:
+        weight = 0.1 + 2 * torch.rand(rows, generator=generator).to(dtype)
+        weight[rows // 2] = 0.0
+    shape = (rows,) if scalar else (case.outputs, rows)
+    upstream = torch.randn(shape, generator=generator).to(dtype)
+    found = []
+    for i in range(rows):
+        plain = case.having(**{name: x[i].item() for name, x in own.items()}, **options)
+        mine = [x[i : i + 1] for x in inputs]
+        given = weight[i].double() * upstream[..., i : i + 1]
+        exact = (*(x.double() for x in mine[:2]), mine[2])
+        truth, gradient = evaluate(plain.rows, *exact, given, backend="reference")
+        eager, eager_gradient = evaluate(plain.rows, *mine, given, backend="reference")
+        tolerance = value_tolerance(plain, truth, *mine[:2], dtype)
+        allowed = gradient_tolerance(plain, gradient, *mine, given, dtype)
+        values = [weight[i] * x for x in (truth, eager, tolerance)]
+        found.append([*values, gradient, eager_gradient, allowed])
+    joined = [torch.cat(x, -1) for x in list(zip(*found, strict=True))[:3]]
+    of_gradient = [torch.cat(x) for x in list(zip(*found, strict=True))[3:]]
+    moved = [placed(x) for x in inputs]
+    of_gradient[2] += interpreted(backend, of_gradient[0], moved[0])
+    of_rows = case.having(**{name: placed(x) for name, x in own.items()}, **options)
+    common: dict = {"backend": backend}
+    if scalar:
+        common["row_weight"] = placed(weight)
+    u, counted = 0.75, max(int((target != IGNORED).sum()), 1)
+    per_row = (u / counted / upstream).unsqueeze(-1)
+    for variant in variants():
+        ours, gradient = evaluate(of_rows.rows, *moved, placed(upstream), **common)
+        assert_within(ours.cpu(), *joined, f"value, {variant}")
+        assert_within(gradient.cpu(), *of_gradient, f"gradient, {variant}")
+        if scalar:
+            ours, gradient = evaluate(of_rows, *moved, placed(torch.tensor(u)), **common)
+            assert_within(ours.cpu(), *(x.sum() / counted for x in joined), f"mean, {variant}")
+            truth, eager, allowed = (x * per_row for x in of_gradient)
+            allowed = allowed.abs() + 0.51 * torch.finfo(student.dtype).eps * truth.abs()
+            allowed += interpreted(backend, truth, moved[0])
+            assert_within(gradient.cpu(), truth, eager, allowed, f"gradient of it, {variant}")
+
+
+def check_temperatures_that_are_none(
+    operators: ops.Operators,
+    variants: Variants,
+    placed: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:
+    """On a device nobody looks at them before the kernels do: their rows are NaN, no other is, and
+    what is not read is 0.
+    """
+    bad = torch.tensor([2.0, math.nan, 0.0, -3.0, 40.0, -INF, math.nan]).double()
+    student, teacher, target = (placed(x) for x in make_inputs("normal", 7, 70, F32))
+    target[6] = IGNORED
+    for name in ("kd", "jsd", "ab"):
+        params = placed(OPERATORS[name].repeat(7, 1))
+        params[:, 0] = placed(bad)
+        params[4, -1] = 1.0  # at its end a mixture is another loss
+        for _ in variants():
+            inputs = (student, teacher, target, None)
+            how = (params, IGNORED)
+            rows, stats, _ = operators.forward(name, *inputs, *how)
+            gradient = operators.backward(name, torch.ones_like(rows), *inputs, stats, *how)
+            total, at_once, _ = operators.reduced(name, *inputs, None, False, *how, True)
+            is_none = torch.tensor([0, 1, 1, 1, 0, 1, 0]).bool()
+            assert total.isnan() and torch.equal(rows.isnan().cpu(), is_none)
+            for x in gradient.cpu(), at_once.cpu():
+                assert torch.equal(x.isnan(), is_none[:, None].expand(7, 70))
+                assert not x[6].any() and x[0].any() and x[4].any()
+            assert rows[6] == 0
 
 
 # ---- rows that do not count, numbers that are none ------------------------------------------

@@ -85,6 +85,8 @@ FIRST: dict[str, str] = {
     "bindings-counts-what-is-in-range": "arguments ignore_index_may_be_a_class",
     "bindings-last-unit-forgotten": "autograd opcheck",
     "bindings-first-rows-numbers": "numbers_of_rows each_row_has_its_own",
+    "triton-first-rows-numbers": "triton numbers_of_each_row",
+    "triton-rows-in-both-precisions": "triton each_row_is_taken_once",
     "triton-nan-of-no-weight": "triton a_weight_of_0_wins_over_a_row_without_logits",
     "triton-teacher-without-others": "triton infinite_logits",
     "triton-negative-targets-are-good": "triton a_bad_target_makes_its_row_nan",
@@ -494,9 +496,23 @@ MUTANTS = [
     Mutant(
         "triton-large-temperature-in-float",
         "triton_kernels/launch.py",
-        "return self.dtype == torch.float64 or large",
+        "return self.dtype == torch.float64 or self.large",
         "return self.dtype == torch.float64",
         "of T^2 times a difference of logarithms float32 leaves 1e-7 T^2",
+    ),
+    Mutant(
+        "triton-first-rows-numbers",
+        "triton_kernels/rows.py",
+        "tl.load(numbers + i * rows + row, mask=read, other=1.0)",
+        "tl.load(numbers + i * rows + row * 0, mask=read, other=1.0)",
+        "every row is computed with the numbers of the first one",
+    ),
+    Mutant(
+        "triton-rows-in-both-precisions",
+        "triton_kernels/launch.py",
+        "_as_numbers(columns, like, which & taken)",
+        "_as_numbers(columns, like, taken)",
+        "rows of numbers of their own are computed in both precisions, whichever they need",
     ),
     Mutant(
         "triton-nan-hides-behind-infinity",
@@ -678,7 +694,7 @@ MUTANTS = [
     Mutant(
         "cpu-third-coefficient-not-rebased",
         "csrc/stats.h",
-        "    if constexpr (kTwo) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));\n",
+        "    if constexpr (kAtOne) coef.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));\n",
         "",
         "cross-entropy's gradient keeps the row's pivot in tiles that have another one",
     ),
@@ -741,7 +757,7 @@ MUTANTS = [
     Mutant(
         "cpu-teacher-at-the-wrong-temperature",
         "csrc/losses/nkd.h",
-        "a.v[Sums::two ? Sums::sum_t1 : Sums::sum_t]",
+        "a.v[Sums::sums_at_one ? Sums::sum_t1 : Sums::sum_t]",
         "a.v[Sums::sum_t]",
         "NKD's confidence of the teacher at T instead of 1",
     ),
@@ -839,7 +855,7 @@ MUTANTS = [
     Mutant(
         "cpu-strided-pivot-of-the-last-tile",
         "csrc/cpu/row.h",
-        "narrow(b.maxima[0], part, row.s);",
+        "narrow(b.maxima[0], part, rows.pivots.s);",
         "narrow(b.maxima[0], part, widen_part(pivots.s, part));",
         "the sums of a long strided row are taken to be relative to its last tile's maximum",
     ),
@@ -896,7 +912,7 @@ MUTANTS = [
     Mutant(
         "cuda-statistics-of-every-warp",
         "csrc/cuda/resident.cuh",
-        "      if (arch::thread() >= 32) stats = {};\n",
+        "      if (arch::thread() >= 32) part.stats = {};\n",
         "",
         "a backward pass merges the row's statistics once per warp",
     ),
@@ -1015,7 +1031,7 @@ MUTANTS = [
     Mutant(
         "cuda-margin-of-one-temperature",
         "csrc/cuda/kernels.cu",
-        "std::max<double>({scales.k, scales.k_teacher(), Sums::two ? kLog2e : 0})",
+        "std::max<double>({scales.k, scales.k_teacher(), Sums::sums_at_one ? kLog2e : 0})",
         "std::max<double>({scales.k, scales.k_teacher(), 0})",
         "exponentials at temperature 1 overflow before the pivot of a large T follows",
     ),
@@ -1078,8 +1094,8 @@ MUTANTS = [
     Mutant(
         "cuda-parts-by-every-block",
         "csrc/cuda/split.cuh",
-        "pivots, stats, slope, part == 0);",
-        "pivots, stats, slope);",
+        "gradient, part == 0);",
+        "gradient);",
         "every block of a row in parts writes the row's parts",
     ),
     Mutant(
@@ -1127,8 +1143,8 @@ MUTANTS = [
     Mutant(
         "cpu-score-of-the-target-whole",
         "csrc/losses/score.h",
-        "return g * p.p * (p.rest * h - a.v[score]);",
-        "return g * p.p * (h - a.v[score]);",
+        "return g * p.p * (p.rest * h - row.stats.v[score]);",
+        "return g * p.p * (h - row.stats.v[score]);",
         "the mean of the score leaves the target out",
     ),
     Mutant(
@@ -1162,7 +1178,7 @@ MUTANTS = [
     Mutant(
         "cuda-refined-edges-left-out",
         "csrc/cuda/split.cuh",
-        "if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, slope, sums);",
+        "if (part == 0) Edge<Sums, F>(fs, ft, at, opened.target, rank).refine(a, gradient, sums);",
         "",
         "the edges of a row are in no part's second round",
     ),

@@ -8,8 +8,9 @@ numbers alone share a kernel: compiling is what takes time here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import on_gpu
 import pytest
@@ -27,12 +28,19 @@ from cases import (
     LOSSES,
     MAIN_CASES,
     MAIN_SCALARS,
+    USUAL,
     Case,
     assert_same,
     evaluate,
     make_inputs,
 )
-from contracts import KINDS, REDUCTIONS
+from contracts import (
+    KINDS,
+    REDUCTIONS,
+    check_numbers_of_rows,
+    check_temperatures_that_are_none,
+    numbers_of,
+)
 from grid import pairwise
 from on_gpu import (
     DEVICE,
@@ -47,9 +55,12 @@ from on_gpu import (
     check_sampled_rows,
     inputs_on_device,
     multiprocessors,
+    on_device,
+    why_not,
 )
 
 import kdkernels
+from kdkernels import backend as backends
 
 # gpu_check.py looks for "mark.gpu" in each file.
 pytestmark = [pytest.mark.gpu, *on_gpu.MARKS]
@@ -270,6 +281,85 @@ def test_more_rows_than_some_dimensions_of_a_grid_take(backend: str) -> None:
     _, gradient = evaluate(KD.rows, student, teacher, None, backend=backend)
     _, truth = evaluate(KD.rows, few[0].double(), few[1].double(), None, backend="reference")
     torch.testing.assert_close(gradient[picked].double().cpu(), truth, rtol=1e-2, atol=1e-4)
+
+
+# ---- numbers that lie on the device -----------------------------------------------------------
+
+
+@pytest.fixture(params=[None, "triton"])
+def fused(
+    request: pytest.FixtureRequest,
+    record_property: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> str | None:
+    """What takes numbers on the device: the default, and Triton by its name; without a warning."""
+    record_property("backend", "triton")
+    if reason := why_not("triton"):
+        pytest.skip(reason)
+    monkeypatch.setattr(backends, "_warned", {"backend"})
+    return request.param
+
+
+OF_ROWS = [case for case in MAIN_CASES if case.loss in kdkernels.ops.LOSSES]
+
+
+@pytest.mark.filterwarnings("error:kdkernels")
+@pairwise(case=OF_ROWS, shape=[(7, 1), (33, 100), (5, 8003), SPLIT], dtype=[F32, BF16, F64])
+def test_numbers_of_each_row(
+    case: Case, shape: tuple[int, int], dtype: torch.dtype, fused: str | None,
+    generator: torch.Generator,
+) -> None:  # fmt: skip
+    """Short rows, longer ones, and slices: losses, gradients and a mean."""
+    inputs = make_inputs("normal", *shape, dtype, generator, ignored=0.1)
+    own = numbers_of(case, shape[:1], generator)
+    check_numbers_of_rows(case, inputs, own, generator, fused, lambda: iter([""]), on_device)
+
+
+@pytest.mark.filterwarnings("error:kdkernels")
+def test_more_long_rows_than_multiprocessors_with_numbers(
+    fused: str | None, generator: torch.Generator
+) -> None:
+    case, rows = USUAL["jsd"], multiprocessors() + 3
+    inputs = make_inputs("normal", rows, 16411, F32, generator, ignored=0.1)
+    own = numbers_of(case, (rows,), generator)
+    check_numbers_of_rows(case, inputs, own, generator, fused, lambda: iter([""]), on_device)
+
+
+def test_temperatures_that_are_none(fused: str | None) -> None:
+    check_temperatures_that_are_none(kdkernels.ops.TRITON, lambda: iter([""]), on_device)
+
+
+@pytest.mark.filterwarnings("error:kdkernels")
+def test_schedules_on_the_device(fused: str | None, generator: torch.Generator) -> None:
+    """0-d tensors there, of which the host waits for none; learned ones get their gradient."""
+    s, t, y = make_inputs("normal", 33, 1003, F32, generator)
+    placed = [on_device(x) for x in (s, t, y)]
+    for number in (3.0, 50.0):
+        temperature = torch.tensor(number, device=DEVICE)
+        call = partial(kdkernels.jsd_loss, beta=torch.tensor(0.3, device=DEVICE), ce_weight=0.5)
+        evaluate(call, *placed, backend=fused)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours = evaluate(call, *placed, backend=fused, temperature=temperature)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        plain = partial(kdkernels.jsd_loss, beta=0.3, ce_weight=0.5, temperature=number)
+        truth = evaluate(plain, s.double(), t.double(), y, backend="reference")
+        for x, exact in zip(ours, truth, strict=True):
+            torch.testing.assert_close(x.double().cpu(), exact, rtol=1e-4, atol=1e-6)
+        learned = temperature.clone().requires_grad_()
+        exact = torch.tensor(number, dtype=F64, requires_grad=True)
+        kdkernels.jsd_loss(*placed, temperature=learned, backend=fused).backward()
+        logits = (s.double(), t.double(), y)
+        kdkernels.jsd_loss(*logits, temperature=exact, backend="reference").backward()
+        torch.testing.assert_close(learned.grad.double().cpu(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_cuda_kernels_do_not_take_them(cuda_backend: str) -> None:
+    x = torch.randn(4, 9, device=DEVICE)
+    for temperature in (torch.ones(4, device=DEVICE), torch.ones((), device=DEVICE)):
+        with pytest.raises(RuntimeError, match="leave it None or take 'triton'"):
+            kdkernels.kd_loss(x, x, temperature=temperature, backend=cuda_backend)
 
 
 # ---- what must not reach other rows -----------------------------------------------------------

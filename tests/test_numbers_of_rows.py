@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils._python_dispatch
 from cases import (
     BF16,
     F16,
@@ -19,35 +21,25 @@ from cases import (
     LAYOUTS,
     MAIN_CASES,
     MAIN_SCALARS,
+    USUAL,
     Case,
     evaluate,
     make_inputs,
     needs_cpu,
-    value_tolerance,
 )
+from contracts import check_numbers_of_rows, numbers_of
 from torch import Tensor
 
 import kdkernels
 from kdkernels import backend as backends
+from kdkernels import call
 from kdkernels.reference import LOSSES
 
-# From where each is drawn.
-RANGES = {"temperature": (0.5, 5.0), "teacher_temperature": (0.5, 5.0), "gamma": (0.0, 3.0)}
-
-
-def numbers_of(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    """Of every number that a loss has of its own, one for each row."""
-    choices = ("t_squared", "log_ratio_max", "kd_weight", "ce_weight", "label_smoothing")
-    facts = LOSSES[case.loss]
-    names = [x for x in facts.params if x not in (*choices, *facts.choices)]
-    found = {}
-    for name in names:
-        low, high = RANGES.get(name, (0.0, 1.0))
-        found[name] = low + (high - low) * torch.rand(shape, generator=generator)
-        if low == 0.0:  # what is switched off in one row is not in the next
-            found[name].view(-1)[0], found[name].view(-1)[-1] = 0.0, 1.0
-    return found
-
+TRITON = kdkernels.backends()["triton"].available and backends._INTERPRETED
+needs_triton = pytest.mark.skipif(not TRITON, reason="no interpreter of Triton here")
+KERNELS = [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=needs_triton)]
+# NumPy's, about what the Triton kernels do on purpose.
+quiet = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 OF_ROWS = [case for case in MAIN_CASES if case.loss in LOSSES]
 SCALARS = [case for case in MAIN_SCALARS if case.loss in LOSSES]
@@ -61,25 +53,9 @@ SCALARS = [case for case in MAIN_SCALARS if case.loss in LOSSES]
 def test_each_row_has_its_own(
     case: Case, classes: int, dtype: torch.dtype, backend: str, generator: torch.Generator
 ) -> None:
-    """Loss and gradient against a call for each row, with plain numbers, in float64."""
-    s, t, y = make_inputs("normal", 7, classes, dtype, generator, ignored=0.2)
+    inputs = make_inputs("normal", 7, classes, dtype, generator, ignored=0.2)
     own = numbers_of(case, (7,), generator)
-    weight = {"ce_weight": 0.7} if case.facts.weights and case.outputs == 1 else {}
-    upstream = torch.randn((3, 7) if case.outputs > 1 else (7,), generator=generator)
-    ours, gradient = evaluate(
-        partial(case.having(**own, **weight).rows, backend=backend), s, t, y, upstream
-    )
-    for i in range(7):
-        plain = case.having(**{name: x[i].item() for name, x in own.items()}, **weight)
-        mine = [x[i : i + 1] for x in (s.double(), t.double(), y)]
-        of_row = partial(plain.rows, backend="reference")
-        value, truth = evaluate(of_row, *mine, upstream[..., i : i + 1].double())
-        tolerance = value_tolerance(plain, value, s[i : i + 1], t[i : i + 1], ours.dtype)
-        error = (ours[..., i : i + 1].double() - value).abs()
-        assert ((error <= tolerance) | (ours[..., i : i + 1] == value)).all(), (i, error, tolerance)
-        eps = torch.finfo(dtype).eps
-        of_largest = truth.abs().amax() * (2 * eps + 2e-5 * (dtype != F64))
-        assert (gradient[i].double() - truth[0]).abs().amax() <= of_largest + 4e-7, i
+    check_numbers_of_rows(case, inputs, own, generator, backend, lambda: iter([backend]))
 
 
 @pytest.mark.filterwarnings("ignore:kdkernels computes numbers of each row")
@@ -99,11 +75,18 @@ def test_layouts(layout: str, backend: str, generator: torch.Generator) -> None:
     torch.testing.assert_close(gradient.movedim(dim, -1), truth.float(), atol=1e-6, rtol=1e-4)
 
 
+@quiet
 @pytest.mark.parametrize("options", [{"causal": True}, {"reduction": "sum", "classes": 4}], ids=str)
-@pytest.mark.parametrize("case", SCALARS, ids=str)
-@needs_cpu
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        *(pytest.param(case, "cpu", marks=needs_cpu) for case in SCALARS),
+        *(pytest.param(USUAL[x], "triton", marks=needs_triton) for x in ("kd", "jsd")),
+    ],
+    ids=str,
+)
 def test_all_that_a_call_can_have(
-    case: Case, options: dict[str, Any], generator: torch.Generator
+    case: Case, kernels: str, options: dict[str, Any], generator: torch.Generator
 ) -> None:
     """With weights of rows, learned numbers, second derivatives: the kernels' and the reference's
     paths agree.
@@ -124,7 +107,7 @@ def test_all_that_a_call_can_have(
         again = torch.autograd.grad(sum(x.square().sum() for x in first), given)
         return [value, *first, *again]
 
-    for ours, theirs in zip(found("cpu"), found("reference"), strict=True):
+    for ours, theirs in zip(found(kernels), found("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
 
 
@@ -176,25 +159,26 @@ def test_nothing_and_a_row_without_dimensions(backend: str) -> None:
     assert value == 0 and temperature.grad is not None and temperature.grad.shape == (0,)
 
 
-@needs_cpu
-def test_schedules_compile_once() -> None:
+@quiet
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_schedules_compile_once(kernels: str) -> None:
+    """Learned ones, too."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     function = torch.compile(
-        lambda s, t, a: kdkernels.skew_kl_loss(s, t, alpha=a, backend="cpu"),
+        lambda s, t, a: kdkernels.skew_kl_loss(s, t, alpha=a, backend=kernels),
         backend=counter,
         fullgraph=True,
     )
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         s, t, _ = make_inputs("normal", 5, 11, F32, generator)
-        alpha = torch.rand(5, generator=generator)
-        student = s.requires_grad_()
-        value = function(student, t, alpha)
-        (gradient,) = torch.autograd.grad(value, student)
-        eager = kdkernels.skew_kl_loss(student, t, alpha=alpha, backend="cpu")
+        alpha = torch.rand(5, generator=generator).requires_grad_(seed > 1)
+        given = [x for x in (s.requires_grad_(), alpha) if x.requires_grad]
+        value = function(s, t, alpha)
+        eager = kdkernels.skew_kl_loss(s, t, alpha=alpha, backend=kernels)
         torch.testing.assert_close(value, eager)
-        torch.testing.assert_close(gradient, *torch.autograd.grad(eager, student))
-    assert counter.frame_count == 1
+        torch.testing.assert_close(*(torch.autograd.grad(x, given) for x in (value, eager)))
+        assert counter.frame_count == 1 + (seed > 1)
 
 
 @needs_cpu
@@ -288,3 +272,77 @@ def test_what_no_kernel_takes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.func.grad(partial(loss, backend="cpu"))(s, t)
     with pytest.warns(RuntimeWarning, match="computes numbers of each row .* in the reference"):
         torch.func.grad(loss)(s, t)
+
+
+@quiet
+@needs_triton
+def test_the_default_on_a_device_is_triton(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the CUDA kernels are preferred, which do not take them: on a CPU that stands for a GPU.
+    So does a number on the device, which is one of every row.
+    """
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setitem(backends._PREFERENCE, "cpu", ("cuda", "triton"))
+    monkeypatch.setitem(backends._DEVICE, "cuda", "cpu")
+    monkeypatch.setitem(backends._available, "cuda", backends.Availability(True, ""))
+    s, t, y = make_inputs("normal", 5, 9, F32, generator)
+    temperature = torch.tensor([1.0, 2.0, 40.0, 0.5, 3.0])
+    alpha = torch.tensor(0.3)
+    operators: list[str] = []
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None):
+            operators.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    def check(**own: Any) -> None:
+        loss = partial(kdkernels.skew_kl_loss, **own)
+        operators.clear()
+        with Seen(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "kdkernels")
+            ours, gradient = evaluate(loss, s, t, y)
+        assert "kdkernels.triton_reduced.default" in operators
+        value, truth = evaluate(partial(loss, backend="reference"), s.double(), t.double(), y)
+        torch.testing.assert_close(ours, value.float())
+        torch.testing.assert_close(gradient, truth.float(), atol=1e-6, rtol=1e-4)
+
+    check(temperature=temperature)
+    named = partial(kdkernels.skew_kl_loss, s, t, y, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"of each row .*; leave it None or take 'triton'"):
+        named(temperature=temperature)
+    with monkeypatch.context() as patch:
+        own = (torch.device("cpu"),)
+        patch.setattr(call, "_on_a_device", lambda numbers: own * any(x is alpha for x in numbers))
+        check(alpha=alpha)
+        check(alpha=alpha, temperature=temperature)
+        with pytest.raises(RuntimeError, match=r"tensors on a device .*take 'triton'"):
+            named(alpha=alpha)
+    monkeypatch.setitem(backends._available, "triton", backends.Availability(False, "none"))
+    with pytest.warns(RuntimeWarning, match="computes numbers of each row .* in the reference"):
+        kdkernels.skew_kl_loss(s, t, y, temperature=temperature)
+
+
+@quiet
+@needs_triton
+@pytest.mark.parametrize("with_target", [True, False])
+def test_parts_and_layouts_in_triton(with_target: bool, generator: torch.Generator) -> None:
+    s, t, y = make_inputs("normal", (2, 3), 40, F32, generator)
+    target = {"target": y, "ce_weight": 0.3, "label_smoothing": 0.1} if with_target else {}
+    for name in ("kd", "skew_kl"):
+        own = numbers_of(Case(name), (2, 3), generator)
+        loss = partial(getattr(kdkernels, f"{name}_loss"), **own, **target, return_parts=True)
+        truth = loss(s.double(), t.double(), backend="reference")
+        for layout in LAYOUTS.values():
+            (student, dim), (teacher, _) = layout(s), layout(t)
+            ours = loss(student, teacher, dim=dim, backend="triton")
+            for x, exact in zip(ours, truth, strict=True):
+                torch.testing.assert_close(x, exact.float())
+
+
+@needs_triton
+def test_operators_of_triton_refuse_what_does_not_fit() -> None:
+    s, t, y = make_inputs("normal", 4, 5)
+    for params in (torch.ones(3, 6), torch.ones(4, 5), torch.ones(1, 4, 6), torch.ones(4, 6, 1)):
+        with pytest.raises(RuntimeError, match="params: must be 6 float64 numbers for 'kd'"):
+            torch.ops.kdkernels.triton_forward("kd", s, t, y, None, params.double(), -100)

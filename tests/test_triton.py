@@ -68,7 +68,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 if TRITON.available:
-    from kdkernels.triton_kernels import launch, planner
+    from kdkernels.triton_kernels import launch, losses, planner
     from kdkernels.triton_kernels.planner import Device, Plan, plan
 
 
@@ -116,6 +116,45 @@ every_regime = pytest.mark.parametrize(
 
 
 # ---- the grid -------------------------------------------------------------------------------
+
+
+@pairwise(
+    case=[x for x in MAIN_CASES if x.loss in kdkernels.ops.LOSSES], regime=REGIMES,
+    classes=[40, 3, 1], dtypes=[(F32, F32), (BF16, F32), (F64, F64)],
+)  # fmt: skip
+def test_numbers_of_each_row(
+    case: Case, regime: str, classes: int, dtypes: Dtypes, generator: torch.Generator
+) -> None:
+    inputs = make_inputs("normal", 5, classes, dtypes, generator, ignored=0.1)
+    own = contracts.numbers_of(case, (5,), generator)
+    contracts.check_numbers_of_rows(case, inputs, own, generator, "triton", one(regime))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_each_row_is_taken_once(name: str) -> None:
+    """In float64 where its temperature is large, and by the loss that serves its numbers."""
+    temperatures = torch.tensor([2.0, math.nan, 0.0, -3.0, 40.0, math.inf, 32.0]).double()
+    facts = kdkernels.ops.LOSSES[name]
+    for end in (0.0, 0.5, 1.0, math.nan):
+        student, teacher, target = make_inputs("normal", 7, 5)
+        params = OPERATORS[name].repeat(7, 1)
+        if not facts.choices:
+            params[:, -1] = end
+        if facts.temperature:
+            params[:, 0] = temperatures
+        inputs = (student, teacher if facts.teacher else None, target, None, params, IGNORED)
+        found = [*launch.Call.of(name, *inputs, None).served()]
+        taken = torch.stack([x.numbers[0] != 0 for x in found])
+        assert taken.sum(0).eq(1).all()
+        for x, own in zip(found, taken, strict=True):
+            assert not facts.teacher or (x.numbers[0][own] > 32).eq(x.large).all()
+            known = params[0].tolist() if facts.temperature else [1.0, *params[0].tolist()]
+            assert not own.any() or x.loss is losses.serving(losses.LOSSES[name], known)[0]
+
+
+@every_regime
+def test_temperatures_that_are_none(regime: str) -> None:
+    contracts.check_temperatures_that_are_none(kdkernels.ops.TRITON, one(regime))
 
 
 @pairwise(

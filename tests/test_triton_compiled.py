@@ -23,9 +23,9 @@ triton = pytest.importorskip("triton")
 from kdkernels.triton_kernels import losses  # noqa: E402
 from kdkernels.triton_kernels.stats import (  # noqa: E402
     APART,
+    AT_ONE,
     PLAIN,
     SMOOTH,
-    TWO,
     pair_grad,
     student_grad,
 )
@@ -63,6 +63,7 @@ class Job:
     ignore_index: int = -100
     scale: float = 1.0
     normalizer: bool = False
+    of_rows: bool = False  # numbers of each row
     compile: bool = True
     sass: bool = False
     plant: tuple[tuple[str, int], ...] = ()  # arguments that the planner never gives
@@ -72,7 +73,12 @@ class Job:
         dtypes = f"{self.student}/{self.teacher}"
         layouts = f"{self.layout}/{self.teacher_layout}"
         params = ",".join(f"{x:g}" for x in self.params)
-        said = [f"{self.loss}({params})", self.op, f"{self.rows}x{self.classes}", dtypes]
+        said = [
+            f"{self.loss}({params})" + " of rows" * self.of_rows,
+            self.op,
+            f"{self.rows}x{self.classes}",
+            dtypes,
+        ]
         if layouts != "contiguous/contiguous":
             said.append(layouts)
         if self.ctas > 1:
@@ -101,7 +107,7 @@ def variants(name: str) -> dict[int, list[tuple[float, ...]]]:
         every += [(*x[:2], 0.7, *x[3:]) for x in every[:1]]
     return {
         kind: found
-        for kind in (PLAIN, TWO, SMOOTH, APART + PLAIN, APART + SMOOTH)
+        for kind in (PLAIN, AT_ONE, SMOOTH, APART + PLAIN, APART + SMOOTH)
         if (found := [x for x in every if variant(name, x) == kind])
     }
 
@@ -170,7 +176,7 @@ def clusters(job: Job) -> list[Job]:
 
 def other_dtypes() -> Iterator[Job]:
     for loss, kind in (
-        ("kd", PLAIN), ("kd", TWO), ("nkd", TWO), ("mixed_kl", PLAIN), ("jsd", PLAIN),
+        ("kd", PLAIN), ("kd", AT_ONE), ("nkd", AT_ONE), ("mixed_kl", PLAIN), ("jsd", PLAIN),
     ):  # fmt: skip
         for pair in (("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")):
             job = Job(loss, PARAMS[loss][kind][0], normalizer=True)
@@ -278,6 +284,12 @@ DIFFERENT = [
         ("float64", "float64"),
     )
 ]
+# Kernels are launched once in each precision, and for a mixture that is another loss at its ends.
+OF_ROWS = [
+    (replace(call, of_rows=True, ctas=16 if call.classes == 50257 and not OLD else 1), services)
+    for job, services in ((Job(), 2), (job_of("jsd", PARAMS["jsd"][PLAIN][0]), 4))
+    for call in regimes(job)
+]
 ON_AMD = [Job(), Job(classes=16000)]
 
 ALL = dict.fromkeys(
@@ -286,6 +298,7 @@ ALL = dict.fromkeys(
         *((MAIN, call) for job in VARIANTS for call in counted(job)),
         *((MAIN, job) for _, job, _ in VECTORS),
         *((MAIN, job) for job in (SCALE, SPILLS, SCALAR)),
+        *((MAIN, job) for job, _ in OF_ROWS),
         *(() if OLD else (*CLUSTERS, (MAIN, CLUSTER_SPILLS))),
         *((MAIN, job) for jobs in SAME.values() for job in jobs),
         *((MAIN, job) for job in DIFFERENT),
@@ -389,6 +402,15 @@ def test_no_kernel_spills_registers(compiled, target, job):
         # row has more of them than any other.
         spared = 64
     check_registers(target, job, compiled(target, job), spared)
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize(("job", "services"), OF_ROWS, ids=str)
+def test_numbers_of_each_row_fit_as_well(compiled, job, services):
+    launches = compiled(MAIN, job)
+    # Several short rows of float64 in a tile spill with the numbers of a call, too.
+    check_registers(MAIN, job, launches, 300 if job.classes == 128 else 64)
+    assert len({x["key"] for x in launches}) >= services
 
 
 @needs_cuobjdump
@@ -541,7 +563,7 @@ def test_no_exponential_is_computed_twice(compiled, job):
 
 @needs_cuobjdump
 def test_exponentials_of_a_second_temperature_exceed_the_budget_of_one(compiled):
-    job = counted(Job("kd", PARAMS["kd"][TWO][0]))[0]
+    job = counted(Job("kd", PARAMS["kd"][AT_ONE][0]))[0]
     (x,) = compiled(MAIN, job)
     with pytest.raises(AssertionError, match="exponentials"):
         check_exponentials(MAIN, replace(job, params=PARAMS["kd"][PLAIN][0]), x)

@@ -12,7 +12,7 @@ class are its logits ds and dt, and what opens the second round is added,
 Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared, alpha, beta.
 """
 
-from types import ModuleType
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -24,20 +24,21 @@ from .score import stats as score_stats
 from .split import log_total
 from .stats import INF, LOG2E, usable
 
-__all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
+__all__ = ["finish", "grad", "merge", "numbers", "opening", "refine", "stats", "variant"]
 
 HEAVY = True  # for the planner: powers and series of the second round need registers
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def instead(params: list[float]) -> tuple[ModuleType | None, list[float]]:
+def numbers(params: list[Any]) -> list[Any]:
     """The exponents, or 0 near the limits, and what float32 would round twice: a's share of their
-    sum, and log2(e) / T.
+    sum, a half where that is 0, and log2(e) / T.
     """
     temperature, *common, alpha, beta = params
-    a, b = (0.0 if x < AB_LIMIT else x for x in (alpha, beta))
-    share = a / (a + b) if a + b > 0.0 else 0.5
-    return None, [temperature, *common, a, b, share, LOG2E.value / temperature]
+    a, b = (x * (x >= AB_LIMIT) for x in (alpha, beta))
+    none = a + b == 0.0
+    share = (a + 0.5 * none) / (a + b + none)
+    return [temperature, *common, a, b, share, LOG2E.value / temperature]
 
 
 @triton.jit

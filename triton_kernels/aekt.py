@@ -30,7 +30,10 @@ def target_term(p, q, variant, bound):
     tckd = binary_kl(q, p)
     phi = weighted(ratio, tckd)
     h = ratio * difference(p, q)
-    # The variant is a number, so that it causes no recompilation: one branch for all rows.
+    # The variant is a number, so that it causes no recompilation: one branch for all rows. Among
+    # numbers of each row it is the same one; rows that are not read have 1 in its place.
+    if len(variant.shape) > 0:
+        variant = tl.where(tl.max(variant) > 1.0, tl.max(variant), tl.min(variant))
     if variant == 1.0:  # ratio_weighted_ce
         ratio = tl.where(masked, 0.0, ratio)
         phi = weighted(ratio, -p[0])

@@ -10,6 +10,7 @@ Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared, beta.
 """
 
 from types import ModuleType
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,15 +31,28 @@ from .score import (
 )
 from .stats import usable
 
-__all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
+__all__ = [
+    "finish",
+    "grad",
+    "instead",
+    "merge",
+    "numbers",
+    "opening",
+    "refine",
+    "stats",
+    "variant",
+]
 
 
-def instead(params: list[float]) -> tuple[ModuleType | None, list[float]]:
-    """Another loss at the ends of beta; else its two shares, of which float32 may hold either."""
+def instead(params: list[Any]) -> tuple[Any, ModuleType, list[Any]]:
+    """At the ends of beta KL in one direction."""
     *common, beta = params
-    if beta in (0.0, 1.0):
-        return mixed_kl, [*common, 1.0 - beta]
-    return None, [*params, 1.0 - beta]
+    return (beta == 0.0) | (beta == 1.0), mixed_kl, [*common, 1.0 - beta]
+
+
+def numbers(params: list[Any]) -> list[Any]:
+    """Both shares, of which float32 may hold either."""
+    return [*params, 1.0 - params[5]]
 
 
 @triton.jit

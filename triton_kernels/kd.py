@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .split import add_cross_entropy, binary_kl, both_splits, difference, gain, pair_coef
-from .stats import APART, PLAIN, SMOOTH, TWO, weighted
+from .stats import APART, AT_ONE, PLAIN, SMOOTH, weighted
 from .stats import divergence_merge as merge
 from .stats import divergence_stats as stats
 from .stats import pair_grad as grad
@@ -26,7 +26,7 @@ def pair_variant(
 ) -> int:
     if parts or (ce_weight != 0.0 and label_smoothing != 0.0):
         return SMOOTH
-    return TWO if ce_weight != 0.0 and temperature != 1.0 else PLAIN
+    return AT_ONE if ce_weight != 0.0 and temperature != 1.0 else PLAIN
 
 
 def variant(parts: bool, temperature: float, *params: float) -> int:

@@ -16,6 +16,9 @@ refined    between these two, for losses of two rounds: merges the statistics of
 gradient   merges the statistics of its rows' slices in index order, finishes, and writes the
            gradient of one slice. With the statistics of a forward pass it is the backward pass.
 
+p0 to p9 are the numbers of a call. Instead of them `numbers` may hold those of each row, (10, rows)
+in float64: rows whose temperature is 0 there are another launch's, and neither read nor written.
+
 A loss of two rounds has REFINE and OPEN (stats.py), None otherwise. Its second round takes resident
 programs no load, sweeps one more sweep. Its sums are the last of a row of statistics, which is all
 that a backward pass needs to know.
@@ -35,6 +38,7 @@ from .rows import (
     _load_sums,
     _no_refined,
     _no_sums,
+    _none_is_taken,
     _open,
     _opened,
     _params,
@@ -80,7 +84,7 @@ def resident(
     target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
-    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64", numbers,
     STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
     FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -89,11 +93,16 @@ def resident(
 ):  # fmt: skip
     tl.static_assert(ROWS == 1 or CTAS == 1)
     row = _rows_of(tl.program_id(0), ROWS)
+    if numbers is not None:
+        if _none_is_taken(numbers, row, rows, ROWS):
+            return
     exists, read, y, weight, readable, writable = _open(
-        row, rows, classes, target, row_weight, ignore_index, DTYPE
+        row, rows, classes, target, row_weight, ignore_index, numbers, DTYPE
     )
-    k = _scale_of(p0, p5, VARIANT, DTYPE)
-    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
+    k = _scale_of(numbers, row, rows, read, p0, p5, VARIANT, DTYPE)
+    params = _params(
+        numbers, row, rows, read, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE
+    )  # fmt: skip
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     g_start = _start(row, inner, g_base, g_outer, g_inner)
@@ -189,7 +198,7 @@ def sweeps(
     target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
-    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64", numbers,
     STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
     FINISH: tl.constexpr, GRAD: tl.constexpr,
     VARIANT: tl.constexpr, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -197,17 +206,26 @@ def sweeps(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(ROWS == 1)
-    k = _scale_of(p0, p5, VARIANT, DTYPE)
-    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
+    if numbers is None:
+        k = _scale_of(None, None, rows, None, p0, p5, VARIANT, DTYPE)
+        params = _params(
+            None, None, rows, None, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE
+        )  # fmt: skip
     for at in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.full((), at, tl.int64)
         exists, read, y, weight, readable, writable = _open(
-            row, rows, classes, target, row_weight, ignore_index, DTYPE
+            row, rows, classes, target, row_weight, ignore_index, numbers, DTYPE
         )
         s_start = _start(row, inner, s_base, s_outer, s_inner)
         t_start = _start(row, inner, t_base, t_outer, t_inner)
         shift = _shift(s_start, VEC, ALIGNED)
         chunks = tl.cdiv(shift + classes, BLOCK)
+        if numbers is not None:
+            k = _scale_of(numbers, row, rows, read, p0, p5, VARIANT, DTYPE)
+            params = _params(
+                numbers, row, rows, read, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE
+            )  # fmt: skip
+            chunks = tl.where(exists, chunks, 0)
         reading = tl.where(read, chunks, 0)
         ps, pt, sums = _sweep(
             student, s_start, s_class, teacher, t_start, t_class, 0, reading,
@@ -251,23 +269,27 @@ def partial(
     student, s_base: "i64", s_outer: "i64", s_inner: "i64", s_class: "i64",
     teacher, t_base: "i64", t_outer: "i64", t_inner: "i64", t_class: "i64",
     target, row_weight, stats,
-    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", p0: "fp64", p5: "fp64",
-    parts: "i32", part_chunks: "i32",
+    rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64",
+    p0: "fp64", p5: "fp64", numbers, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, VARIANT: tl.constexpr, DTYPE: tl.constexpr,
     VEC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): statistics of one slice of a row, to stats (rows, parts, width)."""
     row = _rows_of(tl.program_id(0), 1)
     part = tl.program_id(1)
+    if numbers is not None:
+        if _none_is_taken(numbers, row, rows, 1):
+            return
     exists, read, y, _, readable, _ = _open(
-        row, rows, classes, target, row_weight, ignore_index, DTYPE
+        row, rows, classes, target, row_weight, ignore_index, numbers, DTYPE
     )
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     reading = tl.where(read, part_chunks, 0)
     ps, pt, sums = _sweep(
         student, s_start, s_class, teacher, t_start, t_class, part * part_chunks * BLOCK, reading,
-        _shift(s_start, VEC, ALIGNED), readable, y, _scale_of(p0, p5, VARIANT, DTYPE),
+        _shift(s_start, VEC, ALIGNED), readable, y,
+        _scale_of(numbers, row, rows, read, p0, p5, VARIANT, DTYPE),
         STATS, MERGE, VARIANT, VEC, ALIGNED, DTYPE, BLOCK, STAGES,
     )  # fmt: skip
     _store_stats(stats, row * parts + part, exists, ps, pt, sums, None)
@@ -280,7 +302,7 @@ def refined(
     target, row_weight,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
-    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64", numbers,
     split_stats, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
     VARIANT: tl.constexpr, DTYPE: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
@@ -290,11 +312,16 @@ def refined(
     where no other program reads."""
     row = _rows_of(tl.program_id(0), 1)
     part = tl.program_id(1)
+    if numbers is not None:
+        if _none_is_taken(numbers, row, rows, 1):
+            return
     exists, read, y, _, readable, _ = _open(
-        row, rows, classes, target, row_weight, ignore_index, DTYPE
+        row, rows, classes, target, row_weight, ignore_index, numbers, DTYPE
     )
-    k = _scale_of(p0, p5, VARIANT, DTYPE)
-    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
+    k = _scale_of(numbers, row, rows, read, p0, p5, VARIANT, DTYPE)
+    params = _params(
+        numbers, row, rows, read, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE
+    )  # fmt: skip
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     like = _no_sums(k, STATS, VARIANT, DTYPE)
@@ -322,7 +349,7 @@ def gradient(
     target, row_weight, upstream, losses, row_parts, stats, normalizer, counted,
     rows: "i64", inner: "i64", classes: "i32", ignore_index: "i64", scale: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64",
-    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64",
+    p5: "fp64", p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64", numbers,
     split_stats, parts: "i32", part_chunks: "i32",
     STATS: tl.constexpr, MERGE: tl.constexpr, OPEN: tl.constexpr, REFINE: tl.constexpr,
     FINISH: tl.constexpr, GRAD: tl.constexpr,
@@ -333,11 +360,16 @@ def gradient(
     """Program (rows, slice): `parts` statistics of each row become the gradient of a slice."""
     row = _rows_of(tl.program_id(0), ROWS)
     place = tl.program_id(1)
+    if numbers is not None:
+        if _none_is_taken(numbers, row, rows, ROWS):
+            return
     exists, read, y, weight, readable, writable = _open(
-        row, rows, classes, target, row_weight, ignore_index, DTYPE
+        row, rows, classes, target, row_weight, ignore_index, numbers, DTYPE
     )
-    k = _scale_of(p0, p5, VARIANT, DTYPE)
-    params = _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE)
+    k = _scale_of(numbers, row, rows, read, p0, p5, VARIANT, DTYPE)
+    params = _params(
+        numbers, row, rows, read, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE
+    )  # fmt: skip
     s_start = _start(row, inner, s_base, s_outer, s_inner)
     t_start = _start(row, inner, t_base, t_outer, t_inner)
     shift = _shift(s_start, VEC, ALIGNED)

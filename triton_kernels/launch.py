@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ from kdkernels import ops
 from kdkernels.reference import LARGE_TEMPERATURE
 
 from . import kernels
-from .losses import LOSSES, serving
+from .losses import LOSSES, serving, servings
 from .planner import Plan, backward_plan, device_of, plan
 from .stats import PLAIN, pair_grad, student_grad
 
@@ -106,13 +106,48 @@ def _check_operands(
         _check_rows("target", target, student, torch.int64)
     if row_weight is not None:
         _check_rows("row_weight", row_weight, student, ops.loss_dtype(student, teacher))
+    count, rows = len(entry.params), math.prod(student.shape[:-1])
+    of_call = params.shape == (count,) and params.device.type == "cpu"
+    of_rows = params.shape == (rows, count) and params.device == student.device
     _check(
-        params.device.type == "cpu"
-        and params.dtype == torch.float64
-        and params.shape == (len(entry.params),),
-        f"params: must be {len(entry.params)} float64 numbers on the CPU for {loss!r}, got shape"
-        f" {tuple(params.shape)}",
+        params.dtype == torch.float64 and (of_call or of_rows),
+        f"params: must be {count} float64 numbers for {loss!r}, on the CPU, or so many of each of"
+        f" {rows} rows on {student.device}; got shape {tuple(params.shape)} on {params.device}",
     )
+
+
+# ---- numbers of each row --------------------------------------------------------------------
+
+
+def _unknown(loss: str, target: Tensor | None) -> list[float]:
+    """What the host knows of numbers that lie on the device, in the place of their values: NaN,
+    which is equal to none, so that a loss takes the variant that serves them all.
+    """
+    # Without a target there is no cross-entropy.
+    known = ("ce_weight", "label_smoothing") if target is None else ()
+    return [0.0 if name in known else math.nan for name in ops.LOSSES[loss].params]
+
+
+def _columns(loss: str, params: Tensor) -> list[Tensor]:
+    """Of (rows, numbers): a tensor of each number. Temperatures that are none are NaN."""
+    names = ops.LOSSES[loss].params
+    return [
+        torch.where(x > 0.0, x, math.nan) if name.endswith("temperature") else x
+        for name, x in zip(names, params.unbind(-1), strict=True)
+    ]
+
+
+def _as_numbers(columns: Sequence[float | Tensor], like: Tensor, taken: Any) -> Tensor:
+    """(numbers, rows) as the kernels take them, with a temperature of 0 in rows that are not taken.
+    like: a tensor of one number for each row.
+    """
+    own = [x if isinstance(x, Tensor) else torch.full_like(like, x) for x in columns]
+    if taken is not True:
+        own[0] = torch.where(taken, own[0], 0.0)
+    return torch.stack([*own, *own[:1] * (_MOST_PARAMS - len(own))])
+
+
+# ---- calls ----------------------------------------------------------------------------------
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -131,6 +166,8 @@ class Call:
     row_weight: Tensor | None
     ignore_index: int
     params: tuple[float, ...]
+    columns: tuple[float | Tensor, ...] | None  # numbers of each row; params are then unknown
+    large: bool  # the temperature
     outputs: int
     dtype: torch.dtype  # of the loss
     itemsize: int  # the larger of the logits' two
@@ -139,6 +176,7 @@ class Call:
     device: torch.device
     parts: Tensor  # (2, *rows); empty where they are not asked for
     with_parts: bool
+    numbers: Tensor | None = None  # of each row as the kernels take them
 
     @classmethod
     def of(
@@ -167,10 +205,17 @@ class Call:
         )
         shape = (1,) * (3 - student.dim()) + tuple(student.shape)
         dtype = ops.loss_dtype(student, teacher)
-        numbers = params.tolist()
+        of_rows = params.dim() == 2
+        numbers = _unknown(loss, target) if of_rows else params.tolist()
+        columns = _columns(loss, params) if of_rows else None
         if not ops.LOSSES[loss].temperature:
-            numbers.insert(0, 1.0)  # the kernels' first parameter is always one
-        module, numbers = serving(LOSSES[loss], numbers)
+            # The kernels' first parameter is always one.
+            for x in (numbers, columns):
+                if x is not None:
+                    x.insert(0, 1.0)
+        module, large = LOSSES[loss], teacher is not None and numbers[0] > LARGE_TEMPERATURE
+        if not of_rows:
+            module, numbers = serving(module, numbers)
         s, t, g = _place(student), _place(teacher), _place(grad)
         vec = max(16 // x.itemsize for x in (student, teacher, grad) if x is not None)
         loads = s[4] == 1 and _lie_alike(s, t, shape, vec) and _is_aligned(s[0], t[0])
@@ -184,6 +229,8 @@ class Call:
             row_weight,
             ignore_index,
             tuple(numbers),
+            None if columns is None else tuple(columns),
+            large,
             ops.LOSSES[loss].outputs,
             dtype,
             max(x.itemsize for x in (student, teacher) if x is not None),
@@ -193,6 +240,25 @@ class Call:
             ops.empty_parts(student, dtype, with_parts),
             with_parts,
         )
+
+    def served(self) -> Iterator[Call]:
+        """The calls that this one is run as. Numbers of each row are on the device, where they stay
+        without anyone waiting for them: so there is one for each loss and each precision that they
+        may ask for, and its launches leave the rows of the others alone.
+        """
+        if self.columns is None:
+            yield self
+            return
+        like = next(x for x in self.columns if isinstance(x, Tensor))
+        for taken, loss, columns in servings(self.loss, list(self.columns)):
+            temperature = columns[0]
+            if self.wide or self.logits[5] is None:
+                yield replace(self, loss=loss, numbers=_as_numbers(columns, like, taken))
+                continue
+            large = temperature > LARGE_TEMPERATURE
+            for own, which in ((False, ~large), (True, large)):
+                numbers = _as_numbers(columns, like, which & taken)
+                yield replace(self, loss=loss, numbers=numbers, large=own)
 
     @property
     def rows(self) -> int:
@@ -211,9 +277,7 @@ class Call:
     @property
     def wide(self) -> bool:
         """Whether it is computed in float64; numbers of rows stay in the dtype of the loss."""
-        teacher = self.logits[5]
-        large = teacher is not None and self.params[0] > LARGE_TEMPERATURE
-        return self.dtype == torch.float64 or large
+        return self.dtype == torch.float64 or self.large
 
     @property
     def heavy(self) -> bool:
@@ -251,6 +315,7 @@ class Call:
             "classes": classes,
             "ignore_index": self.ignore_index,
             **{f"p{i}": x for i, x in enumerate(params)},
+            "numbers": self.numbers,
             "STATS": self.loss.stats,
             "MERGE": self.loss.merge,
             "OPEN": getattr(self.loss, "opening", None),
@@ -301,9 +366,13 @@ def launch(
 
 
 def _run(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> None:
-    """Losses, and the gradient if the call has one, in the plan's regime."""
-    if call.rows == 0:
-        return
+    """Losses, and the gradient if the call has one."""
+    for own in call.served() if call.rows else ():
+        _run_served(own, losses, stats, **reduction)
+
+
+def _run_served(call: Call, losses: Tensor, stats: Tensor | None, **reduction: Any) -> None:
+    """In the plan's regime."""
     device = device_of(call.device)
     chosen = plan(
         call.rows, call.window, device, small=call.small, wide=call.wide, heavy=call.heavy
@@ -369,10 +438,11 @@ def backward(
     grad_rows = grad_rows.contiguous()
     _check_rows("grad_rows", grad_rows, student, call.dtype, call.outputs * call.rows)
     _check_rows("stats", stats, student, call.dtype, ops.STATS_WIDTH * call.rows)
-    chosen = backward_plan(call.rows, call.window, wide=call.wide)
-    arguments = call.arguments(chosen, upstream=grad_rows, split_stats=stats, parts=1)
     with _on(student.device):
-        launch(kernels.gradient, (chosen.programs, chosen.parts), chosen.warps, arguments)
+        for own in call.served():
+            chosen = backward_plan(own.rows, own.window, wide=own.wide)
+            arguments = own.arguments(chosen, upstream=grad_rows, split_stats=stats, parts=1)
+            launch(kernels.gradient, (chosen.programs, chosen.parts), chosen.warps, arguments)
     return grad
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from kdkernels.reference import LOSSES as ALL
 
 LOSSES: dict[str, ModuleType] = {name: import_module(f"{__package__}.{name}") for name in ALL}
 
 
-def serving(loss: ModuleType, params: list[float]) -> tuple[ModuleType, list[float]]:
-    """The loss that serves a call, with the numbers that it takes: at their ends mixtures are
-    others, elsewhere they want both of their shares.
+def servings(loss: ModuleType, params: list[Any]) -> list[tuple[Any, ModuleType, list[Any]]]:
+    """The losses that serve calls of this one, each with where it does and the numbers that it then
+    takes: at their ends mixtures are others. params: floats, or tensors of one for each row; each
+    row is served once.
     """
+    own = loss.numbers(params) if hasattr(loss, "numbers") else params
     if not hasattr(loss, "instead"):
-        return loss, params
-    other, numbers = loss.instead(params)
-    return other or loss, numbers
+        return [(True, loss, own)]
+    ends, other, numbers = loss.instead(params)
+    return [(ends, other, numbers), (ends ^ True, loss, own)]
+
+
+def serving(loss: ModuleType, params: list[float]) -> tuple[ModuleType, list[float]]:
+    """The loss that serves a call of these numbers, and those that it takes."""
+    return next(x[1:] for x in servings(loss, params) if x[0])

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import kd
 from .split import add_cross_entropy, gain, non_target, pair_coef, split
-from .stats import PLAIN, TWO, inverse, usable, weighted
+from .stats import AT_ONE, PLAIN, inverse, usable, weighted
 from .stats import cross_merge as merge
 from .stats import cross_stats as stats
 from .stats import pair_grad as grad
@@ -21,7 +21,7 @@ __all__ = ["finish", "grad", "merge", "stats", "variant"]
 
 def variant(parts: bool, temperature: float, *params: float) -> int:
     chosen = kd.pair_variant(parts, temperature, *params)
-    return TWO if chosen == PLAIN and temperature != 1.0 else chosen
+    return AT_ONE if chosen == PLAIN and temperature != 1.0 else chosen
 
 
 @triton.jit

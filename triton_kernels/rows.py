@@ -95,10 +95,14 @@ def _start(row, inner, base, outer_stride, inner_stride):
 
 
 @triton.jit
-def _open(row, rows, classes, target, row_weight, ignore_index, DTYPE: tl.constexpr):
+def _open(
+    row, rows, classes, target, row_weight, ignore_index, numbers, DTYPE: tl.constexpr
+):  # fmt: skip
     """Whether rows exist and are read, their target (-1: none), weight (NaN: bad target), and how
-    many classes are read and written."""
+    many classes are read and written. For this launch the rows of another one do not exist."""
     exists = row < rows
+    if numbers is not None:
+        exists = _are_taken(numbers, row, rows)
     weight = tl.where(exists, 1.0, 0.0).to(DTYPE)
     if row_weight is not None:
         weight = tl.load(row_weight + row, mask=exists, other=0.0).to(DTYPE)
@@ -141,31 +145,70 @@ def _upstream(row, rows, read, weight, upstream, scale, normalizer, counted, OUT
 
 
 @triton.jit
-def _params(p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE: tl.constexpr):
-    return (
-        tl.full((), p0, DTYPE),
-        tl.full((), p1, DTYPE),
-        tl.full((), p2, DTYPE),
-        tl.full((), p3, DTYPE),
-        tl.full((), p4, DTYPE),
-        tl.full((), p5, DTYPE),
-        tl.full((), p6, DTYPE),
-        tl.full((), p7, DTYPE),
-        tl.full((), p8, DTYPE),
-        tl.full((), p9, DTYPE),
-    )
+def _number(numbers, i: tl.constexpr, row, rows, read):
+    """The i-th number of each row; 1 where a row is not read, whose number may be anything."""
+    return tl.load(numbers + i * rows + row, mask=read, other=1.0)
 
 
 @triton.jit
-def _scale_of(p0, p5, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
+def _are_taken(numbers, row, rows):
+    """Whether rows are this launch's: a temperature of 0 says that they are another one's."""
+    return tl.load(numbers + row, mask=row < rows, other=0.0) != 0.0
+
+
+@triton.jit
+def _none_is_taken(numbers, row, rows, ROWS: tl.constexpr):
+    taken = _are_taken(numbers, row, rows)
+    if ROWS == 1:
+        return taken == 0
+    else:
+        return tl.max(taken.to(tl.int32)) == 0
+
+
+@triton.jit
+def _params(
+    numbers, row, rows, read, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Those of the call, or of each row."""
+    if numbers is not None:
+        params = ()
+        for i in tl.static_range(10):
+            params = params + (_number(numbers, i, row, rows, read).to(DTYPE),)
+        return params
+    else:
+        return (
+            tl.full((), p0, DTYPE),
+            tl.full((), p1, DTYPE),
+            tl.full((), p2, DTYPE),
+            tl.full((), p3, DTYPE),
+            tl.full((), p4, DTYPE),
+            tl.full((), p5, DTYPE),
+            tl.full((), p6, DTYPE),
+            tl.full((), p7, DTYPE),
+            tl.full((), p8, DTYPE),
+            tl.full((), p9, DTYPE),
+        )
+
+
+@triton.jit
+def _scale_of(numbers, row, rows, read, p0, p5, VARIANT: tl.constexpr, DTYPE: tl.constexpr):
     """log2(e) / T; with a temperature of the teacher's own, p5, that one's, too, and their ratio.
     In float64, because a temperature rounded first would be another one."""
-    k = tl.full((), 1.4426950408889634 / p0, tl.float64).to(DTYPE)
-    if VARIANT >= 4:
-        k_t = tl.full((), 1.4426950408889634 / p5, tl.float64).to(DTYPE)
-        return k, k_t, tl.full((), p0 / p5, tl.float64).to(DTYPE)
+    if numbers is not None:
+        p0 = _number(numbers, 0, row, rows, read)
+        k = (1.4426950408889634 / p0).to(DTYPE)
+        if VARIANT >= 4:
+            p5 = _number(numbers, 5, row, rows, read)
+            return k, (1.4426950408889634 / p5).to(DTYPE), (p0 / p5).to(DTYPE)
+        else:
+            return k
     else:
-        return k
+        k = tl.full((), 1.4426950408889634 / p0, tl.float64).to(DTYPE)
+        if VARIANT >= 4:
+            k_t = tl.full((), 1.4426950408889634 / p5, tl.float64).to(DTYPE)
+            return k, k_t, tl.full((), p0 / p5, tl.float64).to(DTYPE)
+        else:
+            return k
 
 
 @triton.jit

@@ -5,6 +5,7 @@ Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared, alpha
 """
 
 from types import ModuleType
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -25,13 +26,28 @@ from .score import (
 )
 from .stats import usable
 
-__all__ = ["finish", "grad", "instead", "merge", "opening", "refine", "stats", "variant"]
+__all__ = [
+    "finish",
+    "grad",
+    "instead",
+    "merge",
+    "numbers",
+    "opening",
+    "refine",
+    "stats",
+    "variant",
+]
 
 
-def instead(params: list[float]) -> tuple[ModuleType | None, list[float]]:
-    """At alpha = 0 KL(q || p); else both shares, of which float32 may hold either."""
+def instead(params: list[Any]) -> tuple[Any, ModuleType, list[Any]]:
+    """At alpha = 0 KL(q || p)."""
     *common, alpha = params
-    return (mixed_kl, [*common, 1.0]) if alpha == 0.0 else (None, [*params, 1.0 - alpha])
+    return alpha == 0.0, mixed_kl, [*common, 1.0]
+
+
+def numbers(params: list[Any]) -> list[Any]:
+    """Both shares, of which float32 may hold either."""
+    return [*params, 1.0 - params[5]]
 
 
 @triton.jit

@@ -15,11 +15,13 @@ and, where the probabilities of a class themselves are needed, for a second roun
                                      no pivot moves, and the features that its gradient is made of
 
 VARIANT says what is summed beside what every call of a loss needs, each compiled on its own: PLAIN
-nothing, TWO the sums at temperature 1, SMOOTH these, at any temperature, and those of the logits,
-for label smoothing; it also gives the parts. There every class that is not at -inf counts, and adds
-a constant to its gradient: the sign of one of its exponentials tells, -0.0 of a class at -inf,
-which no sum sees. APART comes on top of PLAIN and SMOOTH where the teacher's temperature is another
-one: calls with one temperature keep their code, and its registers.
+nothing, AT_ONE the sums at temperature 1, SMOOTH these, at any temperature, and those of the
+logits, for label smoothing; it also gives the parts. There every class that is not at -inf counts,
+and adds a constant to its gradient: the sign of one of its exponentials tells, -0.0 of a class at
+-inf, which no sum sees. APART comes on top of PLAIN and SMOOTH where the teacher's temperature is
+another one: calls with one temperature keep their code, and its registers. `variant` gets NaN for a
+number that the host does not know, because it is one of each row or lies on a device: NaN is equal
+to none, so that what it returns serves them all.
 
 ds and dt are logits minus pivots (the running maxima), in units of logits: the temperature enters
 with k = log2(e) / T, so differences are exact and one pivot serves every temperature. With APART k
@@ -35,7 +37,7 @@ INF = tl.constexpr(float("inf"))
 # What counts is summed times it, so that classes masked by the lowest number of float32 do not
 # overflow the sum of logits. A power of 2: nothing is rounded.
 SHARE = tl.constexpr(2.0**-24)
-PLAIN, TWO, SMOOTH = 0, 1, 2
+PLAIN, AT_ONE, SMOOTH = 0, 1, 2
 APART = 4  # added to PLAIN or SMOOTH
 
 
