@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -506,10 +506,12 @@ def _counted_classes(
 ) -> int:
     """How many classes count, 0 for all, and whether student and teacher have them."""
     if teacher is not None:
-        shape = list(student.shape)
+        shape = student.shape
         if classes is not None and teacher.dim() == student.dim():
-            shape[dim] = teacher.shape[dim]
-        check_like("teacher", teacher, torch.Size(shape), student)
+            own = list(shape)
+            own[dim] = teacher.shape[dim]
+            shape = torch.Size(own)
+        check_like("teacher", teacher, shape, student)
     if classes is None:
         return 0
     for name, x in ((student_name, student), ("teacher", teacher)):
@@ -582,6 +584,12 @@ def wrong_target(inputs: Inputs) -> str | None:
 
 def wants_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def any_wants_gradient(values: Iterable[Any]) -> bool:
+    # A list, because a generator costs more than what it asks.
+    of_tensors = [isinstance(x, Tensor) and x.requires_grad for x in values]
+    return any(of_tensors) and torch.is_grad_enabled()
 
 
 def is_on(weight: float | Tensor) -> bool:

@@ -16,6 +16,7 @@ from kdkernels.arguments import (
     LOGIT_DTYPES,
     WEIGHTS,
     Inputs,
+    any_wants_gradient,
     check_like,
     check_option,
     common_options,
@@ -241,7 +242,7 @@ def _refuse_for_ranks(name: str, params: Numbers) -> None:
             f"{of}: got a tensor of one number for each row; with DTensors it must be a number or"
             " a 0-d tensor"
         )
-    if any(wants_gradient(x) for x in params):
+    if any_wants_gradient(params):
         raise ValueError(
             "temperature and weights: got one that requires a gradient, of which each rank would"
             " have a part; with DTensors they are numbers, or tensors that require none"
@@ -383,7 +384,7 @@ def _fits_one_sweep(inputs: Inputs, divisor: _Divisor, params: Numbers) -> bool:
     if inputs.backend == "reference" or tensors.is_transformed():
         return False
     others = (inputs.teacher, inputs.row_weight, divisor.normalizer, *params)
-    if any(wants_gradient(x) for x in others):
+    if any_wants_gradient(others):
         return False
     # A float16 gradient must be rounded after the upstream gradient has multiplied it: rounded
     # before, it underflows, and the scale of a GradScaler comes too late.
@@ -393,7 +394,7 @@ def _fits_one_sweep(inputs: Inputs, divisor: _Divisor, params: Numbers) -> bool:
 def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any) -> Any:
     operators = ops.TRITON if inputs.backend == "triton" else ops.FUSED
     packed = _packed(params, inputs.student)
-    with_grad = any(wants_gradient(x) for x in (*inputs[:4], packed))
+    with_grad = any_wants_gradient((*inputs[:4], packed))
     op = getattr(operators, op_name)
     if op_name == "reduced":
         (normalizer, mean), with_parts = options
