@@ -49,8 +49,9 @@ KD_FN V usable(V pivot) {
   return select(pivot == -infinity<V>(), lit<V>(0), pivot);
 }
 
-// A row, or some of its classes, once they are summed up: all that its loss and its gradient's coefficients are
-// finished from, whoever has summed them, in however many parts.
+// A row once its classes are summed up: all that its loss and its gradient's coefficients are finished from, whoever
+// has summed them, in however many parts. A part of a row is one, too, of which only pivots and statistics count: the
+// target is the row's.
 template <class Sums, class V>
 struct Summary {
   Pivots<V> pivots;
@@ -305,7 +306,7 @@ struct StudentSums : Kept<1, kVariant> {
   }
 };
 
-// a takes over what b, a disjoint set of classes, sums to. Its target stays its own.
+// a takes over what b, a disjoint set of classes, sums to. The target stays a's.
 template <class Sums, class V>
 KD_FN void merge(const typename Sums::template Scales<ScalarOf<V>>& scales, Summary<Sums, V>& a,
                  const Summary<Sums, V>& b) {

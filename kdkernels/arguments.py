@@ -106,12 +106,14 @@ gradient (the reference's). Those of the loss itself (temperatures, alpha, beta,
 z_weight) may also be tensors of the shape of the target, one number for each row, on the device of
 the logits; with `causal` that of position i belongs to the logits there, and those of ignored rows
 are not looked at. The CPU kernels take them, rows of equal numbers together. So do the Triton
-kernels, and 0-d tensors on a device, in one launch more for each precision and each loss that the
-numbers may ask for; with backend None they take such a call where the CUDA kernels, which do not,
-take all others. No value on a device is waited for or checked; the kernels make the row of a
-temperature that is none NaN. Under torch.func, and where there is no Triton, the reference takes
-these calls, in float64, with a warning, once. Under torch.compile a number that changes is compiled
-once more, then no more; a tensor is not.
+kernels, and 0-d tensors on a device; with backend None they take such a call where the CUDA
+kernels, which do not, take all others. As the host does not know these numbers, all are made
+numbers of rows (8 bytes each), there is a launch for each precision and each loss that they may ask
+for, in which the other rows are left alone, and where a target is given the cross-entropy is
+computed whatever weighs it. No value on a device is checked or, but for AEKT's learned ones, waited
+for: where a temperature is not positive, or NaN, so is the row's loss. Under torch.func, and where
+there is no Triton, the reference takes these calls, in float64, with a warning, once. Under
+torch.compile a number that changes is compiled once more, then no more; a tensor is not.
 
 Returns:
     float64 if either of the logits is float64, else float32: 0-d, or the shape of the target.
@@ -587,7 +589,7 @@ def wants_gradient(value: Any) -> bool:
 
 
 def any_wants_gradient(values: Iterable[Any]) -> bool:
-    # A list, because a generator costs more than what it asks.
+    # A list: a generator costs several times as much.
     of_tensors = [isinstance(x, Tensor) and x.requires_grad for x in values]
     return any(of_tensors) and torch.is_grad_enabled()
 

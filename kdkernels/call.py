@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -147,18 +147,28 @@ def _read(
     options: Mapping[str, Any],
     params: Numbers,
     student_name: str = "student",
+    names: Sequence[str] = (),
 ) -> tuple[Inputs, Numbers]:
-    """The checked tensors of a call, with the backend that takes it, and its checked numbers."""
+    """The checked tensors of a call, with the backend that takes it, and its checked numbers.
+
+    names: of the numbers, where they are not those of the loss.
+    """
     inputs = read_tensors(name, student, teacher, target, options, student_name)
-    if _are_of_rows(params):
-        named = zip(reference.LOSSES[name].params, params, strict=True)
-        params = tuple(_of_rows(name, of, x, inputs) for of, x in named)
+    if any([isinstance(x, Tensor) for x in params]):
+        named = zip(names or reference.LOSSES[name].params, params, strict=True)
+        params = tuple([_of_call(name, of, x, inputs) for of, x in named])
     return _where_kernels_serve(inputs, params, options["backend"]), params
 
 
-def _of_rows(loss: str, name: str, value: float | Tensor, inputs: Inputs) -> float | Tensor:
-    """A number of each row, checked in the rows that are read."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
+def _of_call(loss: str, name: str, value: float | Tensor, inputs: Inputs) -> float | Tensor:
+    """A number, checked against the logits; those of each row in the rows that are read."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 0:
+        here = inputs.student.device
+        if value.device not in (here, _CPU):
+            allowed = "cpu" if here == _CPU else f"cpu or {here}"
+            raise ValueError(f"{name}: got device {value.device}; must be {allowed}")
         return value
     tensor(name, value, (*LOGIT_DTYPES, *INTEGER_DTYPES))
     shape = inputs.student.shape[:-1]
@@ -278,16 +288,16 @@ def _packed(numbers: Numbers, like: Tensor) -> Tensor:
         return _constant(numbers)
     if not numbers:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
-    if not (_are_of_rows(numbers) or _on_a_device(numbers)):
+    if not (_are_of_rows(numbers) or _are_on_a_device(numbers)):
         return torch.stack([_as_tensor(x, _CPU) for x in numbers], -1)
     # A number on the device is one of every row.
     rows = math.prod(like.shape[:-1])
     return torch.stack([_as_tensor(x, like.device).reshape(-1).expand(rows) for x in numbers], -1)
 
 
-def _on_a_device(numbers: Numbers) -> list[torch.device]:
-    """Those that tensors lie on which the host cannot read without waiting for them."""
-    return [x.device for x in numbers if isinstance(x, Tensor) and x.device.type != "cpu"]
+def _are_on_a_device(numbers: Numbers) -> bool:
+    """Whether the host cannot read one of them without waiting for it."""
+    return any([isinstance(x, Tensor) and x.device.type != "cpu" for x in numbers])
 
 
 def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> Inputs:
@@ -296,6 +306,7 @@ def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> 
     """
     if inputs.backend == "reference":
         return inputs
+    other = ""
     if torch.compiler.is_compiling() and tensors.is_functorch():
         # The operators stay whole while a graph is traced, and torch.func has to look into them.
         why = "torch.func under torch.compile"
@@ -304,20 +315,19 @@ def _where_kernels_serve(inputs: Inputs, params: Numbers, named: str | None) -> 
     elif not any([isinstance(x, Tensor) for x in params]):
         return inputs
     else:
-        of_rows, places, here = _are_of_rows(params), _on_a_device(params), inputs.student.device
-        if not (of_rows or places):
+        of_rows = _are_of_rows(params)
+        if not (of_rows or _are_on_a_device(params)):
             return inputs
-        if all([x == here for x in places]) and not tensors.is_transformed():
+        if not tensors.is_transformed():
             if inputs.backend in _TAKE_NUMBERS_OF_ROWS:
                 return inputs
-            if named is None and backend.serves("triton", here):
-                return inputs._replace(backend="triton")
-        why = "temperatures and weights that are tensors on a device"
-        if of_rows:
-            why = "numbers of each row"
+            if backend.serves("triton", inputs.student.device):
+                if named is None:
+                    return inputs._replace(backend="triton")
+                other = " or take 'triton'"
+        why = "numbers of each row" if of_rows else "numbers that are tensors on a device"
         why += " (the kernels of the CPU and of Triton take them, but not under torch.func)"
     if named is not None:
-        other = "" if named in _TAKE_NUMBERS_OF_ROWS else " or take 'triton'"
         raise RuntimeError(
             f"backend: got {named!r}, which cannot compute {why}; leave it None{other}"
         )
@@ -482,6 +492,8 @@ def _weigh(rows: Tensor, row_weight: Tensor) -> Tensor:
 
 # ---- tf-NKD ----------------------------------------------------------------------------------
 
+_OF_TF_NKD = ("kd_weight", "ce_weight", "label_smoothing")
+
 
 def tf_nkd(
     student: Tensor,
@@ -494,7 +506,7 @@ def tf_nkd(
     weights = (options["kd_weight"], options["ce_weight"], options["label_smoothing"])
     if sharded.is_sharded(student):
         return _tf_nkd_over_ranks(student, target, mean_confidence, options, weights)
-    inputs, _ = _read("cross_entropy", student, None, target, options, weights)
+    inputs, _ = _read("cross_entropy", student, None, target, options, weights, names=_OF_TF_NKD)
     divisor = _divisor(options, student)
     confidence = _confidence(mean_confidence, inputs.dtype)
     with_parts = options["return_parts"]
@@ -532,7 +544,7 @@ def _tf_nkd_over_ranks(
 
     def counted(student: Tensor, _: Any, target: Any, row_weight: Any) -> Tensor:
         own = {**options, "row_weight": row_weight}
-        inputs, _ = _read(name, student, None, target, own, weights)
+        inputs, _ = _read(name, student, None, target, own, weights, names=_OF_TF_NKD)
         confidence = _read_cross_entropy(inputs).neg().exp()
         read = _is_read(confidence, inputs)
         return torch.stack((torch.where(read, confidence, 0.0), read.to(confidence.dtype)))

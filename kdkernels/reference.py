@@ -212,7 +212,7 @@ def skew_reverse_kl(
     label_smoothing: Number = 0.0,
     t_squared: bool = True,
     alpha: Number = 0.1,
-    detach_mixture: bool = False,
+    detach_mixture: bool | Tensor = False,
     *,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
@@ -225,7 +225,10 @@ def skew_reverse_kl(
     """
     rows = _open(student, teacher, target, ignore_index, row_weight, temperature)
     log_p, log_q = _log_softmaxes(rows, temperature)
-    in_mixture = log_p.detach() if detach_mixture else log_p
+    if isinstance(detach_mixture, Tensor):  # not read: it may lie on a device
+        in_mixture = torch.where(detach_mixture != 0, log_p.detach(), log_p)
+    else:
+        in_mixture = log_p.detach() if detach_mixture else log_p
     value = _reverse_divergence(log_p, _log_mixture(in_mixture, log_q, *_shares(alpha)))
     distillation = _gain(temperature, t_squared) * value
     return rows.weigh(distillation, kd_weight, ce_weight, label_smoothing, parts)
@@ -820,7 +823,7 @@ class Loss:
     target: bool = True  # whether one is required
     outputs: int = 1
     means: Mapping[str, str] = field(default_factory=dict)  # of parameters, by a kind of number
-    choices: tuple[str, ...] = ()  # parameters that are a choice, not a number
+    choices: tuple[str, ...] = ()  # parameters that the formula branches on, not a number
     soft_target: bool = False  # whether one of probabilities is taken, of which the largest counts
 
     params: tuple[str, ...] = field(init=False)  # their names, in the operators' order
@@ -845,9 +848,7 @@ LOSSES = {
     "mixed_kl": Loss(mixed_kl, target=False),
     "jsd": Loss(jsd, target=False, means={"beta": "mixed share"}),
     "skew_kl": Loss(skew_kl, target=False, means={"alpha": "mixed share"}),
-    "skew_reverse_kl": Loss(
-        skew_reverse_kl, target=False, means={"alpha": "mixed share"}, choices=("detach_mixture",)
-    ),
+    "skew_reverse_kl": Loss(skew_reverse_kl, target=False, means={"alpha": "mixed share"}),
     "tvd": Loss(tvd, target=False),
     "ab": Loss(ab, target=False, means={"alpha": "share", "beta": "share"}),
     "cross_entropy": Loss(cross_entropy, teacher=False),

@@ -34,6 +34,7 @@ from cases import (
 from torch import Tensor
 
 from kdkernels import ops
+from kdkernels.arguments import WEIGHTS
 from kdkernels.reference import LOSSES as REFERENCE
 
 # ---- values and gradients -------------------------------------------------------------------
@@ -163,8 +164,8 @@ RANGES = {"temperature": (0.5, 5.0), "teacher_temperature": (0.5, 5.0), "gamma":
 
 
 def numbers_of(case: Case, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
-    """Of every number that a loss has of its own, one for each row: 5 or more of them."""
-    choices = ("t_squared", "log_ratio_max", "kd_weight", "ce_weight", "label_smoothing")
+    """Of every number that a loss has of its own, one for each of 5 rows or more."""
+    choices = ("t_squared", "detach_mixture", "log_ratio_max", *WEIGHTS)
     facts = REFERENCE[case.loss]
     names = [x for x in facts.params if x not in (*choices, *facts.choices)]
     found: dict[str, Tensor] = {}

@@ -117,6 +117,8 @@ REFUSED = [
     ("temperature", torch.ones(2), ValueError, "got shape (2,); a tensor must be 0-d, or hold one"),
     ("kd_weight", torch.ones(6), ValueError, "got shape (6,); a tensor must be 0-d"),
     ("temperature", torch.tensor(0.0), ValueError, "got 0.0; must be a number from 1e-4 to 1e4"),
+    ("temperature", torch.tensor(4.0, device="meta"), ValueError, "got device meta; must be cpu"),
+    ("kd_weight", torch.tensor(1.0, device="meta"), ValueError, "got device meta; must be cpu"),
     ("temperature", torch.tensor(2j), TypeError, "got dtype torch.complex64; must be one of"),
     ("alpha", 1e300, ValueError, f"got 1e+300; {WEIGHT}"),
     ("alpha", 5e-324, ValueError, f"got 5e-324; {WEIGHT}"),

@@ -138,8 +138,9 @@ def test_each_row_is_taken_once(name: str) -> None:
     for end in (0.0, 0.5, 1.0, math.nan):
         student, teacher, target = make_inputs("normal", 7, 5)
         params = OPERATORS[name].repeat(7, 1)
-        if not facts.choices:
-            params[:, -1] = end
+        mixed = [x for x, meaning in facts.means.items() if meaning == "mixed share"]
+        for x in mixed:
+            params[:, facts.params.index(x)] = end
         if facts.temperature:
             params[:, 0] = temperatures
         inputs = (student, teacher if facts.teacher else None, target, None, params, IGNORED)

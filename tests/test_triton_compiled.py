@@ -290,6 +290,11 @@ OF_ROWS = [
     for job, services in ((Job(), 2), (job_of("jsd", PARAMS["jsd"][PLAIN][0]), 4))
     for call in regimes(job)
 ]
+# And of every loss the compiler takes the code that only these reach.
+OF_ROWS_COMPILED = [
+    replace(job_of(name, next(iter(PARAMS[name].values()))[0]), classes=100, of_rows=True)
+    for name in PARAMS
+]
 ON_AMD = [Job(), Job(classes=16000)]
 
 ALL = dict.fromkeys(
@@ -299,6 +304,7 @@ ALL = dict.fromkeys(
         *((MAIN, job) for _, job, _ in VECTORS),
         *((MAIN, job) for job in (SCALE, SPILLS, SCALAR)),
         *((MAIN, job) for job, _ in OF_ROWS),
+        *((MAIN, job) for job in OF_ROWS_COMPILED),
         *(() if OLD else (*CLUSTERS, (MAIN, CLUSTER_SPILLS))),
         *((MAIN, job) for jobs in SAME.values() for job in jobs),
         *((MAIN, job) for job in DIFFERENT),
@@ -411,6 +417,12 @@ def test_numbers_of_each_row_fit_as_well(compiled, job, services):
     # Several short rows of float64 in a tile spill with the numbers of a call, too.
     check_registers(MAIN, job, launches, 300 if job.classes == 128 else 64)
     assert len({x["key"] for x in launches}) >= services
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("job", OF_ROWS_COMPILED, ids=str)
+def test_every_loss_is_compiled_with_numbers_of_each_row(compiled, job):
+    check_registers(MAIN, job, compiled(MAIN, job), 600)
 
 
 @needs_cuobjdump

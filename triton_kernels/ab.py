@@ -31,8 +31,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 def numbers(params: list[Any]) -> list[Any]:
-    """The exponents, or 0 near the limits, and what float32 would round twice: a's share of their
-    sum, a half where that is 0, and log2(e) / T.
+    """The exponents, or 0 near the limits, and what float32 would round twice: the share of a in
+    a + b (a half where both are 0), and log2(e) / T.
     """
     temperature, *common, alpha, beta = params
     a, b = (x * (x >= AB_LIMIT) for x in (alpha, beta))

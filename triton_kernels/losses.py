@@ -12,9 +12,9 @@ LOSSES: dict[str, ModuleType] = {name: import_module(f"{__package__}.{name}") fo
 
 
 def servings(loss: ModuleType, params: list[Any]) -> list[tuple[Any, ModuleType, list[Any]]]:
-    """The losses that serve calls of this one, each with where it does and the numbers that it then
-    takes: at their ends mixtures are others. params: floats, or tensors of one for each row; each
-    row is served once.
+    """By which losses a call of this one is computed: a mixture by itself, and at its ends by KL in
+    one direction. Of each of them where it is (a bool, or one for each row), which loss, and its
+    numbers. params: floats, or tensors of one for each row; exactly one serves a row.
     """
     own = loss.numbers(params) if hasattr(loss, "numbers") else params
     if not hasattr(loss, "instead"):

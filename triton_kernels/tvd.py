@@ -38,6 +38,6 @@ def refine(exps, opening, params, VARIANT: tl.constexpr):
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
-    p, q, d, split = target_splits(sums, ps, pt, s_y, t_y, params)
+    p, q, d, of_target = target_splits(sums, ps, pt, s_y, t_y, params)
     value, h = at(p, q, d, params)
-    return score_finish(sums, split, value, h, s_y - usable(ps), g, params, VARIANT)
+    return score_finish(sums, of_target, value, h, s_y - usable(ps), g, params, VARIANT)

@@ -36,10 +36,11 @@ struct Prefetch {  // what the sweep asks the memory for meanwhile: the next til
 };
 
 template <class Sums, class S, bool kKeep>
-typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales<S>& scales, const S* s, const S* t,
+typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales<S>& given, const S* s, const S* t,
                                             int64_t n, Pivots<S> pivots, S* kept, int64_t kept_stride, Prefetch ahead) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
+  const auto scales = given;  // a copy, of which the compiler knows that nothing stored below changes it
   const V ms = Ops<V>::splat(usable(pivots.s)), mt = Ops<V>::splat(usable(pivots.t));
   typename Sums::template Stats<V> stats = {};
   for (int64_t i = 0; i < n; i += L) {
@@ -60,9 +61,10 @@ typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales
 // The second round over what was kept, in place. sums: those of this round are added to it. The last vector may reach
 // beyond n: there the kept are 0, as of a class at -inf.
 template <class Sums, class S>
-void refine_tile(const typename Sums::template Scales<S>& scales, int64_t n, S* kept, int64_t kept_stride,
+void refine_tile(const typename Sums::template Scales<S>& given, int64_t n, S* kept, int64_t kept_stride,
                  const Multipliers<S, Sums::kept>& opening, double* sums) {
   using V = Vec<S>;
+  const auto scales = given;
   Multipliers<V, Sums::kept> c;
   V lanes[Sums::refined] = {};
   for (int k = 0; k < Sums::kept; ++k) c.c[k] = Ops<V>::splat(opening.c[k]);

@@ -89,12 +89,19 @@ struct Ops<VecF> {
   }
 
   static KD_FN VecF abs(VecF x) { return (VecF)((VecU32)x & 0x7fffffffu); }
-  static KD_FN VecF reciprocal(VecF x) { return splat(1.f) / x; }
+  // 1 / x of a normal x whose inverse is one, too.
+  static KD_FN VecF reciprocal(VecF x) {
+#if defined(__AVX512DQ__)
+    const VecF r = _mm512_maskz_rcp14_ps(kAll, x);  // 14 bits, and by Newton's step all
+    return r * (splat(1.f) - x * r) + r;
+#else
+    return splat(1.f) / x;
+#endif
+  }
   static KD_FN VecF product(VecF a, VecF b) { return opaque<VecF>(a * b); }
 
   // The exponent, and a polynomial in z, or in the mantissa minus 1, from sqrt(1/2) to sqrt 2.
   static KD_FN VecF log2_near(VecF u, VecF z) {
-    u = max_of(splat(1.17549435e-38f), u);
     const VecI32 bits = (VecI32)u - 0x3f3504f3, exponent = bits >> 23;
     const VecF m = (VecF)((bits & 0x7fffff) + 0x3f3504f3) - splat(1.f);
     const VecF f = exponent == 0 ? z : m;

@@ -288,7 +288,8 @@ struct Cluster {
 
   // ---- the parts' statistics, by the first warp ----
 
-  // To all blocks of the cluster, this one included. The target's logits of a part that has them not are 0.
+  // To all blocks of the cluster, this one included. The target's logits of all parts are added up: they are 0 in those
+  // that do not have it.
   KD_DEVICE void send(int slot, const Summary<Sums, S>& part) const {
     constexpr int kMessage = ClusterScratch<Sums, S>::kMessage;
     S fields[4 * kMessage] = {part.pivots.s, part.pivots.t, part.s_y, part.t_y};
@@ -451,7 +452,7 @@ cluster(KD_ARGUMENT(Args<typename F::S>) a) {
           KD_UNROLL
           for (int i = 0; i < Sums::kept; ++i) c.scratch.edges.st(i * kMostEdges + rank, edge_x[i]);
         }
-        // Over the blocks they are summed up: -inf in one of them where there is no target, else 0 where it is not.
+        // They will be added up over the blocks (send): one of them says -inf where the row has no target.
         ClassLogits<S> y = {0, 0};
         if (first_warp && x.has_target) y = c.logits_at(x, stage, x.target);
         if (x.target < 0 && c.block == 0) y = {lowest<S>(), lowest<S>()};

@@ -231,7 +231,7 @@ block(KD_ARGUMENT(Args<typename F::S>) a) {
       rebase_gradient(scales_of<Sums>(a), of_row, part.pivots);
       tile.refine(scales_of<Sums>(a), of_row.opening, sums);
     };
-    // One of them where there is one round: a second copy would only take registers.
+    // Of losses of one round the same code serves both passes; two copies of it would take more registers.
     sum += !Sums::refined || a.backward ? finish_known(a, scratch, part, row, weight, gradient)
                                         : finish_in_block(a, scratch, part, row, weight, gradient, refine);
     if (!at.g) continue;

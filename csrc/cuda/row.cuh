@@ -220,7 +220,7 @@ KD_DEVICE RowInputs<S> open(const Args<S>& a, int64_t row) {
 }
 
 template <class S>
-KD_DEVICE void split_row(const Args<S>& a, int64_t row, int64_t& outer, int64_t& inner) {
+KD_DEVICE void row_indices(const Args<S>& a, int64_t row, int64_t& outer, int64_t& inner) {
   outer = a.rows == a.inner ? 0 : row / a.inner;
   inner = row - outer * a.inner;
 }
@@ -228,7 +228,7 @@ KD_DEVICE void split_row(const Args<S>& a, int64_t row, int64_t& outer, int64_t&
 template <class Sums, class F, class S>
 KD_DEVICE Row<F> view(const Args<S>& a, const F& fs, const F& ft, int64_t row, int target) {
   int64_t outer, inner;
-  split_row(a, row, outer, inner);
+  row_indices(a, row, outer, inner);
   return Row<F>(fs, ft, a.student, a.teacher, a.grad, Sums::teacher, outer, inner, a.classes, target);
 }
 
@@ -415,7 +415,8 @@ KD_DEVICE void write_nothing(const Args<S>& a, const F& f, const Row<F>& at, int
   if (at.g) write_zero_row(f, at, rank, size);
 }
 
-// The rows that a block takes in turn: `while (rows.next())` stops at those that are read and writes the others off.
+// The rows that a block takes in turn: next() goes to the next one that is read, and gives those that are not a loss
+// and a gradient of 0.
 template <class Sums, class F>
 struct BlockRows {
   using S = typename F::S;
@@ -522,16 +523,16 @@ KD_DEVICE void warps_sum(const Scratch<Sums, S>& scratch, S (&sums)[Sums::refine
     sums[k] = lanes_sum<32>(lane < warps ? scratch.warps.ld(lane * Sums::refined + k) : S(0));
 }
 
-// A block's row, or its part of one, finished: known to all threads are then its coefficients, relative to its pivots.
-// part: each warp's own summary, or, where all of the row is known (a backward pass), the first warp's.
-
-// What a row in several blocks does between them: the first warp calls it with its block's summary and with the sums of
-// the second round, to have those of the row.
+// What a row in several blocks does between them: the first warp calls it with its block's summary, and with the sums
+// of the second round, to have those of the row.
 struct Alone {
   template <class T>
   KD_DEVICE void operator()(T&) const {}
 };
 
+// Finishes a row whose sums, of both rounds, are known: all threads then have its coefficients, relative to its pivots.
+// part: each warp's summary, or, in a backward pass, the row's in the first warp. writes: whether this block stores
+// what there is one of per row.
 template <class Sums, class S, class Meet = Alone>
 KD_DEVICE double finish_known(const Args<S>& a, const Scratch<Sums, S>& scratch, Summary<Sums, S> part, int64_t row,
                               S weight, RowGradient<Sums, S>& gradient, bool writes = true, const Meet& meet = Meet()) {
@@ -550,8 +551,8 @@ KD_DEVICE double finish_known(const Args<S>& a, const Scratch<Sums, S>& scratch,
   return loss;
 }
 
-// With the second round in it, where the loss has one: refine(gradient, sums) gives that of the thread's classes, from
-// opening and pivots of the row. writes: whether this block does.
+// The same from the first round's sums: the second round comes in between, where the loss has one. refine(gradient,
+// sums) gives that of the thread's classes, from opening and pivots of the row.
 template <class Sums, class S, class Refine, class Meet = Alone>
 KD_DEVICE double finish_in_block(const Args<S>& a, const Scratch<Sums, S>& scratch, Summary<Sums, S> part, int64_t row,
                                  S weight, RowGradient<Sums, S>& gradient, const Refine& refine, bool writes = true,

@@ -27,7 +27,7 @@ strided(KD_ARGUMENT(Args<typename F::S>) a) {
        row += arch::blocks() * arch::threads()) {
     const RowInputs<S> opened = open(a, row);
     int64_t outer, inner;
-    split_row(a, row, outer, inner);
+    row_indices(a, row, outer, inner);
     const char* const s_row = row_of(a.student, fs.size(), outer, inner);
     const char* const t_row = Sums::teacher ? row_of(a.teacher, ft.size(), outer, inner) : s_row;
     char* const g_row = a.grad.data ? row_of(a.grad, fs.size(), outer, inner) : nullptr;

@@ -168,17 +168,16 @@ struct MixtureForm {
           D(static_cast<S>(x[4])),
           E(static_cast<S>(x[3] * x[0] - x[2] * x[1])) {}
   };
+  // Skew KL and its reverse need one of the logarithms; they share the code of all mixtures, and so its kernels.
   template <class V>
-  // Skew KL needs one of the logarithms and no score of p; they share the code of all mixtures, and so its kernels.
   static KD_FN void at(const Scales<ScalarOf<V>>& x, V p, V q, V d, V& value, V& h) {
-    // 1 / m must not overflow: as if p were q where both are almost 0.
-    const V tiny = lit<V>(sizeof(ScalarOf<V>) == 8 ? 1e-300 : 1e-37), one = lit<V>(1);
-    const V m = x.a * q + x.b * p, r = Ops<V>::reciprocal(max_of(tiny, m));
-    const auto none = m < tiny;
-    d = select(none, lit<V>(0), d);
+    // 1 / m must not overflow. Where m is less, so are p and q, and whatever the logarithms are of is nothing times it.
+    const V tiny = lit<V>(sizeof(ScalarOf<V>) == 8 ? 1e-300 : 1e-37);
+    const V r = Ops<V>::reciprocal(max_of(tiny, x.a * q + x.b * p));
     const V z = d * r, from_m = -x.b * z;  // p / m - 1 is a z, and q / m - 1 is -b z
-    const V log_p = Ops<V>::log2_near(select(none, one, p * r), x.a * z);
-    const V log_q = Ops<V>::log2_near(select(none, one, q * r), from_m);
+    V log_p = lit<V>(0), log_q = lit<V>(0);
+    if (x.B != 0) log_p = Ops<V>::log2_near(p * r, x.a * z);
+    if (x.A != 0) log_q = Ops<V>::log2_near(q * r, from_m);
     value = x.A * q * log_q + x.B * p * log_p - x.E * d;
     h = x.B * log_p + x.D * from_m;
   }
