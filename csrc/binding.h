@@ -183,7 +183,7 @@ inline Tensor fresh_rows(const Tensor& student, int outputs, const Problem& p, c
 inline Tensor fresh_parts(const LossFacts& facts, const Tensor& student, Problem& p, const TensorDevice& place,
                           bool with_parts) {
   if (!with_parts) return fresh({0}, compute_type(p), place);
-  STD_TORCH_CHECK(facts.teacher, "with_parts: '", facts.name, "' has no teacher, and so no parts");
+  STD_TORCH_CHECK(facts.parts, "with_parts: '", facts.name, "' has no weights, and so no parts");
   Tensor parts = fresh_rows(student, 2, p, place);
   p.parts = parts.data_ptr();
   return parts;

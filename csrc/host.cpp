@@ -53,6 +53,7 @@ py::dict losses() {
     facts["params"] = loss.params;
     facts["teacher"] = loss.teacher;
     facts["target"] = loss.target;
+    facts["parts"] = loss.parts;
     out[loss.name] = facts;
   }
   return out;

@@ -35,9 +35,10 @@ enum class Variant : int32_t { plain, at_one, smooth, apart, apart_smooth };
 struct LossFacts {
   const char* name;
   int outputs, params;
-  bool teacher;      // one is needed, and the loss has parts
+  bool teacher;      // one is needed
   bool target;       // one is needed
   bool temperature;  // the first parameter is one
+  bool parts;        // it has them: it is a distillation and a cross-entropy
 };
 
 struct Problem {

@@ -828,6 +828,7 @@ class Loss:
 
     params: tuple[str, ...] = field(init=False)  # their names, in the operators' order
     temperature: bool = field(init=False)  # whether the first one is one
+    parts: bool = field(init=False)  # whether it is weighed against a cross-entropy, and gives both
 
     def __post_init__(self) -> None:
         signature = inspect.signature(self.reference).parameters.values()
@@ -836,6 +837,7 @@ class Loss:
         # While a graph is traced nothing could be worked out.
         object.__setattr__(self, "params", params)
         object.__setattr__(self, "temperature", params[:1] == ("temperature",))
+        object.__setattr__(self, "parts", "kd_weight" in params)
 
 
 # The list of losses: one line each.

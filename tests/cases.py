@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
+import formulas
 import pytest
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ Options = Mapping[str, Any]
 class Loss:
     """What the tests know of a loss. An entry in LOSSES brings it into every grid."""
 
+    authors: Callable[..., Tensor]  # its rows as published: student, teacher, target, own options
     tested: Sequence[Options]  # options it is tested with, its usual ones first
     defaults: Options  # of its own parameters, as published
     weight: Callable[[Options], float]  # the sum of the weights of its terms, for tolerances
@@ -116,6 +118,7 @@ FACTORS = (0.0, 0.5, 1.0, 8.0)
 # at two.
 LOSSES = {
     "kd": Loss(
+        authors=formulas.kd,
         tested=[
             {"temperature": 4.0, "ce_weight": 0.0},
             {"temperature": 1.0, "ce_weight": 0.0},
@@ -134,6 +137,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "dkd": Loss(
+        authors=formulas.dkd,
         tested=[
             {"temperature": 4.0, "alpha": 1.0, "beta": 8.0, "ce_weight": 0.0},
             {"temperature": 1.0, "alpha": 1.0, "beta": 0.5, "ce_weight": 1.0},
@@ -150,6 +154,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "nkd": Loss(
+        authors=formulas.nkd,
         tested=[
             {"temperature": 1.0, "gamma": 1.5, "ce_weight": 0.0},
             {"temperature": 3.0, "gamma": 3.5, "ce_weight": 1.0},
@@ -164,6 +169,7 @@ LOSSES = {
         exponentials=[(2, 2), (4, 3)],
     ),
     "tf_nkd": Loss(
+        authors=formulas.tf_nkd,
         tested=[{}, {"ce_weight": 1.0, "mean_confidence": 0.3}],
         defaults={"mean_confidence": None},
         weight=lambda o: 2 + _ce(o),
@@ -174,6 +180,7 @@ LOSSES = {
         exponentials=[(1, 1)],
     ),
     "aekt": Loss(
+        authors=formulas.aekt,
         tested=[
             *({"variant": x, "temperature": 4.0, "beta": 8.0, "ce_weight": 0.0}
               for x in AEKT_VARIANTS),
@@ -206,6 +213,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "reverse_kl": Loss(
+        authors=formulas.reverse_kl,
         tested=[
             {"temperature": 1.0},
             {"temperature": 2.5, "t_squared": False},
@@ -221,6 +229,7 @@ LOSSES = {
         exponentials=[(2, 1), (3, 2)],
     ),
     "mixed_kl": Loss(
+        authors=formulas.mixed_kl,
         tested=[
             {"temperature": 1.0, "ratio": 0.5},
             {"temperature": 2.5, "ratio": 0.2, "t_squared": False},
@@ -238,6 +247,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "jsd": Loss(
+        authors=formulas.jsd,
         tested=[
             {"temperature": 1.0, "beta": 0.5},
             {"temperature": 2.5, "beta": 0.1, "t_squared": False},
@@ -259,6 +269,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "skew_kl": Loss(
+        authors=formulas.skew_kl,
         tested=[
             {"temperature": 1.0, "alpha": 0.1},
             {"temperature": 2.5, "alpha": 0.9, "ce_weight": 0.7},
@@ -276,6 +287,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "skew_reverse_kl": Loss(
+        authors=formulas.skew_reverse_kl,
         tested=[
             {"temperature": 1.0, "alpha": 0.1},
             {"temperature": 2.5, "alpha": 0.3, "detach_mixture": True},
@@ -295,6 +307,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "tvd": Loss(
+        authors=formulas.tvd,
         tested=[
             {"temperature": 1.0},
             {"temperature": 2.5, "t_squared": True, "ce_weight": 0.7},
@@ -310,6 +323,7 @@ LOSSES = {
         exponentials=[(2, 2), (3, 3)],
     ),
     "ab": Loss(
+        authors=formulas.ab,
         tested=[
             {"temperature": 1.0, "alpha": 0.5, "beta": 0.5},
             {"temperature": 2.5, "alpha": 0.2, "beta": 0.7, "t_squared": False},
@@ -342,6 +356,7 @@ LOSSES = {
         refining=4,
     ),
     "cross_entropy": Loss(
+        authors=formulas.cross_entropy,
         tested=[
             {},
             {"label_smoothing": 0.1},
@@ -358,6 +373,7 @@ LOSSES = {
         exponentials=[(1, 1)],
     ),
     "target_split": Loss(
+        authors=formulas.target_split,
         tested=[{"temperature": 1.0}, {"temperature": 3.0}],
         defaults={"temperature": 1.0},
         weight=lambda o: 1.0,

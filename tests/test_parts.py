@@ -12,7 +12,7 @@ from kdkernels import ops
 
 pytestmark = needs_cpu
 
-PAIRS = [name for name in OPERATORS if ops.LOSSES[name].teacher]
+PAIRS = [name for name in OPERATORS if ops.LOSSES[name].parts]
 # Rows across the lanes, batches, tiles.
 CLASSES = (2, 40, 1500)
 
@@ -36,13 +36,13 @@ def test_label_smoothing_is_torchs(classes, dtype) -> None:
     contracts.check_smoothing_is_torchs(ops.FUSED, classes, dtype, each_isa)
 
 
-def test_a_loss_without_a_teacher_has_no_parts() -> None:
+def test_a_loss_without_weights_has_no_parts() -> None:
     alone = {**GOOD, "loss": "cross_entropy", "teacher": None, "params": as_params(0.0, 0.0)}
     for call in (
         lambda: ops.FUSED.forward(**alone, with_parts=True),
         lambda: ops.FUSED.reduced(**alone, **REDUCTION, with_parts=True),
     ):
-        with pytest.raises(RuntimeError, match="with_parts: 'cross_entropy' has no teacher"):
+        with pytest.raises(RuntimeError, match="with_parts: 'cross_entropy' has no weights"):
             call()
 
 

@@ -318,7 +318,7 @@ def test_the_cuda_planner_shows_its_table() -> None:
 
 
 def test_lists_of_losses_agree() -> None:
-    shared = ("outputs", "teacher", "target")
+    shared = ("outputs", "teacher", "target", "parts")
     in_cpp = {
         name: (facts["params"], *(facts[x] for x in shared))
         for name, facts in _host.losses().items()

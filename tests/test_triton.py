@@ -629,7 +629,7 @@ def test_every_plan_covers_every_class_once(rows: int, window: int, wide: bool) 
         else pytest.param(name, regime, marks=pytest.mark.full)
         for name in OPERATORS
         for regime in (REGIMES if name == SOME.loss else REGIMES[:1])
-        if kdkernels.ops.LOSSES[name].teacher
+        if kdkernels.ops.LOSSES[name].parts
     ],
 )
 def test_parts(name: str, regime: str, generator: torch.Generator) -> None:

@@ -200,8 +200,8 @@ class Call:
                 None if x is None else x[..., :classes] for x in (student, teacher, grad)
             )
         _check(
-            ops.LOSSES[loss].teacher or not with_parts,
-            f"with_parts: {loss!r} has no teacher, and so no parts",
+            ops.LOSSES[loss].parts or not with_parts,
+            f"with_parts: {loss!r} has no weights, and so no parts",
         )
         shape = (1,) * (3 - student.dim()) + tuple(student.shape)
         dtype = ops.loss_dtype(student, teacher)

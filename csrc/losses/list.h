@@ -41,8 +41,13 @@ using As = typename ComputedAs<Loss>::type;
 template <class Plain, class... Others>
 struct Variants {
   static_assert(Plain::param_count <= kMaxParams, "a call has room for so many");
-  static constexpr LossFacts facts = {Plain::name,          Plain::outputs,      Plain::param_count,
-                                      Plain::Sums::teacher, Plain::needs_target, Plain::has_temperature};
+  static constexpr LossFacts facts = {Plain::name,
+                                      Plain::outputs,
+                                      Plain::param_count,
+                                      Plain::Sums::teacher,
+                                      Plain::needs_target,
+                                      Plain::has_temperature,
+                                      (Plain::Sums::has_parts || ... || Others::Sums::has_parts)};
 
   // What use(Tag<Loss>()) makes of the one that takes the call.
   template <class Use>

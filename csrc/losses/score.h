@@ -171,14 +171,15 @@ struct MixtureForm {
   // Skew KL and its reverse need one of the logarithms; they share the code of all mixtures, and so its kernels.
   template <class V>
   static KD_FN void at(const Scales<ScalarOf<V>>& x, V p, V q, V d, V& value, V& h) {
-    // 1 / m must not overflow. Where m is less, so are p and q, and whatever the logarithms are of is nothing times it.
+    // 1 / m must not overflow. Where m is less than this the class has no value, and next to no score: p times a
+    // logarithm of whatever.
     const V tiny = lit<V>(sizeof(ScalarOf<V>) == 8 ? 1e-300 : 1e-37);
-    const V r = Ops<V>::reciprocal(max_of(tiny, x.a * q + x.b * p));
+    const V m = x.a * q + x.b * p, r = Ops<V>::reciprocal(max_of(tiny, m));
     const V z = d * r, from_m = -x.b * z;  // p / m - 1 is a z, and q / m - 1 is -b z
     V log_p = lit<V>(0), log_q = lit<V>(0);
     if (x.B != 0) log_p = Ops<V>::log2_near(p * r, x.a * z);
     if (x.A != 0) log_q = Ops<V>::log2_near(q * r, from_m);
-    value = x.A * q * log_q + x.B * p * log_p - x.E * d;
+    value = select(m < tiny, lit<V>(0), x.A * q * log_q + x.B * p * log_p - x.E * d);
     h = x.B * log_p + x.D * from_m;
   }
 };
