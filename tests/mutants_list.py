@@ -1150,8 +1150,8 @@ MUTANTS = [
     Mutant(
         "cpu-mixture-of-first-order",
         "csrc/losses/score.h",
-        " - x.E * d;",
-        ";",
+        " - x.E * d);",
+        ");",
         "near the teacher the classes' terms cancel",
     ),
     Mutant(
