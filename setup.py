@@ -418,9 +418,9 @@ def compile_modules(folder, names):
             ]
     have = [f"-DKD_HAVE_{isa.upper()}" for isa in ISAS if isa != "baseline"]
     shared.append(compile("dispatch", "csrc/cpu/dispatch.cpp", *have))
-    ops = compile(f"{local}/ops", "csrc/ops.cpp", *binding)
+    ops = [compile(f"{local}/ops", "csrc/ops.cpp", *binding), compile("pool", "csrc/cpu/pool.cpp")]
     torch_cpu = str(torch / "lib" / f"libtorch_cpu.{'dylib' if MACOS else 'so'}")
-    link("_C", ops, *shared, libraries=[torch_cpu])
+    link("_C", *ops, *shared, libraries=[torch_cpu])
     if "_host" in names:
         link("_host", compile(f"{local}/host", "csrc/host.cpp", *python), *shared)
     if CUDA:

@@ -134,15 +134,18 @@ inline Problem describe_call(const LossFacts* losses, int loss_count, const Tens
   return p;
 }
 
+inline int32_t shim_dtype(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 // Allocates by LibTorch's C interface: a call of aten::empty would go through the dispatcher once more, which costs
 // more than the kernels on a small input.
 inline Tensor fresh_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
                             const TensorDevice& place) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), place.type,
-                               place.index < 0 ? 0 : place.index, &handle));
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(dtype),
+                               place.type, place.index < 0 ? 0 : place.index, &handle));
   return Tensor(handle);
 }
 
@@ -153,15 +156,33 @@ inline Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   return fresh_strided(sizes, strides, dtype, place);
 }
 
-// As torch.empty_like, which keeps the strides of whatever is dense.
-inline Tensor fresh_like(const Tensor& x, const TensorDevice& place) {
-  return x.is_contiguous() ? fresh_strided(x.sizes(), x.strides(), x.scalar_type(), place)
-                           : torch::stable::empty_like(x);
+// The strides of torch.empty_like(x), which are x's own wherever it has no gaps; nothing where torch has to be asked:
+// of ambiguous ones.
+inline std::optional<std::vector<int64_t>> strides_like(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  if (x.is_contiguous()) return std::vector<int64_t>(strides.begin(), strides.end());
+  std::vector<size_t> order(sizes.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  std::vector<int64_t> dense(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = 0; i < order.size(); ++i) {
+    if (sizes[order[i]] < 2 || strides[order[i]] <= (i ? strides[order[i - 1]] : 0)) return std::nullopt;
+    dense[order[i]] = stride;
+    stride *= sizes[order[i]];
+  }
+  return dense;
 }
 
-// A gradient of the student, 0 where classes do not count.
-inline Tensor fresh_gradient(const Tensor& student, Problem& p, const TensorDevice& place) {
-  Tensor grad = fresh_like(student, place);
+// As torch.empty_like.
+inline Tensor fresh_like(const Tensor& x, const TensorDevice& place) {
+  const auto strides = strides_like(x);
+  return strides ? fresh_strided(x.sizes(), {strides->data(), strides->size()}, x.scalar_type(), place)
+                 : torch::stable::empty_like(x);
+}
+
+// Made the gradient of the student in p, 0 where classes do not count.
+inline Tensor as_gradient(Tensor grad, const Tensor& student, Problem& p, const TensorDevice& place) {
   p.grad = describe(grad, "grad", place);
   const int64_t dim = student.dim() - 1, rest = student.size(dim) - p.classes;
   if (rest > 0) {
@@ -198,10 +219,10 @@ inline void multiply_(const Tensor& x, const Tensor& factor) {
 }  // namespace binding
 }  // namespace kd
 
-// Importing a binding registers its operators; the module holds nothing else.
-#define KD_EMPTY_MODULE(name)                                                                    \
+// Importing a binding registers its operators. methods: what its module has beside them, or null.
+#define KD_MODULE(name, methods)                                                                 \
   extern "C" __attribute__((visibility("default"))) PyObject* PyInit_##name() {                  \
     static PyModuleDef module = {                                                                \
-        PyModuleDef_HEAD_INIT, #name, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr}; \
+        PyModuleDef_HEAD_INIT, #name, nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr}; \
     return PyModule_Create(&module);                                                             \
   }

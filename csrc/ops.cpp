@@ -2,10 +2,19 @@
 #include "binding.h"
 
 #include <atomic>
+#include <cerrno>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 #include "cpu/cpu.h"
+#include "cpu/pool.h"
+
+// There from torch 2.11 on. Under older ones no memory is kept.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* out, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace {
 
@@ -85,10 +94,39 @@ void run(const kd::Kernels& build, const Described& call) {
   STD_TORCH_CHECK(ok, "out of memory: no scratch for ", p.classes, " classes");
 }
 
+size_t pool_limit() {
+  const char* given = std::getenv("KDKERNELS_POOL");
+  if (!given || !*given) return kd::kPoolLimit;
+  char* end;
+  errno = 0;
+  const unsigned long long mebibytes = std::strtoull(given, &end, 10);
+  STD_TORCH_CHECK(*given >= '0' && *given <= '9' && !*end && !errno && mebibytes <= SIZE_MAX >> 20, "KDKERNELS_POOL=",
+                  given, " is no number of MiB; allowed: 0, for none, or more");
+  return static_cast<size_t>(mebibytes) << 20;
+}
+
+// As torch.empty_like, of memory that is kept for the next call where there is any.
+Tensor kept_like(const Tensor& x, const TensorDevice& place) {
+  const size_t bytes = x.numel() * x.element_size(), limit = pool_limit();
+  const auto strides = strides_like(x);
+  kd::PoolBlock* const block = torch_from_blob && strides ? kd::pool_lend(bytes, limit) : nullptr;
+  if (!block) {
+    Tensor fresh = fresh_like(x, place);
+    kd::advise_huge_pages(fresh.data_ptr(), bytes);
+    return fresh;
+  }
+  const auto give_back = [](void*, void* lent) { kd::pool_give_back(static_cast<kd::PoolBlock*>(lent)); };
+  AtenTensorHandle handle;
+  const AOTITorchError error = torch_from_blob(block->data, x.dim(), x.sizes().data(), strides->data(), 0,
+                                               shim_dtype(x.scalar_type()), place.type, place.index, &handle,
+                                               aoti_torch_layout_strided(), nullptr, 0, give_back, block);
+  if (error) kd::pool_give_back(block);
+  TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(handle);
+}
+
 Tensor empty_gradient(const Tensor& student, Described& call) {
-  Tensor grad = fresh_gradient(student, call.problem, call.place);
-  kd::advise_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size());
-  return grad;
+  return as_gradient(kept_like(student, call.place), student, call.problem, call.place);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(std::string loss, Tensor student, std::optional<Tensor> teacher,
@@ -167,4 +205,18 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("scale_", TORCH_BOX(&scale_));
 }
 
-KD_EMPTY_MODULE(_C)
+// Bytes that may be kept, that are, and that gradients hold.
+static PyObject* memory(PyObject*, PyObject*) {
+  const kd::PoolState state = kd::pool_state();
+  return Py_BuildValue("KKK", static_cast<unsigned long long>(state.limit), static_cast<unsigned long long>(state.kept),
+                       static_cast<unsigned long long>(state.lent));
+}
+
+static PyObject* release_memory(PyObject*, PyObject*) {
+  kd::pool_release();
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef kMethods[] = {
+    {"memory", memory, METH_NOARGS, nullptr}, {"release_memory", release_memory, METH_NOARGS, nullptr}, {}};
+KD_MODULE(_C, kMethods)

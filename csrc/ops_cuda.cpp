@@ -83,7 +83,7 @@ Tensor backward(std::string loss, Tensor grad_rows, Tensor student, std::optiona
   check_rows(stats, "stats", p, d.place, compute_type(p), kd::kStatsWidth);
   grad_rows = torch::stable::contiguous(grad_rows);
   check_rows(grad_rows, "grad_rows", p, d.place, compute_type(p), d.facts.outputs);
-  Tensor grad = fresh_gradient(student, d.call.problem, d.place);
+  Tensor grad = as_gradient(fresh_like(student, d.place), student, d.call.problem, d.place);
   p.pass = kd::Pass::backward;
   p.grad_rows = grad_rows.data_ptr();
   p.stats = stats.data_ptr();
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
   if (mean && !target) p.scale /= static_cast<double>(std::max<int64_t>(p.rows_total(), 1));
   d.call.mean = mean && target;
   Tensor grad =
-      with_grad ? fresh_gradient(student, d.call.problem, d.place) : fresh({0}, student.scalar_type(), d.place);
+      with_grad ? as_gradient(fresh_like(student, d.place), student, d.call.problem, d.place) : fresh({0}, student.scalar_type(), d.place);
   Tensor total = fresh({}, compute_type(p), d.place);
   if (p.rows_total() == 0) torch::stable::zero_(total);
   Tensor parts = fresh_parts(d.facts, student, p, d.place, with_parts);
@@ -148,4 +148,4 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CUDA, m) {
   m.impl("scale_", TORCH_BOX(&scale_));
 }
 
-KD_EMPTY_MODULE(_cuda)
+KD_MODULE(_cuda, nullptr)
