@@ -53,7 +53,7 @@ MODES = ("auto", "cuda", "cpu", "none")
 # No -ffast-math: the kernels rely on infinities and NaN.
 COMPILE = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno"
 COMPILE += " -fno-trapping-math -Wall -Wextra -Wno-psabi"
-AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
+AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -mprfchw"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = {"baseline": ""} | ({"avx2": AVX2, "avx512": AVX512} if X86 else {})

@@ -143,9 +143,9 @@ inline int32_t shim_dtype(ScalarType dtype) {
 inline Tensor fresh_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,
                             const TensorDevice& place) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(dtype),
-                               place.type, place.index < 0 ? 0 : place.index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  shim_dtype(dtype), place.type, place.index < 0 ? 0 : place.index,
+                                                  &handle));
   return Tensor(handle);
 }
 

@@ -104,9 +104,9 @@ py::dict algebra_of(const kd::Problem& p, const std::vector<double>& s, const st
     }
     if constexpr (Sums::refined > 0) {
       const auto refine = [&](const double* kept, bool move, std::vector<std::vector<double>>& out) {
-        kd::Multipliers<double, Sums::kept> opening;
+        kd::Opening<Sums, double> opening;
         double e[Sums::kept], more[Sums::refined] = {};
-        for (int k = 0; k < Sums::kept; ++k) opening.c[k] = std::fabs(numbers[k]);
+        for (int k = 0; k < Sums::openings; ++k) opening.c[k] = std::fabs(numbers[k]);
         for (int k = 0; k < Sums::kept; ++k) e[k] = kept[k];
         if (move) Sums::template rebase<double>(scales, opening, b, a);
         Sums::template refine<double>(scales, e, opening, more);

@@ -40,6 +40,8 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // Scalar, splat, exp2, exp, log, log1p, negative (also of -0.0), abs, and
+//   all(mask)          whether a comparison holds in every lane, of vectors of doubles, which may branch on it to leave
+//                      out work; false of a single lane
 //   reciprocal(x)      1 / x of an ordinary x > 0
 //   product(a, b)      a * b, rounded: fused with a subtraction, two equal products would not differ by 0
 //   log2_near(u, z)    log2 u of a u >= 0, z = u - 1 known to more digits than u has near 1: relatively accurate
@@ -56,6 +58,7 @@ struct Ops<float> {
   static KD_FN float log(float x) { return logf(x); }
   static KD_FN float log1p(float x) { return log1pf(x); }
   static KD_FN bool negative(float x) { return signbit(x); }
+  static KD_FN constexpr bool all(bool) { return false; }
   static KD_FN float abs(float x) { return fabsf(x); }
   static KD_FN float reciprocal(float x) { return KD_RECIPROCALF(x); }
   static KD_FN float product(float a, float b) {
@@ -81,6 +84,7 @@ struct Ops<double> {
   static KD_FN double log(double x) { return ::log(x); }
   static KD_FN double log1p(double x) { return ::log1p(x); }
   static KD_FN bool negative(double x) { return signbit(x); }
+  static KD_FN constexpr bool all(bool) { return false; }
   static KD_FN double abs(double x) { return fabs(x); }
   static KD_FN double reciprocal(double x) { return 1 / x; }
   static KD_FN double product(double a, double b) {

@@ -100,8 +100,8 @@ size_t pool_limit() {
   char* end;
   errno = 0;
   const unsigned long long mebibytes = std::strtoull(given, &end, 10);
-  STD_TORCH_CHECK(*given >= '0' && *given <= '9' && !*end && !errno && mebibytes <= SIZE_MAX >> 20, "KDKERNELS_POOL=",
-                  given, " is no number of MiB; allowed: 0, for none, or more");
+  STD_TORCH_CHECK(*given >= '0' && *given <= '9' && !*end && !errno && mebibytes <= SIZE_MAX >> 20,
+                  "KDKERNELS_POOL=", given, " is no number of MiB; allowed: 0, for none, or more");
   return static_cast<size_t>(mebibytes) << 20;
 }
 
@@ -117,9 +117,9 @@ Tensor kept_like(const Tensor& x, const TensorDevice& place) {
   }
   const auto give_back = [](void*, void* lent) { kd::pool_give_back(static_cast<kd::PoolBlock*>(lent)); };
   AtenTensorHandle handle;
-  const AOTITorchError error = torch_from_blob(block->data, x.dim(), x.sizes().data(), strides->data(), 0,
-                                               shim_dtype(x.scalar_type()), place.type, place.index, &handle,
-                                               aoti_torch_layout_strided(), nullptr, 0, give_back, block);
+  const AOTITorchError error =
+      torch_from_blob(block->data, x.dim(), x.sizes().data(), strides->data(), 0, shim_dtype(x.scalar_type()),
+                      place.type, place.index, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block);
   if (error) kd::pool_give_back(block);
   TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);

@@ -108,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor> reduced(std::string loss, Tensor student, std
   }
   if (mean && !target) p.scale /= static_cast<double>(std::max<int64_t>(p.rows_total(), 1));
   d.call.mean = mean && target;
-  Tensor grad =
-      with_grad ? as_gradient(fresh_like(student, d.place), student, d.call.problem, d.place) : fresh({0}, student.scalar_type(), d.place);
+  Tensor grad = with_grad ? as_gradient(fresh_like(student, d.place), student, d.call.problem, d.place)
+                          : fresh({0}, student.scalar_type(), d.place);
   Tensor total = fresh({}, compute_type(p), d.place);
   if (p.rows_total() == 0) torch::stable::zero_(total);
   Tensor parts = fresh_parts(d.facts, student, p, d.place, with_parts);

@@ -103,14 +103,19 @@ struct ApartScales : Scales<S> {
 };
 
 // What opens a second round; nothing where there is none.
-template <class V, int kKept>
+template <class V, int kOpenings>
 struct Multipliers {
-  V c[kKept];
+  V c[kOpenings];
 };
 template <class V>
 struct Multipliers<V, 0> {};
 template <class Sums, class V>
-using Opening = Multipliers<V, Sums::refined ? Sums::kept : 0>;
+using Opening = Multipliers<V, Sums::refined ? Sums::openings : 0>;
+// What a second round sums to.
+template <class Sums, class V>
+struct Refined {
+  V v[Sums::refined];
+};
 
 // The sums of both rounds.
 template <class Sums>
@@ -141,6 +146,7 @@ struct Kept {
   static constexpr bool crowded = smooth || apart;  // more sums and numbers per row than features tell of
   static constexpr int held = kKept;                // what a kernel makes room for in registers, per class
   static constexpr int kept = kKept, coefs = kKept + smooth, refined = kRefined;
+  static constexpr int openings = kKept;  // numbers that open a second round
   template <class V>
   struct Coef {
     V c[coefs];  // gradient of a class: sum of c[i] * e[i], and the last one by itself where classes count
@@ -340,6 +346,7 @@ struct Split {
 
   static KD_FN Split of_odds(V g) {
     const V zero = lit<V>(0), one = lit<V>(1);
+    if (Ops<V>::all(g == -infinity<V>())) return {g, zero, zero, one};  // rows without a target
     const V e = Ops<V>::exp(select(g < zero, g, -g));
     const V l = Ops<V>::log1p(e), large = one / (one + e), small = e * large;
     return {select(g < zero, g, zero) - l, select(g < zero, zero, -g) - l, select(g < zero, small, large),

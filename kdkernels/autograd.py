@@ -25,6 +25,7 @@ from torch import Tensor
 from kdkernels.reference import LOSSES
 from kdkernels.rows import as_rows
 from kdkernels.tensors import (
+    WHOLE,
     is_eager,
     is_traced,
     is_transformed,
@@ -351,10 +352,14 @@ class Gradient(_Function):
 
 
 class Reduced(_Function):
-    """The reduced loss, and with it the student's gradient. Not for use under transforms."""
+    """The reduced loss and, if asked for, the parts. Not for use under transforms.
+
+    whole: also the student's gradient, as the operator returns it.
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
         operators: Operators,
         loss: str,
         student: Tensor,
@@ -368,51 +373,50 @@ class Reduced(_Function):
         with_grad: bool,
         with_parts: bool,
         classes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        whole: bool = False,
+    ) -> tuple[Tensor, ...]:
         inputs = (student, teacher, target, row_weight, normalizer)
         with below_autograd():
-            return operators.reduced(
+            value, gradient, parts = operators.reduced(
                 loss, *inputs, mean, params, ignore_index, with_grad, with_parts, classes
             )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.operators, ctx.loss, *tensors, params, ignore_index, with_grad, _, classes = inputs
-        ctx.how = ignore_index, classes
-        student, teacher, target, row_weight, normalizer, ctx.mean = tensors
-        _, gradient, parts = output
         # Autograd keeps no tensor that was made in inference mode, and this one has done its part.
-        ctx.teacher_is_gone = teacher is not None and teacher.is_inference()
+        gone = teacher is not None and teacher.is_inference()
+        ctx.call = operators, loss, mean, ignore_index, classes, gone
         # The gradient is kept where hooks see it, which may drop it (checkpoints) or move it away.
-        ctx.save_for_backward(
-            *(student, None if ctx.teacher_is_gone else teacher, target, row_weight),
-            *(params, normalizer, gradient if with_grad else None),
-        )
-        ctx.mark_non_differentiable(gradient, parts)
+        kept, of_student = None if gone else teacher, gradient if with_grad else None
+        ctx.save_for_backward(student, kept, target, row_weight, params, normalizer, of_student)
         ctx.set_materialize_grads(False)
         ctx.taken = False
+        if whole:
+            ctx.mark_non_differentiable(gradient, parts)
+            return value, gradient, parts
+        if with_parts:
+            ctx.mark_non_differentiable(parts)
+            return value, parts
+        return (value,)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * len(needed)
+        *inputs, gradient = ctx.saved_tensors
+        ready = gradient is not None and not ctx.taken and not torch.is_grad_enabled()
+        if ready and sum(needed) == 1 and needed[2]:
+            own = Reduced._scaled(ctx, gradient, grad_loss)
+            return (None, None, own, *(None,) * (len(needed) - 3))
         # In the order of _again(), not that of the arguments: normalizer comes last.
-        needed = [ctx.needs_input_grad[i] for i in (2, 3, 4, 5, 8, 6)]
-        places = [place for place, wanted in enumerate(needed) if wanted]
-        found: list[Tensor | None] = [None] * 6
-        if grad_loss is not None:
-            *inputs, gradient = ctx.saved_tensors
-            ready = gradient is not None and not ctx.taken and not torch.is_grad_enabled()
-            if places == [_STUDENT] and ready:
-                found[_STUDENT] = Reduced._scaled(ctx, gradient, grad_loss)
-            else:
-                given = [inputs[place] for place in places]
-                pull = _pullback(Reduced._again(ctx, inputs, places), given)
-                found = _with(found, places, pull(grad_loss))
-        *of_inputs, of_params, of_normalizer = found
-        return None, None, *of_inputs, of_normalizer, None, of_params, None, None, None, None
+        places = [place for place, i in enumerate((2, 3, 4, 5, 8, 6)) if needed[i]]
+        given = [inputs[place] for place in places]
+        pull = _pullback(Reduced._again(ctx, inputs, places), given)
+        *of_inputs, of_params, of_normalizer = _with([None] * 6, places, pull(grad_loss))
+        rest = (None,) * (len(needed) - 9)
+        return None, None, *of_inputs, of_normalizer, None, of_params, *rest
 
     @staticmethod
     def _scaled(ctx: Any, gradient: Tensor, grad_loss: Tensor) -> Tensor:
-        if not (is_eager(gradient) and is_eager(grad_loss)):
+        if type(gradient) not in WHOLE or not is_eager(grad_loss):
             # A traced graph must not change what its forward half returned, and under vmap one
             # gradient becomes many.
             return (gradient * grad_loss).to(gradient.dtype)
@@ -420,13 +424,16 @@ class Reduced(_Function):
         # which nobody looks at again.
         ctx.taken = True
         gradient = gradient.data
-        ctx.operators.scale_(gradient, grad_loss)
+        # A factor of 1, the ordinary case, is seen at once where it is on the host.
+        if not (grad_loss.is_cpu and grad_loss.item() == 1):
+            ctx.call[0].scale_(gradient, grad_loss)
         return gradient
 
     @staticmethod
     def _again(ctx: Any, inputs: Sequence[Any], places: Sequence[int]) -> Differentiable:
         """The loss once more, made so that everything about it can be differentiated."""
-        if ctx.teacher_is_gone:
+        operators, name, mean, ignore_index, classes, teacher_is_gone = ctx.call
+        if teacher_is_gone:
             raise RuntimeError(
                 "teacher: was made under torch.inference_mode(), so nothing of it was kept for a"
                 " second backward pass or a second derivative; make it under torch.no_grad(), or"
@@ -435,14 +442,16 @@ class Reduced(_Function):
 
         def loss(*given: Tensor) -> Tensor:
             *of_rows, normalizer = _with(inputs, places, given)
-            ignore_index, classes = ctx.how
-            args = (*of_rows, ignore_index, False, classes)
-            rows, _, _ = Rows.apply(ctx.operators, ctx.loss, *args)
+            rows, _, _ = Rows.apply(operators, name, *of_rows, ignore_index, False, classes)
             student, _, target, *_ = of_rows
-            counted = counted_rows(ctx.mean, student.shape[:-1], target, ignore_index)
+            counted = counted_rows(mean, student.shape[:-1], target, ignore_index)
             return divided(rows.sum(), normalizer, counted)
 
         return loss
+
+
+# Reduced.apply where it is known that no transform is at work.
+reduced_untransformed = super(torch.autograd.Function, Reduced).apply
 
 
 def _gradients_of_others(

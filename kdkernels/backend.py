@@ -111,13 +111,10 @@ def choose(backend: str | None, device: torch.device) -> str:
     if backend is not None:
         return _named(backend, device)
     preferred = _PREFERENCE.get(device.type, ())
-    for name in preferred:
-        if serves(name, device):
-            break
-    else:
-        name = "reference"
-    if preferred[:1] != (name,):
-        _warn_downgrade(name, device.type)
+    if preferred and serves(preferred[0], device):
+        return preferred[0]
+    name = next((x for x in preferred[1:] if serves(x, device)), "reference")
+    _warn_downgrade(name, device.type)
     return name
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdkernels import backend, ops, reference, sharded, tensors
 from kdkernels.arguments import (
+    COMMON,
     INTEGER_DTYPES,
     LOGIT_DTYPES,
     WEIGHTS,
@@ -32,6 +33,7 @@ from kdkernels.arguments import (
 )
 from kdkernels.autograd import counted_rows, divided
 from kdkernels.rows import as_rows
+from kdkernels.tensors import WHOLE
 
 Numbers = tuple[float | Tensor, ...]
 
@@ -47,6 +49,24 @@ class Parts(NamedTuple):
     cross_entropy: Tensor
 
 
+class Settings(NamedTuple):
+    """What the options and numbers of a call come to, whatever its tensors are."""
+
+    options: Mapping[str, Any]
+    params: Numbers  # in the order of the operators
+    needs_target: bool = False
+    at_once: _AtOnce | None = None  # where nothing about the call is special
+
+
+class _AtOnce(NamedTuple):
+    """What an operator is given beside the tensors of a call with such settings."""
+
+    backend: str | None
+    mean: bool
+    params: Tensor
+    ignore_index: int
+
+
 def loss(
     name: str,
     student: Tensor,
@@ -58,14 +78,11 @@ def loss(
     """The loss `name`. own: its own parameters, the temperature first and then in the order of the
     operators; given: common ones.
     """
-    options = common_options(f"{name}_loss", tuple(own), given)
-    temperature, *rest = _checked(name, own)
-    ce_weight = options["ce_weight"]
-    if target is None and is_on(ce_weight):
+    settings = _settings(_weighed, name, own, given)
+    if target is None and settings.needs_target:
+        ce_weight = settings.options["ce_weight"]
         raise ValueError(f"target: got None; ce_weight={ce_weight} needs a tensor of class ids")
-    weights = (options["kd_weight"], ce_weight, options["label_smoothing"])
-    params = (temperature, *weights, *(temperature if x is None else x for x in rest))
-    return _over_rows(name, student, teacher, target, options, params)
+    return _over_rows(name, student, teacher, target, settings)
 
 
 def alone(
@@ -79,8 +96,53 @@ def alone(
     """The loss `name` by itself: nothing weighs it against a cross-entropy. own: its parameters in
     order.
     """
+    return _over_rows(name, student, teacher, target, _settings(_by_itself, name, own, given))
+
+
+def _weighed(name: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    options = common_options(f"{name}_loss", tuple(own), given)
+    temperature, *rest = _checked(name, own)
+    weights = (options["kd_weight"], options["ce_weight"], options["label_smoothing"])
+    params = (temperature, *weights, *(temperature if x is None else x for x in rest))
+    return Settings(options, params, is_on(options["ce_weight"]))
+
+
+def _by_itself(name: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
     options = common_options(f"{name}_loss", tuple(own), given, WEIGHTS)
-    return _over_rows(name, student, teacher, target, options, _checked(name, own))
+    return Settings(options, _checked(name, own))
+
+
+_Reader = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Settings]
+# Of these, equal values of one type are one value.
+_VALUES = frozenset((float, int, bool, str, type(None)))
+
+
+def _settings(
+    read: _Reader, name: str, own: Mapping[str, Any], given: Mapping[str, Any]
+) -> Settings:
+    """Reads the options of a call, or remembers what they came to."""
+    values = (*own.values(), *given.values())
+    if torch.compiler.is_compiling() or not _VALUES.issuperset(map(type, values)):
+        return read(name, own, given)
+    return _remembered(read, name, tuple(own), tuple(given), *values)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _remembered(
+    read: _Reader, name: str, own: tuple[str, ...], given: tuple[str, ...], *values: Any
+) -> Settings:
+    settings = read(
+        name,
+        dict(zip(own, values, strict=False)),
+        dict(zip(given, values[len(own) :], strict=True)),
+    )
+    options = settings.options
+    special = {x for x in COMMON if options[x] != COMMON[x]} - _ORDINARY
+    if special or options["reduction"] not in ("mean", "sum"):
+        return settings
+    mean, params = options["reduction"] == "mean", _constant(settings.params)
+    at_once = _AtOnce(options["backend"], mean, params, options["ignore_index"])
+    return settings._replace(at_once=at_once)
 
 
 def _checked(loss: str, own: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -100,9 +162,13 @@ def _over_rows(
     student: Tensor,
     teacher: Tensor | None,
     target: Tensor | None,
-    options: Mapping[str, Any],
-    params: Numbers,
+    settings: Settings,
 ) -> Any:
+    options, params, _, at_once = settings
+    if at_once is not None:
+        value = _reduced_at_once(name, student, teacher, target, at_once)
+        if value is not None:
+            return value
     if sharded.is_sharded(student):
         run = partial(_rows, name, params=params)
         return _over_ranks(name, run, student, teacher, target, options, params)
@@ -118,6 +184,48 @@ def _over_rows(
         # The class that a mask was given along with is nobody's target.
         parts = torch.stack((parts[0], torch.zeros_like(parts[1])))
     return _returned(value, parts, inputs, divisor) if with_parts else value
+
+
+# Options that change nothing in the way of a call to its operator.
+_ORDINARY = {*WEIGHTS, "ignore_index", "reduction", "backend"} - {"return_parts"}
+
+
+def _reduced_at_once(
+    name: str, student: Tensor, teacher: Tensor | None, target: Tensor | None, settings: _AtOnce
+) -> Tensor | None:
+    """The reduced loss of a call that is nothing special, with few questions asked; None where one
+    is not answered as expected. What the operator refuses is asked about again, for the words.
+    """
+    if type(student) not in WHOLE or student.dim() > 3:
+        return None
+    if tensors.is_transformed() or tensors.is_mapped_by_autograd(student):
+        return None
+    with_grad = torch.is_grad_enabled()
+    if teacher is not None:
+        if type(teacher) not in WHOLE or teacher.device != student.device:
+            return None
+        if with_grad and teacher.requires_grad:
+            return None
+    if target is not None:
+        if type(target) not in WHOLE or target.dtype is not torch.int64:
+            return None
+        if target.shape != student.shape[:-1] or target.device != student.device:
+            return None
+        if target.is_inference():
+            return None
+    with_grad = with_grad and student.requires_grad
+    if with_grad and student.dtype is torch.float16:
+        return None
+    named, mean, params, ignore_index = settings
+    chosen = backend.choose(named, student.device)
+    if chosen != "cpu" and (chosen == "reference" or backend.checks_targets(student.device)):
+        return None
+    try:
+        return (ops.TRITON if chosen == "triton" else ops.FUSED).reduced_loss(
+            with_grad, name, student, teacher, target, mean, params, ignore_index
+        )
+    except RuntimeError:
+        return None
 
 
 def rows(
@@ -430,8 +538,8 @@ def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any
 def _reduced(
     name: str, inputs: Inputs, params: Numbers, divisor: _Divisor, with_parts: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    value, _, parts = _run("reduced", name, inputs, params, divisor, with_parts)
-    return value, parts if with_parts else None
+    value, *rest = _run("reduced", name, inputs, params, divisor, with_parts)
+    return value, rest[-1] if with_parts else None
 
 
 def _rows(

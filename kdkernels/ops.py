@@ -49,6 +49,7 @@ from kdkernels.autograd import (
     counted_rows,
     divided,
     gradients_of_others,
+    reduced_untransformed,
 )
 from kdkernels.reference import LOSSES
 from kdkernels.tensors import STATS_WIDTH, is_functorch, is_transformed, loss_dtype
@@ -205,7 +206,7 @@ class Operators:
         if is_transformed() and not is_functorch():
             return self._reduced_of_rows(*args)
         if _is_differentiated(args):
-            return Reduced.apply(self, *args)
+            return Reduced.apply(self, *args, True)
         with below_autograd():
             return self.reduced(*args)
 
@@ -235,7 +236,8 @@ class Operators:
         return value, student.new_empty((0,)), parts
 
     def apply(self, op: torch._ops.OpOverload, with_grad: bool, *inputs: Any) -> Any:
-        """The outputs of this set's `forward` or `reduced`, in the cheapest way.
+        """The outputs of this set's `forward` or `reduced` in the cheapest way: of `reduced` the
+        loss is the first one, and the parts, if asked for, are the last.
 
         with_grad: whether a gradient of any input is wanted.
         """
@@ -245,6 +247,33 @@ class Operators:
             return (Rows if op is self.forward else Reduced).apply(self, *inputs)
         with below_autograd():
             return op(*inputs)
+
+    def reduced_loss(
+        self,
+        with_grad: bool,
+        loss: str,
+        student: Tensor,
+        teacher: Tensor | None,
+        target: Tensor | None,
+        mean: bool,
+        params: Tensor,
+        ignore_index: int,
+    ) -> Tensor:
+        """The first output of `reduced`, of tensors that are whole and under no transform."""
+        none = None  # row_weight and normalizer
+        value: Tensor
+        if with_grad:
+            (value,) = reduced_untransformed(
+                *(self, loss, student, teacher, target, none, none),
+                *(mean, params, ignore_index, True, False, 0),
+            )
+        else:
+            with below_autograd():
+                value, _, _ = self.reduced(
+                    *(loss, student, teacher, target, none, none),
+                    *(mean, params, ignore_index, False, False, 0),
+                )
+        return value
 
 
 def _completed(args: tuple[Any, ...], count: int, *defaults: Any) -> tuple[Any, ...]:

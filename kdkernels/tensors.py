@@ -29,6 +29,8 @@ def loss_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
 
 # Whether a transform of torch.func is at work. Private to torch.
 is_functorch = torch._C._are_functorch_transforms_active
+# Whether a tensor is many under is_grads_batched, whose vmap is another one. Private, too.
+is_mapped_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_transformed() -> bool:
@@ -47,16 +49,18 @@ def is_forward_over_forward() -> bool:
     return sum(level.key() == jvp for level in stack) > 1
 
 
+WHOLE = frozenset((Tensor, Parameter))  # types of tensors that may be looked into
+
+
 def is_eager(tensor: Tensor) -> bool:
     """Whether this is a real tensor, with data to look at: subclasses may be fake or functional,
     and under vmap one tensor is many.
     """
     return (
-        type(tensor) in (Tensor, Parameter)
+        type(tensor) in WHOLE
         and not torch.compiler.is_compiling()
         and not is_functorch()
-        # Of is_grads_batched, whose vmap is another one.
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+        and not is_mapped_by_autograd(tensor)
     )
 
 

@@ -526,6 +526,31 @@ PATTERNS: dict[str, Callable[[Tensor, Tensor], None]] = {
 }  # fmt: skip
 
 
+FAR = [1e3, 1e9]
+SIDES = ["student", "teacher", "both"]
+
+
+def check_a_target_far_above(
+    case: Case, gap: float, side: str, backend: str, generator: torch.Generator
+) -> None:
+    """The rest of the student, of the teacher or of both lies `gap` below the target: sums that
+    leave the target out know nothing of how far that is.
+    """
+    student, teacher, target = make_inputs("normal", 7, 9, F32, generator)
+    rest = torch.arange(9) != target[:, None]
+    for name, x in (("student", student), ("teacher", teacher)):
+        if side in (name, "both"):
+            x[rest] -= gap
+    exact = (student.double(), teacher.double(), target)
+    truth, truth_gradient = evaluate(case.rows, *exact, backend="reference")
+    value, gradient = evaluate(case.rows, student, teacher, target, backend=backend)
+    scale = case.temperature**2
+    torch.testing.assert_close(value.double(), truth, rtol=2e-5, atol=2e-5 * scale)
+    largest = truth_gradient.abs().amax(-1, keepdim=True)
+    wrong = (gradient - truth_gradient).abs() > 2e-5 * largest + 1e-7
+    assert not wrong.any(), (gradient[wrong], truth_gradient[wrong])
+
+
 def check_infinite_logits(
     case: Case, pattern: str, classes: int, backend: str, generator: torch.Generator
 ) -> None:

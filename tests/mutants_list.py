@@ -274,8 +274,8 @@ MUTANTS = [
     Mutant(
         "python-second-backward-without-upstream",
         "kdkernels/autograd.py",
-        "found = _with(found, places, pull(grad_loss))",
-        "found = _with(found, places, pull(torch.ones_like(grad_loss)))",
+        "_with([None] * 6, places, pull(grad_loss))",
+        "_with([None] * 6, places, pull(torch.ones_like(grad_loss)))",
         "a second backward through a reduced loss forgets the upstream gradient",
     ),
     Mutant(
@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant(
         "python-gradient-hidden-from-hooks",
         "kdkernels/autograd.py",
-        "*(params, normalizer, gradient if with_grad else None),",
-        "*(params, normalizer, None),",
+        "None if gone else teacher, gradient if with_grad else None",
+        "None if gone else teacher, None",
         "the gradient of the sweep is made and thrown away: backward sweeps again",
     ),
     Mutant(
@@ -834,8 +834,8 @@ MUTANTS = [
     Mutant(
         "cpu-skipped-rows-have-coefficients",
         "csrc/cpu/row.h",
-        "b.coef[k][lane] = 0;",
-        "b.coef[k][lane] *= 0;",
+        "if (!b.block.active[lane]) lanes[lane] = 0;",
+        "if (!b.block.active[lane]) lanes[lane] *= 0;",
         "the gradient of ignored rows between others is 0 * NaN",
     ),
     Mutant(
@@ -869,15 +869,15 @@ MUTANTS = [
     Mutant(
         "cpu-too-few-classes-for-a-batch",
         "csrc/cpu/dispatch.cpp",
-        "if (p.classes < 2 * lanes)",
+        "if (p.classes < (lanes > 8 ? 2 : 20) * lanes)",
         "if (p.classes < lanes / 2)",
         "a threshold that sends rows shorter than a vector to loops that load whole ones",
     ),
     Mutant(
         "cpu-exponential-loses-nan",
         "csrc/cpu/simd.h",
-        "rounds to integer in the low bits\n    x = low > x ? low : x;",
-        "rounds to integer in the low bits\n    x = x > low ? x : low;",
+        "rounds to integer in the low bits\n    x = larger(low, x);",
+        "rounds to integer in the low bits\n    x = larger(x, low);",
         "NaN becomes 0 in the sums",
     ),
     Mutant(
@@ -1080,8 +1080,8 @@ MUTANTS = [
     Mutant(
         "cpu-parts-times-the-scale",
         "csrc/cpu/row.h",
-        "loss[1 + k] * weight_of(p, row)",
-        "loss[1 + k] * g[0]",
+        "k < chosen.outputs ? (loss[k] + nan) * g[k] : loss[k] + nan",
+        "(loss[k] + nan) * g[0]",
         "parts of a reduction are divided as its sum is",
     ),
     Mutant(
@@ -1136,8 +1136,8 @@ MUTANTS = [
     Mutant(
         "cpu-refined-by-the-rows-pivots",
         "csrc/cpu/row.h",
-        "refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(c),",
-        "refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(opening),",
+        "refine<Sums, S>(scales, n, kept + first, padded, splat(c))",
+        "refine<Sums, S>(scales, n, kept + first, padded, splat(opening))",
         "what opens the second round is not moved to the tile's pivots",
     ),
     Mutant(
@@ -1239,9 +1239,23 @@ MUTANTS = [
         "log(p / q) is off where tiles have other pivots than the row",
     ),
     Mutant(
+        "cpu-ab-by-a-difference-that-cancels",
+        "csrc/losses/ab.h",
+        "log_q = dt * k + to.c[kept];",
+        "log_q = dt * k + (to.c[0] - to.c[1]);",
+        "log2 q of a row whose student has all other classes far below the target",
+    ),
+    Mutant(
+        "cpu-z-by-the-pivot",
+        "csrc/losses/cross_entropy.h",
+        "total = select(p.p > lit<V>(.5), row.s_y - p.log_p,",
+        "total = select(p.p > lit<V>(.5), relative - p.log_p + usable(row.pivots.s),",
+        "the logsumexp cancels where all other classes lie far below the target",
+    ),
+    Mutant(
         "cpu-ab-gradient-of-the-lost",
         "csrc/losses/ab.h",
-        "score = select(lost, zero, score);",
+        "score = select(max_of(beyond_all, min_of(ds, dt)) == -infinity<V>(), zero, score);",
         "",
         "the gradient of a class that makes the loss infinite is no number",
     ),

@@ -330,6 +330,14 @@ def test_infinite_logits(
         check_infinite_logits(case, pattern, classes, "cuda", generator)
 
 
+@pairwise(case=KERNEL_CASES, gap=contracts.FAR, side=contracts.SIDES, regime=[*REGIMES])
+def test_a_target_far_above(
+    case: Case, gap: float, side: str, regime: str, generator: torch.Generator
+) -> None:
+    for _ in one(regime, 0)():
+        contracts.check_a_target_far_above(case, gap, side, "cuda", generator)
+
+
 @pairwise(case=KERNEL_CASES, regime=[*REGIMES], sizes=[(5, 8, 10), (37, 37, 48), (70, 77, 70)])
 def test_first_classes(
     case: Case, regime: str, sizes: tuple[int, int, int], generator: torch.Generator

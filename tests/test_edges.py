@@ -35,10 +35,13 @@ from cases import (
 from contracts import (
     END_SHARES,
     EXTREME_TEMPERATURES,
+    FAR,
     LARGE_TEMPERATURES,
     PATTERNS,
     SHARE_OF,
+    SIDES,
     agree_with_reference,
+    check_a_target_far_above,
     check_a_weight_of_0,
     check_digits_near_the_teacher,
     check_infinite_logits,
@@ -55,8 +58,8 @@ from kdkernels import aekt_loss, dkd_loss, kd_loss, nkd_loss, target_split, tf_n
 
 NAN = math.nan
 EPS = torch.finfo(F32).eps
-# Fewer than fill two vectors, batches of rows, larger batches, and two tiles: see test_planner.py.
-CLASSES = (5, 40, 300, 1100)
+# A row per lane, batches of rows (40 with AVX-512, 200 with all), and two tiles: see test_planner.py.
+CLASSES = (5, 40, 200, 1100)
 
 
 # ---- infinite logits ------------------------------------------------------------------------
@@ -208,6 +211,14 @@ def test_finite_logits_give_finite_results(
             target = student.argmax(-1)
         value, gradient = evaluate(case.rows, student, teacher, target, backend=backend)
         assert value.isfinite().all() and gradient.isfinite().all()
+
+
+@needs_cpu
+@pytest.mark.parametrize("gap", FAR)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_target_far_above(case: Case, gap: float, isa: str, generator: torch.Generator) -> None:
+    for side in SIDES:
+        check_a_target_far_above(case, gap, side, "cpu", generator)
 
 
 # ---- temperature ----------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from cases import ISAS
 from kdkernels import ops, reference
 
 _host = pytest.importorskip("kdkernels._host")  # not in a wheel
-LANES = {"baseline": 4, "avx2": 8, "avx512": 16}  # of float32
 ACROSS, BATCHES, ALONG = "lanes_are_rows", "batches", "lanes_are_classes"
 
 
@@ -22,8 +21,8 @@ ACROSS, BATCHES, ALONG = "lanes_are_rows", "batches", "lanes_are_classes"
     [
         (2, 1, ACROSS),
         (4096, 5, ACROSS),
-        (2, 100, BATCHES),
-        (4096, 1024, BATCHES),
+        (2, 200, BATCHES),
+        (4096, 256, BATCHES),
         (4096, 1025, ALONG),  # more than a tile: the row is worth its own finish
         (2, 151669, ALONG),
         (1, 5, ALONG),  # there are no rows to share anything with
@@ -35,10 +34,12 @@ def test_regime(isa: str, rows: int, classes: int, regime: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_regime_changes_where_a_row_fills_two_vectors(isa: str) -> None:
-    full = 2 * LANES[isa]
-    assert _host.plan(isa, 64, full - 1) == ACROSS
-    assert _host.plan(isa, 64, full) == BATCHES
+def test_regimes_change(isa: str) -> None:
+    """Where transposing costs more than sums across lanes; where few rows fit the cache."""
+    short, long = {"baseline": (80, 256), "avx2": (160, 512), "avx512": (32, 1024)}[isa]
+    assert _host.plan(isa, 64, short - 1) == ACROSS
+    assert _host.plan(isa, 64, short) == _host.plan(isa, 64, long) == BATCHES
+    assert _host.plan(isa, 64, long + 1) == ALONG
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -52,7 +53,7 @@ def test_strided_classes_lie_across(isa: str, classes: int) -> None:
 def test_instruction_sets() -> None:
     """The portable one is always there, and the best, which is the default, is the last."""
     assert ISAS[0] == "baseline"
-    assert sorted(ISAS, key=list(LANES).index) == ISAS
+    assert sorted(ISAS, key=["baseline", "avx2", "avx512"].index) == ISAS
 
 
 # ---- the CUDA planner -----------------------------------------------------------------------

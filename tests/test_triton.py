@@ -336,6 +336,15 @@ def test_large_temperatures(
 
 
 @pytest.mark.full
+@pairwise(case=KERNEL_CASES, gap=contracts.FAR, side=contracts.SIDES, regime=REGIMES)
+def test_a_target_far_above(
+    case: Case, gap: float, side: str, regime: str, generator: torch.Generator
+) -> None:
+    for _ in in_regime(regime):
+        contracts.check_a_target_far_above(case, gap, side, "triton", generator)
+
+
+@pytest.mark.full
 @pairwise(case=KERNEL_CASES, pattern=[*PATTERNS], regime=REGIMES)
 def test_infinite_logits(case: Case, pattern: str, regime: str, generator: torch.Generator) -> None:
     for _ in in_regime(regime):

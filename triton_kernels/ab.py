@@ -7,7 +7,8 @@ and its limits where a or b is 0. Wang et al. 2025, arXiv 2505.04560.
 The twin of csrc/losses/ab.h, where the form is derived that it is summed in: what is kept of a
 class are its logits ds and dt, and what opens the second round is added,
 
-    log2 p = k ds + opening[0]     log2(p / q) = k (ds - dt) + opening[1].
+    log2 p = k ds + opening[0]                  log2 q = k dt + opening[2]
+    log2(p / q) = k (ds - dt) + opening[1].
 
 Parameters: temperature, kd_weight, ce_weight, label_smoothing, t_squared, alpha, beta.
 """
@@ -52,29 +53,34 @@ def stats(ds, dt, k, VARIANT: tl.constexpr):
 
 @triton.jit
 def apart(sums, ps, pt, s_y, t_y, params):
-    """The splits of student and teacher, log of the student's sum over all classes, relative to its
-    pivot, that minus the teacher's, and log(p / q) of the target: without cancellation where they
+    """The splits of student and teacher, the logs of their sums over all classes, relative to their
+    pivots, the difference of these, and log(p / q) of the target: without cancellation where they
     are alike, and exactly 0 where they are equal."""
     p, q = splits(sums, ps, pt, s_y, t_y, params[0])
     relative = (s_y - usable(ps)) / params[0]
     relative_t = (t_y - usable(pt)) / params[0]
     total = log_total(p, relative, sums[0])
+    total_t = log_total(q, relative_t, sums[1])
     # Of an empty sum nothing is taken.
     empty = (sums[0] == 0.0) | (sums[1] == 0.0)
     ratio = tl.log(tl.where(empty, 1.0, sums[0]) / tl.where(empty, 1.0, sums[1]))
     by_rest = ratio - (p[1] - q[1])
-    by_rest = tl.where(empty, total - log_total(q, relative_t, sums[1]), by_rest)
+    by_rest = tl.where(empty, total - total_t, by_rest)
     logits = relative - relative_t
     targets = p[0] - q[0]
     large = (p[2] > 0.5) & (q[2] > 0.5)
     totals = tl.where(large, logits - targets, by_rest)
-    return p, q, total, totals, tl.where(large, targets, logits - by_rest)
+    # Of target's logarithms that are not alike nothing cancels, however far the other classes lie
+    # below.
+    unlike = tl.abs(targets) > -0.25 * tl.minimum(p[0], q[0])
+    target = tl.where(large | unlike, targets, logits - by_rest)
+    return p, q, total, total_t, totals, target
 
 
 @triton.jit
 def opening(sums, ps, pt, s_y, t_y, params):
-    _, _, total, totals, _ = apart(sums, ps, pt, s_y, t_y, params)
-    return -total * LOG2E, -totals * LOG2E
+    _, _, total, total_t, totals, _ = apart(sums, ps, pt, s_y, t_y, params)
+    return -total * LOG2E, -totals * LOG2E, -total_t * LOG2E
 
 
 @triton.jit
@@ -109,8 +115,10 @@ def share(near, exponent):
 
 
 @triton.jit
-def at(log_p, log_q, ratio, none, params):
-    """f and p h of a class, from log2 of p, q and p / q; none: where both are 0."""
+def at(log_p, log_q, ratio, ds, dt, params):
+    """f and p h of a class, from log2 of p, q and p / q; ds, dt: logits, which tell what is at
+    -inf."""
+    none = (ds == -INF) & (dt == -INF)
     a, b, share_a = params[5], params[6], params[7]
     less = ratio <= 0.0  # p <= q
     # Finite: 0 times it is 0. Not by tl.maximum, which would lose NaN.
@@ -136,9 +144,12 @@ def at(log_p, log_q, ratio, none, params):
     close = (a * m > -0.5) & (b * m > -0.5)
     value = power * tl.where(close, small, large)
     score = power * tl.where(less, e * first, -second)
-    # A class that only one of them has, where the other one's power is the 0th.
-    lost = (distance == -INF) & (tl.where(less, b, a) == 0.0)
-    return tl.where(lost, INF, value), tl.where(lost, 0.0, score)
+    # Where the other one's power is the 0th, a class that only one of them has, or nearly so, has an
+    # infinite value; and the former counts as h = 0.
+    beyond_all = (distance == -INF) & (tl.where(less, b, a) == 0.0)
+    lacking = tl.where(ds == -INF, ds, dt) == -INF
+    score = tl.where(beyond_all, tl.where(lacking, 0.0, score), score)
+    return tl.where(beyond_all, INF, value), score
 
 
 @triton.jit
@@ -146,9 +157,8 @@ def refine(exps, opening, params, VARIANT: tl.constexpr):
     ds, dt = exps[0], exps[1]
     k = params[8]
     log_p = ds * k + opening[0]
-    log_q = dt * k + (opening[0] - opening[1])
-    none = (ds == -INF) & (dt == -INF)
-    value, score = at(log_p, log_q, (ds - dt) * k + opening[1], none, params)
+    log_q = dt * k + opening[2]
+    value, score = at(log_p, log_q, (ds - dt) * k + opening[1], ds, dt, params)
     p = tl.exp2(log_p)
     if VARIANT == 2:
         return (value, score), (p, score, exps[2])
@@ -158,9 +168,8 @@ def refine(exps, opening, params, VARIANT: tl.constexpr):
 
 @triton.jit
 def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
-    p, q, _, _, ratio = apart(sums, ps, pt, s_y, t_y, params)
-    none = (s_y == -INF) & (t_y == -INF)
-    value, score = at(p[0] * LOG2E, q[0] * LOG2E, ratio * LOG2E, none, params)
+    p, q, _, _, _, ratio = apart(sums, ps, pt, s_y, t_y, params)
+    value, score = at(p[0] * LOG2E, q[0] * LOG2E, ratio * LOG2E, s_y, t_y, params)
     c = upstream(g, params)
     # By p h itself: h may be no number.
     y = c * (p[3] * score - p[2] * sums[len(sums) - 1])

@@ -9,7 +9,7 @@ the kernels' temperature, 1, comes before them.
 import triton
 import triton.language as tl
 
-from .split import log_total, smoothed, split
+from .split import smoothed, split
 from .stats import PLAIN, SMOOTH, inverse, usable, weighted
 from .stats import student_grad as grad
 from .stats import student_merge as merge
@@ -28,7 +28,9 @@ def finish(sums, ps, pt, s_y, t_y, g, params, VARIANT: tl.constexpr):
     p = split(relative, 1.0, sums[0])
     coef, y = g[0] * p[3] * inverse(sums[0]), -g[0] * p[3]
     z_weight = params[2]
-    total = log_total(p, relative, sums[0]) + usable(ps)
+    # By the target itself where its probability is not small: the pivot of the others may be far
+    # below.
+    total = tl.where(p[2] > 0.5, s_y - p[0], tl.log(sums[0]) - p[1] + usable(ps))
     z = weighted(z_weight, total * total)
     slope = weighted(-2.0 * z_weight, total)  # minus it, so that a weight of 0 changes no bit
     if VARIANT == 2:

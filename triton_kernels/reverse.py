@@ -123,9 +123,10 @@ def reverse_finish(
     if FORWARD:
         slope = g0 * (1.0 - forward)
     per = slope * p[3] * inverse_s
-    c_student = t * per * (base + others)
-    c_lost = t * per * whole  # of -e_s
-    y = slope * t * p[2] * p[3] * (at_y - share * (rest + mean))
+    # Where they count for nothing they may be infinite.
+    c_student = weighted(t * per, base + others)
+    c_lost = weighted(t * per, whole)  # of -e_s
+    y = weighted(slope * t * p[2] * p[3], at_y - share * (rest + mean))
     c_moment = -per / SHARE
     coef = (c_student, c_moment)
     if FORWARD:

@@ -96,9 +96,11 @@ Plan plan(const Kernels& build, const Problem& p) {
   const int lanes = build.vector_bytes / static_cast<int>(p.computes_in_double() ? sizeof(double) : sizeof(float));
   const auto strided = [&](const Logits& x) { return x.data && x.class_stride != 1 && p.classes > 1; };
   if (strided(p.student) || strided(p.teacher) || strided(p.grad)) return {Regime::lanes_are_rows, lanes};
-  if (p.classes > kTile || p.rows_total() == 1) return {Regime::lanes_are_classes, 1};
-  // A row that fills a vector only once or twice wastes too much of the last one.
-  if (p.classes < 2 * lanes) return {Regime::lanes_are_rows, lanes};
+  // Of longer ones fewer than there are lanes fit the first-level cache.
+  if (p.classes > 64 * lanes || p.classes > kTile || p.rows_total() == 1) return {Regime::lanes_are_classes, 1};
+  // The sums of a row per lane need not be added up across lanes; but their logits have to be transposed, twice.
+  // Measured at 8 lanes; with 16, a row that fills a vector only once or twice wastes too much of the last one.
+  if (p.classes < (lanes > 8 ? 2 : 20) * lanes) return {Regime::lanes_are_rows, lanes};
   return {Regime::batches, lanes};
 }
 

@@ -89,6 +89,7 @@ template <class S>
 struct Block {  // up to L rows, one per lane
   static constexpr int L = kLanes<S>;
   int lanes;
+  bool full;  // every lane has a row, and reads it
   bool active[L];
   int64_t outer[L], inner[L], target[L];
 };
@@ -113,7 +114,15 @@ void load_block_of(const T* data, const Logits& x, const Block<S>& block, int64_
     if (rows[lane] && (!end || end < rows[lane] + classes)) end = rows[lane] + classes;
   }
   const V nothing = -infinity<V>();
-  if (x.class_stride == 1) {
+  if (x.class_stride == 1 && full && classes >= L) {
+    for (int64_t c = 0; c < classes; c += L) {
+      const int64_t from = window(c, classes, L);
+      V m[L];
+      for (int lane = 0; lane < L; ++lane) m[lane] = load<S>(rows[lane] + from);
+      transpose(m);
+      for (int j = 0; j < L; ++j) store<S>(to + (from + j) * L, m[j]);
+    }
+  } else if (x.class_stride == 1) {
     for (int64_t c = 0; c < classes; c += L) {
       const int64_t from = window(c, classes, L);
       V m[L];
@@ -140,8 +149,9 @@ void load_block_of(const T* data, const Logits& x, const Block<S>& block, int64_
   }
 }
 
-template <class T, class S>
-void store_block_of(T* data, const Logits& x, const Block<S>& block, int64_t classes, const S* from) {
+// value(c): class c of all rows, a row in each lane.
+template <class S, class T, class Value>
+[[gnu::noinline]] void store_block_of(T* data, const Logits& x, const Block<S>& block, int64_t classes, Value value) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   T* rows[L];
@@ -156,7 +166,7 @@ void store_block_of(T* data, const Logits& x, const Block<S>& block, int64_t cla
     for (int64_t c = 0; c < classes; c += L) {
       const int64_t at = window(c, classes, L);
       V m[L];
-      for (int j = 0; j < L; ++j) m[j] = load<S>(from + (at + j < classes ? at + j : 0) * L);
+      for (int j = 0; j < L; ++j) m[j] = value(at + j < classes ? at + j : 0);
       transpose(m);
       for (int lane = 0; lane < block.lanes; ++lane) {
         if (classes >= L || room - lane * classes >= L) {  // beyond a short row lie those that come next
@@ -169,10 +179,12 @@ void store_block_of(T* data, const Logits& x, const Block<S>& block, int64_t cla
       }
     }
   } else if (adjacent) {
-    for (int64_t c = 0; c < classes; ++c) store<S>(rows[0] + c * x.class_stride, load<S>(from + c * L));
+    for (int64_t c = 0; c < classes; ++c) store<S>(rows[0] + c * x.class_stride, value(c));
   } else {
-    for (int64_t c = 0; c < classes; ++c)
-      for (int lane = 0; lane < block.lanes; ++lane) from_float(rows[lane][c * x.class_stride], from[c * L + lane]);
+    for (int64_t c = 0; c < classes; ++c) {
+      const V of_class = value(c);
+      for (int lane = 0; lane < block.lanes; ++lane) from_float(rows[lane][c * x.class_stride], of_class[lane]);
+    }
   }
 }
 
@@ -182,10 +194,10 @@ void load_block(const Logits& x, const Block<S>& block, int64_t classes, S* to) 
     if constexpr (sizeof(*data) <= sizeof(S)) load_block_of(data, x, block, classes, to);  // float64 never in float
   });
 }
-template <class S>
-void store_block(const Logits& x, const Block<S>& block, int64_t classes, const S* from) {
+template <class S, class Value>
+void store_block(const Logits& x, const Block<S>& block, int64_t classes, Value value) {
   with_type(x.dtype, x.data, [&](auto* data) {
-    if constexpr (sizeof(*data) <= sizeof(S)) store_block_of(data, x, block, classes, from);
+    if constexpr (sizeof(*data) <= sizeof(S)) store_block_of(data, x, block, classes, value);  // float64 never in float
   });
 }
 

@@ -30,51 +30,62 @@ KD_NAMESPACE_BEGIN
 
 // ---- one tile, lanes are classes ----------------------------------------------------------------------------------
 
-struct Prefetch {  // what the sweep asks the memory for meanwhile: the next tile
+struct Prefetch {  // what the sweep asks the memory for meanwhile: the logits that come next, and where a gradient goes
   const char *s, *t;
-  int64_t s_step, t_step;  // bytes per vector
+  char* g;
+  int64_t s_step, t_step, g_step;  // bytes per kLine vectors
 };
+constexpr int kLine = 64 / kVectorBytes;  // vectors of the widest numbers in a line of a cache
 
 template <class Sums, class S, bool kKeep>
 typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales<S>& given, const S* s, const S* t,
-                                            int64_t n, Pivots<S> pivots, S* kept, int64_t kept_stride, Prefetch ahead) {
+                                            int64_t n, const Pivots<Vec<S>>& pivots, S* kept, int64_t kept_stride,
+                                            Prefetch ahead) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   const auto scales = given;  // a copy, of which the compiler knows that nothing stored below changes it
-  const V ms = Ops<V>::splat(usable(pivots.s)), mt = Ops<V>::splat(usable(pivots.t));
-  typename Sums::template Stats<V> stats = {};
-  for (int64_t i = 0; i < n; i += L) {
+  const V ms = usable(pivots.s), mt = usable(pivots.t);
+  typename Sums::template Stats<V> stats;
+  for (V& sum : stats.v) sum = lit<V>(0);  // by vectors: a memset of so few starts slower than it runs
+  const auto vector = [&](int64_t i) {
     const auto x = Sums::template exps<V>(scales, load<S>(s + i) - ms, load<S>(t + i) - mt);
     Sums::add(stats, x);
     if constexpr (kKeep)
       for (int k = 0; k < Sums::kept; ++k) store<S>(kept + k * kept_stride + i, x.e[k]);
+  };
+  int64_t i = 0;
+  for (; i + kLine * L <= n; i += kLine * L) {
+    for (int64_t j = i; j < i + kLine * L; j += L) vector(j);
     __builtin_prefetch(ahead.s);
     ahead.s += ahead.s_step;
     if constexpr (Sums::teacher) {
       __builtin_prefetch(ahead.t);
       ahead.t += ahead.t_step;
     }
+    __builtin_prefetch(ahead.g, 1);
+    ahead.g += ahead.g_step;
   }
+  for (; i < n; i += L) vector(i);
   return stats;
 }
 
-// The second round over what was kept, in place. sums: those of this round are added to it. The last vector may reach
-// beyond n: there the kept are 0, as of a class at -inf.
+// The second round over what was kept, in place; its sums. The last vector may reach beyond n: there the kept are 0, as
+// of a class at -inf.
 template <class Sums, class S>
-void refine_tile(const typename Sums::template Scales<S>& given, int64_t n, S* kept, int64_t kept_stride,
-                 const Multipliers<S, Sums::kept>& opening, double* sums) {
+Refined<Sums, Vec<S>> refine(const typename Sums::template Scales<S>& given, int64_t n, S* kept, int64_t kept_stride,
+                             const Opening<Sums, Vec<S>>& opening) {
   using V = Vec<S>;
   const auto scales = given;
-  Multipliers<V, Sums::kept> c;
-  V lanes[Sums::refined] = {};
-  for (int k = 0; k < Sums::kept; ++k) c.c[k] = Ops<V>::splat(opening.c[k]);
+  const auto c = opening;
+  Refined<Sums, V> sums;
+  for (V& sum : sums.v) sum = lit<V>(0);
   for (int64_t i = 0; i < n; i += kLanes<S>) {
     V e[Sums::kept];
     for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept + k * kept_stride + i);
-    Sums::refine(scales, e, c, lanes);
+    Sums::refine(scales, e, c, sums.v);
     for (int k = 0; k < Sums::kept; ++k) store<S>(kept + k * kept_stride + i, e[k]);
   }
-  for (int k = 0; k < Sums::refined; ++k) sums[k] += sum_lanes<S>(lanes[k]);
+  return sums;
 }
 
 // Loops of their own, called once a tile or row: inlined among the rest they run out of registers.
@@ -151,10 +162,12 @@ struct Rows {
     for (int k = 0; p.rows && k < outputs; ++k)
       put_number(p, p.rows, k * p.rows_total() + row, loss ? loss[k] * g[k] : 0.);
     if constexpr (Sums::has_parts)
-      for (int k = 0; p.parts && k < 2; ++k) {
-        const bool there = loss && (k == 0 || p.target);  // without a target there is no cross-entropy
-        put_number(p, p.parts, k * p.rows_total() + row, there ? loss[1 + k] * weight_of(p, row) : 0.);
-      }
+      for (int k = 0; p.parts && k < 2; ++k) put_part(p, k, row, loss ? loss[1 + k] : 0);
+  }
+  static void put_part(const Problem& p, int k, int64_t row, double part) {
+    // Without a target there is no cross-entropy, and a weight of 0 wins over whatever it meets.
+    const double weight = k == 0 || p.target ? weight_of(p, row) : 0;
+    put_number(p, p.parts, k * p.rows_total() + row, weight != 0 ? part * weight : 0.);
   }
 
   static bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
@@ -177,7 +190,8 @@ struct Rows {
 
     const Chosen<double> chosen(p);
     const Scales scales = Chosen<S>(p).template scales<Sums>();
-    const int64_t s_bytes = bytes_of(p.student.dtype), t_bytes = Sums::teacher ? bytes_of(p.teacher.dtype) : 0;
+    const int64_t s_bytes = bytes_of(p.student.dtype), t_bytes = Sums::teacher ? bytes_of(p.teacher.dtype) : 0,
+                  g_bytes = bytes_of(p.grad.dtype);
 
     for (int64_t row = begin; row < end; ++row) {
       const int64_t outer = row / p.inner, inner = row % p.inner;
@@ -216,22 +230,23 @@ struct Rows {
             Sums::teacher ? load_tile<S>(p.teacher.dtype, t, first, n, target, t_buffer) : Tile<S>{s_tile.data, 0};
         const bool last = i + 1 == tiles;
         const Prefetch ahead = {last ? next_s : s + (first + kTile) * s_bytes,
-                                last ? next_t : t + (first + kTile) * t_bytes, L * s_bytes, L * t_bytes};
+                                last ? next_t : t + (first + kTile) * t_bytes,
+                                grad ? grad + first * g_bytes : s,
+                                kLine * L * s_bytes,
+                                kLine * L * t_bytes,
+                                grad ? kLine * L * g_bytes : 0};
         if (back) {
           const Pivots<S> at = {static_cast<S>(all.pivots.s), static_cast<S>(all.pivots.t)};
-          sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept, kTile, ahead);
-          if constexpr (Sums::refined > 0) {
-            double unused[Sums::refined] = {};
-            refine_tile<Sums, S>(scales, n, kept, kTile, narrowed(opening), unused);
-          }
+          sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, splat(at), kept, kTile, ahead);
+          if constexpr (Sums::refined > 0) refine<Sums, S>(scales, n, kept, kTile, splat(opening));
           with_type(p.grad.dtype, grad,
                     [&](auto* out) { gradient_tile<Sums, S>(out + first, n, kept, kTile, coef.c); });
           continue;
         }
         const Pivots<S> at = {s_tile.max, t_tile.max};
         const auto lanes =
-            keep ? sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, at, kept + first, padded, ahead)
-                 : sweep<Sums, S, false>(scales, s_tile.data, t_tile.data, n, at, nullptr, 0, ahead);
+            keep ? sweep<Sums, S, true>(scales, s_tile.data, t_tile.data, n, splat(at), kept + first, padded, ahead)
+                 : sweep<Sums, S, false>(scales, s_tile.data, t_tile.data, n, splat(at), nullptr, 0, ahead);
         Summary<Sums, double> part;
         part.pivots = {at.s, at.t};
         for (int k = 0; k < Sums::count; ++k) part.stats.v[k] = sum_lanes<S>(lanes.v[k]);
@@ -247,7 +262,8 @@ struct Rows {
             Opening<Sums, double> c = opening;
             const Pivots<double> at = {tile_pivots[i].s, tile_pivots[i].t};
             Sums::rebase(chosen.template scales<Sums>(), c, all.pivots, at);
-            refine_tile<Sums, S>(scales, n, kept + first, padded, narrowed(c), all.stats.v + Sums::count);
+            const auto lanes = refine<Sums, S>(scales, n, kept + first, padded, splat(c));
+            for (int k = 0; k < Sums::refined; ++k) all.stats.v[Sums::count + k] += sum_lanes<S>(lanes.v[k]);
           }
         }
         chosen.finish(all, g, loss, coef);
@@ -273,9 +289,11 @@ struct Rows {
     return true;
   }
 
-  static Multipliers<S, Sums::kept> narrowed(const Multipliers<double, Sums::kept>& x) {
-    Multipliers<S, Sums::kept> out;
-    for (int k = 0; k < Sums::kept; ++k) out.c[k] = static_cast<S>(x.c[k]);
+  // The same in every lane.
+  static Pivots<V> splat(const Pivots<S>& x) { return {Ops<V>::splat(x.s), Ops<V>::splat(x.t)}; }
+  static Opening<Sums, V> splat(const Opening<Sums, double>& x) {
+    Opening<Sums, V> out;
+    for (int k = 0; k < Sums::openings; ++k) out.c[k] = Ops<V>::splat(static_cast<S>(x.c[k]));
     return out;
   }
 
@@ -295,37 +313,46 @@ struct Rows {
 
   struct Batch {  // up to L rows, one per lane, and all that is one number per row
     Block<S> block;
-    alignas(kVectorBytes) double s_y[L], t_y[L], pivots[2][L], sums[kSums<Sums>][L], g[kMostValues][L],
-        loss[kMostValues][L];
-    alignas(kVectorBytes) S maxima[2][L], coef[Sums::coefs][L], coef_y[L], opening[Sums::refined ? Sums::kept : 1][L];
+    alignas(kVectorBytes) double s_y[L], t_y[L], sums[kSums<Sums>][L], g[kMostValues][L], loss[kMostValues][L];
+    alignas(kVectorBytes) S maxima[2][L], coef[Sums::coefs][L], coef_y[L], opening[Sums::openings][L];
   };
 
-  static void clear(double (&lanes)[L]) {
-    for (int part = 0; part < kParts<S>; ++part) store_bits(lanes + part * kLanes<double>, lit<VecD>(0));
+  // By vectors: a memset of so few starts slower than it runs.
+  static void fill(double (&lanes)[L], double x) {
+    for (int part = 0; part < kParts<S>; ++part) store_bits(lanes + part * kLanes<double>, lit<VecD>(x));
   }
 
   static void open(const Problem& p, const Chosen<double>& chosen, int64_t first, int64_t end, Batch& b) {
-    b.block.lanes = static_cast<int>(end - first < L ? end - first : L);
-    // By vectors: a memset of so few starts slower than it runs.
-    for (auto& sums : b.sums) clear(sums);
-    for (auto& g : b.g) clear(g);
+    const int lanes = b.block.lanes = static_cast<int>(end - first < L ? end - first : L);
+    const bool back = p.pass == Pass::backward;
+    for (auto& sums : b.sums) fill(sums, 0);
+    for (int k = 0; k < kMostValues; ++k) fill(b.g[k], k < chosen.outputs ? p.scale : 0);
+    for (auto& maxima : b.maxima) store<S>(maxima, -infinity<V>());
+    fill(b.s_y, -infinity<double>());
+    fill(b.t_y, -infinity<double>());
     int64_t outer = first / p.inner, inner = first % p.inner;
     for (int lane = 0; lane < L; ++lane) {
-      const int64_t row = first + lane;
-      b.block.active[lane] = lane < b.block.lanes && !skipped(p, row);
+      b.block.active[lane] = lane < lanes;
       b.block.outer[lane] = outer;
       b.block.inner[lane] = inner;
+      b.block.target[lane] = -1;
       if (++inner == p.inner) inner = 0, ++outer;
-      b.block.target[lane] = b.block.active[lane] && p.target ? p.target[row] : -1;
-      b.s_y[lane] = b.t_y[lane] = -infinity<double>();
-      for (int tensor = 0; tensor < 2; ++tensor) b.maxima[tensor][lane] = -infinity<S>();
-      if (!b.block.active[lane]) continue;
-      double g[kMostValues] = {};
-      upstream(p, chosen.outputs, row, g);
-      for (int k = 0; k < chosen.outputs; ++k) b.g[k][lane] = g[k];
     }
-    if (p.pass != Pass::backward) return;
-    for (int lane = 0; lane < L; ++lane) {
+    b.block.full = lanes == L;
+    if (p.target || p.row_weight)
+      for (int lane = 0; lane < lanes; ++lane) {
+        const bool active = b.block.active[lane] = !skipped(p, first + lane);
+        b.block.full = b.block.full && active;
+        if (p.target && active) b.block.target[lane] = p.target[first + lane];
+      }
+    if (back || p.row_weight)
+      for (int lane = 0; lane < lanes; ++lane) {
+        double g[kMostValues] = {};
+        upstream(p, chosen.outputs, first + lane, g);
+        for (int k = 0; k < chosen.outputs; ++k) b.g[k][lane] = g[k];
+      }
+    if (!back) return;
+    for (int lane = 0; lane < lanes; ++lane) {
       if (!b.block.active[lane]) continue;
       Summary<Sums, double> known;
       load_stats(stats_of(p, first + lane), known);
@@ -333,6 +360,14 @@ struct Rows {
       b.maxima[1][lane] = static_cast<S>(known.pivots.t);
       for (int k = 0; k < kSums<Sums>; ++k) b.sums[k][lane] = known.stats.v[k];
     }
+  }
+
+  // 0 in the lanes whose rows are skipped.
+  template <class X>
+  static void clear_skipped(const Batch& b, X (&lanes)[L]) {
+    if (b.block.full) return;
+    for (int lane = 0; lane < L; ++lane)
+      if (!b.block.active[lane]) lanes[lane] = 0;
   }
 
   // As many rows of a batch as doubles have lanes, by the first `sums` of their sums.
@@ -351,11 +386,9 @@ struct Rows {
     for (int part = 0; part < kParts<S> && part * kLanes<double> < b.block.lanes; ++part) {
       Opening<Sums, VecD> opening;
       Sums::open(chosen.template scales<Sums>(), rows_of(b, part, Sums::count), opening);
-      for (int k = 0; k < Sums::kept; ++k) narrow(b.opening[k], part, opening.c[k]);
+      for (int k = 0; k < Sums::openings; ++k) narrow(b.opening[k], part, opening.c[k]);
     }
-    for (int lane = 0; lane < L; ++lane)
-      if (!b.block.active[lane])
-        for (int k = 0; k < Sums::kept; ++k) b.opening[k][lane] = 0;
+    for (auto& opening : b.opening) clear_skipped(b, opening);
   }
 
   // From maxima and sums to losses (written) and coefficients. Rows that are skipped get coefficients of 0.
@@ -365,29 +398,32 @@ struct Rows {
       const Summary<Sums, VecD> rows = rows_of(b, part, kSums<Sums>);
       typename Sums::template Coef<VecD> coef = {};
       VecD g[kMostValues], loss[kMostValues] = {};
-      store_bits(b.pivots[0] + at, rows.pivots.s);
-      store_bits(b.pivots[1] + at, rows.pivots.t);
       for (int k = 0; k < kMostValues; ++k) g[k] = load_bits<VecD>(b.g[k] + at);
       chosen.finish(rows, g, loss, coef);
       const VecD nan = nan_of(rows);
-      for (int k = 0; k < kMostValues; ++k) store_bits(b.loss[k] + at, loss[k] + nan);
+      // Parts are behind the outputs, and not multiplied by the gradient.
+      for (int k = 0; k < kMostValues; ++k)
+        store_bits(b.loss[k] + at, k < chosen.outputs ? (loss[k] + nan) * g[k] : loss[k] + nan);
       for (int k = 0; k < Sums::coefs; ++k) narrow(b.coef[k], part, coef.c[k]);
       narrow(b.coef_y, part, coef.y);
     }
-    for (int lane = 0; lane < L; ++lane)
-      if (!b.block.active[lane])
-        for (int k = 0; k < Sums::coefs; ++k) b.coef[k][lane] = 0;
+    for (auto& coef : b.coef) clear_skipped(b, coef);
     if (p.pass == Pass::backward) return;
-    for (int lane = 0; lane < b.block.lanes; ++lane) {
-      const int64_t row = first + lane;
-      double loss[kMostValues], g[kMostValues];
-      for (int k = 0; k < kMostValues; ++k) loss[k] = b.loss[k][lane], g[k] = b.g[k][lane];
-      write_rows(p, chosen.outputs, row, b.block.active[lane] ? loss : nullptr, g);
-      if (!p.stats) continue;
-      Summary<Sums, double> of_row;
-      of_row.pivots = {b.pivots[0][lane], b.pivots[1][lane]};
-      for (int k = 0; k < kSums<Sums>; ++k) of_row.stats.v[k] = b.sums[k][lane];
-      store_stats(stats_of(p, row), of_row);
+    for (auto& loss : b.loss) clear_skipped(b, loss);
+    const int lanes = b.block.lanes;
+    if (p.scaled_rows) memcpy(p.scaled_rows + first, b.loss[0], sizeof(double) * lanes);
+    for (int k = 0; p.rows && k < chosen.outputs; ++k)
+      for (int lane = 0; lane < lanes; ++lane)
+        put_number(p, p.rows, k * p.rows_total() + first + lane, b.loss[k][lane]);
+    if constexpr (Sums::has_parts)
+      for (int k = 0; p.parts && k < 2; ++k)
+        for (int lane = 0; lane < lanes; ++lane)
+          put_part(p, k, first + lane, b.block.active[lane] ? b.loss[1 + k][lane] : 0);
+    for (int lane = 0; p.stats && lane < lanes; ++lane) {
+      Summary<Sums, double> row;
+      row.pivots = {b.maxima[0][lane], b.maxima[1][lane]};
+      for (int k = 0; k < kSums<Sums>; ++k) row.stats.v[k] = b.sums[k][lane];
+      store_stats(stats_of(p, first + lane), row);
     }
   }
 
@@ -409,7 +445,9 @@ struct Rows {
     if (!kept) return false;
     const Chosen<double> chosen(p);
     const Scales scales = Chosen<S>(p).template scales<Sums>();
-    const int64_t s_step = L * bytes_of(p.student.dtype), t_step = Sums::teacher ? L * bytes_of(p.teacher.dtype) : 0;
+    const int64_t s_step = kLine * L * bytes_of(p.student.dtype),
+                  t_step = Sums::teacher ? kLine * L * bytes_of(p.teacher.dtype) : 0,
+                  g_step = p.grad.data ? kLine * L * bytes_of(p.grad.dtype) : 0;
 
     for (int64_t first = begin; first < end; first += size) {
       Batch b;
@@ -429,9 +467,13 @@ struct Rows {
         const int ahead_by = lane + 1 < b.block.lanes ? 1 : 0;
         const int64_t next_outer = b.block.outer[lane + ahead_by], next_inner = b.block.inner[lane + ahead_by];
         const Prefetch ahead = {row_start(p.student, next_outer, next_inner),
-                                Sums::teacher ? row_start(p.teacher, next_outer, next_inner) : nullptr, s_step, t_step};
+                                Sums::teacher ? row_start(p.teacher, next_outer, next_inner) : nullptr,
+                                row_start(p.grad.data ? p.grad : p.student, outer, inner),
+                                s_step,
+                                t_step,
+                                g_step};
         const Pivots<S> pivots = {b.maxima[0][lane], b.maxima[1][lane]};
-        const auto lanes = sweep<Sums, S, true>(scales, s, t, padded, pivots, s, plane, ahead);
+        const auto lanes = sweep<Sums, S, true>(scales, s, t, padded, splat(pivots), s, plane, ahead);
         if (!back)
           for (int k = 0; k < Sums::count; ++k) b.sums[k][lane] = sum_lanes<S>(lanes.v[k]);
       }
@@ -439,11 +481,10 @@ struct Rows {
         open_second(chosen, b);
         for (int lane = 0; lane < b.block.lanes; ++lane) {
           if (!b.block.active[lane]) continue;
-          Multipliers<S, Sums::kept> opening;
-          double sums[Sums::refined] = {};
-          for (int k = 0; k < Sums::kept; ++k) opening.c[k] = b.opening[k][lane];
-          refine_tile<Sums, S>(scales, padded, kept + lane * padded, plane, opening, sums);
-          for (int k = 0; k < Sums::refined && !back; ++k) b.sums[Sums::count + k][lane] = sums[k];
+          Opening<Sums, V> opening;
+          for (int k = 0; k < Sums::openings; ++k) opening.c[k] = Ops<V>::splat(b.opening[k][lane]);
+          const auto more = refine<Sums, S>(scales, padded, kept + lane * padded, plane, opening);
+          for (int k = 0; k < Sums::refined && !back; ++k) b.sums[Sums::count + k][lane] = sum_lanes<S>(more.v[k]);
         }
       }
       close(p, chosen, first, b);
@@ -491,46 +532,41 @@ struct Rows {
   }
 
   // From n classes' logits in `kept` to their exponentials, and, with `sums`, what these sum to.
-  static void sweep_block(const Scales& scales, const Pivots<V>& pivots, int64_t n, S* const* kept, double (*sums)[L]) {
-    const V ms = usable(pivots.s), mt = usable(pivots.t);
-    const S* const t = kept[Sums::teacher ? 1 : 0];
+  static void sweep_block(const Scales& scales, const Pivots<V>& pivots, int64_t n, S* kept, int64_t plane,
+                          double (*sums)[L], Prefetch ahead) {
     for (int64_t from = 0; from < n; from += kChunk) {
-      typename Sums::template Stats<V> stats = {};
-      const int64_t to = n - from < kChunk ? n : from + kChunk;
-      for (int64_t c = from; c < to; ++c) {
-        const auto x = Sums::template exps<V>(scales, load<S>(kept[0] + c * L) - ms, load<S>(t + c * L) - mt);
-        Sums::add(stats, x);
-        for (int k = 0; k < Sums::kept; ++k) store<S>(kept[k] + c * L, x.e[k]);
-      }
-      if (!sums) continue;
-      for (int k = 0; k < Sums::count; ++k) add_to(sums[k], stats.v[k]);
+      S* const at = kept + from * L;
+      const int64_t lanes = (n - from < kChunk ? n - from : kChunk) * L;
+      const auto more =
+          sweep<Sums, S, true>(scales, at, Sums::teacher ? at + plane : at, lanes, pivots, at, plane, ahead);
+      ahead.s += kChunk / kLine * ahead.s_step;
+      ahead.t += kChunk / kLine * ahead.t_step;
+      ahead.g += kChunk / kLine * ahead.g_step;
+      for (int k = 0; k < Sums::count && sums; ++k) add_to(sums[k], more.v[k]);
     }
   }
 
   // The second round of n classes in `kept`, in place, and, with `sums`, what it sums to.
-  static void refine_block(const Scales& scales, const Batch& b, int64_t n, S* const* kept, double (*sums)[L]) {
-    Multipliers<V, Sums::kept> opening;
-    for (int k = 0; k < Sums::kept; ++k) opening.c[k] = load<S>(b.opening[k]);
+  static void refine_block(const Scales& scales, const Batch& b, int64_t n, S* kept, int64_t plane, double (*sums)[L]) {
+    Opening<Sums, V> opening;
+    for (int k = 0; k < Sums::openings; ++k) opening.c[k] = load<S>(b.opening[k]);
     for (int64_t from = 0; from < n; from += kChunk) {
-      V more[Sums::refined] = {}, e[Sums::kept];
-      const int64_t to = n - from < kChunk ? n : from + kChunk;
-      for (int64_t c = from; c < to; ++c) {
-        for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + c * L);
-        Sums::refine(scales, e, opening, more);
-        for (int k = 0; k < Sums::kept; ++k) store<S>(kept[k] + c * L, e[k]);
-      }
-      for (int k = 0; k < Sums::refined && sums; ++k) add_to(sums[k], more[k]);
+      const int64_t lanes = (n - from < kChunk ? n - from : kChunk) * L;
+      const auto more = refine<Sums, S>(scales, lanes, kept + from * L, plane, opening);
+      for (int k = 0; k < Sums::refined && sums; ++k) add_to(sums[k], more.v[k]);
     }
   }
 
-  // The gradient of n classes takes the place of their exponentials.
-  static void gradient_block(const Batch& b, int64_t n, S* const* kept) {
-    V c[Sums::coefs], e[Sums::kept];
+  // The gradient of n classes from what is kept of them.
+  static void put_gradient(const Logits& grad, const Batch& b, int64_t n, const S* kept, int64_t plane) {
+    V c[Sums::coefs];
     for (int k = 0; k < Sums::coefs; ++k) c[k] = load<S>(b.coef[k]);
-    for (int64_t i = 0; i < n; ++i) {
-      for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept[k] + i * L);
-      store<S>(kept[0] + i * L, Sums::gradient(e, c));
-    }
+    store_block<S>(grad, b.block, n, [=](int64_t i) {
+      V e[Sums::kept], coef[Sums::coefs];
+      for (int k = 0; k < Sums::kept; ++k) e[k] = load<S>(kept + k * plane + i * L);
+      for (int k = 0; k < Sums::coefs; ++k) coef[k] = c[k];
+      return Sums::gradient(e, coef);
+    });
   }
 
   static Pivots<V> pivots_of(const Batch& b) { return {load<S>(b.maxima[0]), load<S>(b.maxima[1])}; }
@@ -573,24 +609,25 @@ struct Rows {
     const bool back = p.pass == Pass::backward, whole = p.classes <= kWholeRows;
     const int64_t classes = p.classes, tile = whole ? classes : kBlockTile, plane = tile * L;
     constexpr int planes = Sums::kept > 2 ? Sums::kept : 2;
-    S* memory = static_cast<S*>(scratch(sizeof(S) * planes * plane));
-    if (!memory) return false;
-    S* kept[planes];  // logits first, their exponentials afterwards
-    for (int k = 0; k < planes; ++k) kept[k] = memory + k * plane;
+    S* const kept =
+        static_cast<S*>(scratch(sizeof(S) * planes * plane));  // logits first, their exponentials afterwards
+    if (!kept) return false;
     const Chosen<double> chosen(p);
     const Scales scales = Chosen<S>(p).template scales<Sums>();
     const auto load_logits = [&](Batch& b, int64_t from, int64_t n) {
-      load_block<S>(part_of(p.student, from), b.block, n, kept[0]);
-      if constexpr (Sums::teacher) load_block<S>(part_of(p.teacher, from), b.block, n, kept[1]);
-      take_targets(b, from, n, kept[0], plane);
+      load_block<S>(part_of(p.student, from), b.block, n, kept);
+      if constexpr (Sums::teacher) load_block<S>(part_of(p.teacher, from), b.block, n, kept + plane);
+      take_targets(b, from, n, kept, plane);
     };
     const auto maxima = [&](int64_t n) {
-      const V s = max_lanewise(kept[0], n * L);
-      return Pivots<V>{s, Sums::teacher ? max_lanewise(kept[Sums::teacher ? 1 : 0], n * L) : -infinity<V>()};
+      const V s = max_lanewise(kept, n * L);
+      return Pivots<V>{s, Sums::teacher ? max_lanewise(kept + plane, n * L) : -infinity<V>()};
     };
     const auto each_tile = [&](auto&& use) {
       for (int64_t from = 0; from < classes; from += tile) use(from, classes - from < tile ? classes - from : tile);
     };
+    const Prefetch nothing = {
+        reinterpret_cast<char*>(kept), reinterpret_cast<char*>(kept), reinterpret_cast<char*>(kept), 0, 0, 0};
 
     for (int64_t first = begin; first < end; first += L) {
       Batch b;
@@ -598,15 +635,14 @@ struct Rows {
       if (whole) {
         load_logits(b, 0, classes);
         if (!back) set_pivots(b, maxima(classes));
-        sweep_block(scales, pivots_of(b), classes, kept, back ? nullptr : b.sums);
+        sweep_block(scales, pivots_of(b), classes, kept, plane, back ? nullptr : b.sums, block_ahead(p, b));
         if constexpr (Sums::refined > 0) {
           open_second(chosen, b);
-          refine_block(scales, b, classes, kept, back ? nullptr : b.sums + Sums::count);
+          refine_block(scales, b, classes, kept, plane, back ? nullptr : b.sums + Sums::count);
         }
         close(p, chosen, first, b);
         if (!p.grad.data) continue;
-        gradient_block(b, classes, kept);
-        store_block<S>(p.grad, b.block, classes, kept[0]);
+        put_gradient(p.grad, b, classes, kept, plane);
         put_targets(p, b);
         continue;
       }
@@ -618,7 +654,7 @@ struct Rows {
           load_logits(b, from, n);
           alignas(kVectorBytes) double sums[Sums::count][L] = {};
           const Pivots<V> pivots = maxima(n);
-          sweep_block(scales, pivots, n, kept, sums);
+          sweep_block(scales, pivots, n, kept, plane, sums, nothing);
           merge_into(b, chosen.template scales<Sums>(), pivots, sums);
         });
       if constexpr (Sums::refined > 0) {
@@ -626,22 +662,36 @@ struct Rows {
         if (!back)
           each_tile([&](int64_t from, int64_t n) {
             load_logits(b, from, n);
-            sweep_block(scales, pivots_of(b), n, kept, nullptr);
-            refine_block(scales, b, n, kept, b.sums + Sums::count);
+            sweep_block(scales, pivots_of(b), n, kept, plane, nullptr, nothing);
+            refine_block(scales, b, n, kept, plane, b.sums + Sums::count);
           });
       }
       close(p, chosen, first, b);
       if (!p.grad.data) continue;
       each_tile([&](int64_t from, int64_t n) {
         load_logits(b, from, n);
-        sweep_block(scales, pivots_of(b), n, kept, nullptr);
-        if constexpr (Sums::refined > 0) refine_block(scales, b, n, kept, nullptr);
-        gradient_block(b, n, kept);
-        store_block<S>(part_of(p.grad, from), b.block, n, kept[0]);
+        sweep_block(scales, pivots_of(b), n, kept, plane, nullptr, nothing);
+        if constexpr (Sums::refined > 0) refine_block(scales, b, n, kept, plane, nullptr);
+        put_gradient(part_of(p.grad, from), b, n, kept, plane);
       });
       put_targets(p, b);
     }
     return true;
+  }
+
+  // Rows that lie one behind the other: the next ones are read where these end, and these are written from the first
+  // on.
+  static Prefetch block_ahead(const Problem& p, const Batch& b) {
+    const int64_t outer = b.block.outer[0], inner = b.block.inner[0], s_step = kLine * L * bytes_of(p.student.dtype),
+                  t_step = Sums::teacher ? kLine * L * bytes_of(p.teacher.dtype) : 0;
+    char *const s = row_start(p.student, outer, inner), *const t =
+                                                            Sums::teacher ? row_start(p.teacher, outer, inner) : s;
+    return {s + p.classes * s_step / kLine,
+            t + p.classes * t_step / kLine,
+            p.grad.data ? row_start(p.grad, outer, inner) : s,
+            s_step,
+            t_step,
+            p.grad.data ? kLine * L * bytes_of(p.grad.dtype) : 0};
   }
 };
 

@@ -66,6 +66,20 @@ KD_FN void store_bits(T* to, V v) {
   memcpy(to, &v, sizeof(V));
 }
 
+// a > b ? a : b, which x86 has as one instruction; of NaN and of equal zeros it gives b, as the comparison does.
+KD_FN VecF larger(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(kAll, a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+KD_FN VecF max_of(VecF running, VecF x) { return larger(x, running); }
+
 // 2^x for x <= 0, the one exponential of all float32 sweeps. Relative error below 2e-7 (tests/test_lanes.py measures
 // it on a grid of the floats): a minimax polynomial of degree 5 on [-1/2, 1/2] with p(0) = 1, 9.2e-8, and float
 // rounding. 2^0 is exactly 1, 2^-inf exactly 0, results below 2^-126 are 0 (AVX-512 keeps subnormals), NaN stays NaN.
@@ -81,7 +95,7 @@ struct Ops<VecF> {
     return _mm512_maskz_scalef_ps(kAll, power(f), x - f);
 #else
     const VecF low = splat(-127.f), magic = splat(12582912.f);  // 1.5 * 2^23: rounds to integer in the low bits
-    x = low > x ? low : x;                                      // keeps NaN
+    x = larger(low, x);                                         // keeps NaN
     const VecF rounded = x + magic;
     const VecU32 exponent = ((VecU32)rounded + (127u - 0x4B400000u)) << 23;
     return power(x - (rounded - magic)) * (VecF)exponent;
@@ -123,12 +137,34 @@ struct Ops<VecF> {
   }
 };
 
+// c[0] + c[1] x + c[2] x^2 + ..., by halves: the end of a row waits for few such sums, one after the other.
+template <int kFrom, int kN, int kAll>
+KD_FN VecD polynomial(VecD x, const double (&c)[kAll]) {
+  if constexpr (kN == 1) {
+    return VecD{} + c[kFrom];
+  } else {
+    constexpr int kLow = kN > 16 ? 16 : kN > 8 ? 8 : kN > 4 ? 4 : kN > 2 ? 2 : 1;
+    VecD power = x;
+    for (int i = 1; i < kLow; i *= 2) power *= power;
+    return polynomial<kFrom + kLow, kN - kLow>(x, c) * power + polynomial<kFrom, kLow>(x, c);
+  }
+}
+
 // float64: the sweep of float64 logits, and the end of every row (statistics leave the sweep in double).
 template <>
 struct Ops<VecD> {
   using Scalar = double;
   static KD_FN VecD splat(double x) { return VecD{} + x; }
   static KD_FN auto negative(VecD x) { return (VecU64)x > 0x7fffffffffffffffull; }
+  static KD_FN bool all(decltype(VecD() == VecD()) mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi64_mask((__m512i)mask) == 0xff;
+#elif defined(__AVX__)
+    return _mm256_movemask_pd((__m256d)mask) == 0xf;
+#else
+    return mask[0] && mask[1];
+#endif
+  }
 
   static KD_FN VecD exp2(VecD x) {
     const VecD low = splat(-1023.), high = splat(1024.), magic = splat(6755399441055744.);  // 1.5 * 2^52
@@ -137,11 +173,11 @@ struct Ops<VecD> {
     const VecD rounded = x + magic;
     const VecU64 exponent = ((VecU64)rounded + (1023ull - 0x4338000000000000ull)) << 52;
     const VecD f = (x - (rounded - magic)) * splat(kLn2);
-    VecD p = splat(1. / 6227020800.);  // Taylor to 13!: |f| <= ln2 / 2, remainder 4e-18
-    constexpr double inverse_factorial[] = {
-        1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720,
-        1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.,         1.};
-    for (double c : inverse_factorial) p = p * f + splat(c);
+    // Taylor to 13!: |f| <= ln2 / 2, remainder 4e-18
+    constexpr double inverse_factorials[] = {
+        1.,          1. / 2,       1. / 6,        1. / 24,        1. / 120,        1. / 720,        1. / 5040.,
+        1. / 40320., 1. / 362880., 1. / 3628800., 1. / 39916800., 1. / 479001600., 1. / 6227020800.};
+    const VecD p = f * polynomial<0, 13>(f, inverse_factorials) + splat(1.);
     return p * (VecD)exponent;
   }
 
@@ -152,10 +188,8 @@ struct Ops<VecD> {
   static KD_FN VecD product(VecD a, VecD b) { return opaque<VecD>(a * b); }
 
   static KD_FN VecD log2_near(VecD u, VecD z) {
-    const VecD s = z / (splat(2.) + z), s2 = s * s;  // |z| < 1/4: |s| < 1/7
-    VecD p = splat(2. / 21);
-    for (int k = 19; k >= 1; k -= 2) p = p * s2 + splat(2. / k);
-    return splat(kLog2e) * (abs(z) < splat(.25) ? s * p : log(max_of(splat(1e-300), u)));
+    const VecD near = artanh(z / (splat(2.) + z));  // |z| < 1/4: of less than 1/7
+    return splat(kLog2e) * (abs(z) < splat(.25) ? near : log(max_of(splat(1e-300), u)));
   }
 
   // For x = 0, normal positive x, +inf and NaN: all that sums of exponentials can be.
@@ -166,20 +200,25 @@ struct Ops<VecD> {
     const auto high = m > splat(1.4142135623730951);
     m = high ? m * splat(.5) : m;
     exponent = high ? exponent + splat(1.) : exponent;
-    const VecD s = (m - splat(1.)) / (m + splat(1.)), s2 = s * s;  // log m = 2 artanh s, |s| <= 0.172
-    VecD p = splat(2. / 21);
-    for (int k = 19; k >= 1; k -= 2) p = p * s2 + splat(2. / k);
-    VecD y = exponent * splat(6.93147180369123816490e-01) + (exponent * splat(1.90821492927058770002e-10) + s * p);
+    const VecD of_m = artanh((m - splat(1.)) / (m + splat(1.)));
+    VecD y = exponent * splat(6.93147180369123816490e-01) + (exponent * splat(1.90821492927058770002e-10) + of_m);
     y = x == splat(0.) ? -infinity<VecD>() : y;
     return x < infinity<VecD>() ? y : x;  // +inf and NaN pass
   }
 
-  // For x in [0, 1]: 2 artanh(x / (2 + x)), the argument at most 1/3. Full relative accuracy for small x.
+  // For x in [0, 1], with full relative accuracy for small x: log(1 + x), or ln 2 + log((1 + x) / 2).
   static KD_FN VecD log1p(VecD x) {
-    const VecD s = x / (splat(2.) + x), s2 = s * s;
-    VecD p = splat(2. / 35);
-    for (int k = 33; k >= 1; k -= 2) p = p * s2 + splat(2. / k);
-    return s * p;
+    const auto high = x > splat(.41421356237309503);
+    const VecD y = artanh((high ? x - splat(1.) : x) / ((high ? splat(3.) : splat(2.)) + x));
+    return high ? y + splat(kLn2) : y;
+  }
+
+ private:
+  // 2 artanh s for |s| <= 0.172: log((1 + s) / (1 - s)).
+  static KD_FN VecD artanh(VecD s) {
+    constexpr double twice[] = {2. / 3, 2. / 5, 2. / 7, 2. / 9, 2. / 11, 2. / 13, 2. / 15, 2. / 17, 2. / 19, 2. / 21};
+    const VecD s2 = s * s;
+    return s * s2 * polynomial<0, 10>(s2, twice) + (s + s);  // what is rounded several times is small
   }
 };
 
@@ -222,7 +261,12 @@ KD_FN void store<float, BF16>(BF16* to, VecF v) {
   const VecU32 bits = (VecU32)v;
   const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VecU32 out = v == v ? rounded : (bits >> 16) | 0x40u;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i x = (__m256i)out;  // GCC 12 masks these 16 bits before it packs them
+  store_bits(to, _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+#else
   store_bits(to, __builtin_convertvector(out, VecU16));
+#endif
 }
 
 #if defined(__F16C__)

@@ -478,7 +478,7 @@ KD_DEVICE void put_opening(const Args<S>& a, const Scratch<Sums, S>& scratch, co
     Opening<Sums, S> opening;
     Sums::template open<S>(scales_of<Sums>(a), all, opening);
     KD_UNROLL
-    for (int k = 0; k < Sums::kept && arch::lane() == 0; ++k) scratch.results.st(Sums::coefs + 3 + k, opening.c[k]);
+    for (int k = 0; k < Sums::openings && arch::lane() == 0; ++k) scratch.results.st(Sums::coefs + 3 + k, opening.c[k]);
   }
   if (arch::lane() > 0) return;
   scratch.results.st(Sums::coefs + 1, usable(all.pivots.s));
@@ -488,7 +488,7 @@ template <class Sums, class S>
 KD_DEVICE void get_opening(const Scratch<Sums, S>& scratch, RowGradient<Sums, S>& gradient) {
   if constexpr (Sums::refined > 0) {
     KD_UNROLL
-    for (int k = 0; k < Sums::kept; ++k) gradient.opening.c[k] = scratch.results.ld(Sums::coefs + 3 + k);
+    for (int k = 0; k < Sums::openings; ++k) gradient.opening.c[k] = scratch.results.ld(Sums::coefs + 3 + k);
   }
   gradient.pivots = {scratch.results.ld(Sums::coefs + 1), scratch.results.ld(Sums::coefs + 2)};
 }

@@ -15,7 +15,10 @@
 // class counts long after its probability has underflown, where a + b is small. So what the first round keeps are the
 // logits ds and dt, and what opens the second one is added:
 //
-//   log2 p = k ds + c[0]     log2(p / q) = k (ds - dt) + c[1]
+//   log2 p = k ds + c[0]     log2 q = k dt + c[kept]     log2(p / q) = k (ds - dt) + c[1]
+//
+// The third is the difference of the first two, but one that does not cancel where they are alike; nor would the second
+// be that of the others, where all classes of one tensor lie far below the target.
 //
 // A class at -inf in student or teacher has the value that the formula gives; where that is infinite (the teacher lacks
 // it and a is 0, or the student does and b is 0) it counts as h = 0 in the gradient, as in reverse KL.
@@ -48,10 +51,11 @@ struct AbForm {
     static KD_FN double inverse_of(double x) { return x > 0 ? 1 / x : 0; }
   };
 
-  // f and p h of a class, from log2 of p, q and p / q; none: where both are 0.
-  template <class V, class M>
-  static KD_FN void at(const Scales<ScalarOf<V>>& x, V log_p, V log_q, V ratio, M none, V& value, V& score) {
+  // f and p h of a class, from log2 of p, q and p / q; ds, dt: logits, which tell what is at -inf.
+  template <class V>
+  static KD_FN void at(const Scales<ScalarOf<V>>& x, V log_p, V log_q, V ratio, V ds, V dt, V& value, V& score) {
     const V zero = lit<V>(0), one = lit<V>(1), half = lit<V>(.5);
+    const auto none = max_of(ds, dt) == -infinity<V>();
     const auto less = ratio <= zero;  // p <= q
     const V a = Ops<V>::splat(x.a), b = Ops<V>::splat(x.b), share_a = Ops<V>::splat(x.share_a);
     // Finite: 0 times it is 0.
@@ -71,10 +75,11 @@ struct AbForm {
     const V large = (first * e - second) * Ops<V>::splat(x.inverse_sum);
     score = power * select(less, e * first, -second);
     value = power * select(min_of(xa, xb) > -half, small, large);
-    // A class that only one of them has, where the other one's power is the 0th.
-    const auto lost = select(select(less, b, a) == zero, distance, zero) == -infinity<V>();
-    value = select(lost, infinity<V>(), value);
-    score = select(lost, zero, score);
+    // Where the other one's power is the 0th, a class that only one of them has, or nearly so, has an infinite value;
+    // and the former counts as h = 0.
+    const V beyond_all = select(select(less, b, a) == zero, distance, zero);
+    value = select(beyond_all == -infinity<V>(), infinity<V>(), value);
+    score = select(max_of(beyond_all, min_of(ds, dt)) == -infinity<V>(), zero, score);
   }
 
  private:
@@ -107,6 +112,7 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
 
  public:
   using Of::kept;
+  static constexpr int openings = kept + 1;
   static constexpr int held = kept + 3;  // the powers and series of the second round need registers
   template <class S>
   using Scales = AbForm::Scales<S>;
@@ -142,26 +148,29 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
     const V ds = moved(part.s, row.s), dt = moved(part.t, row.t);
     to.c[0] += ds * scales.k;
     to.c[1] += (ds - dt) * scales.k;
+    to.c[kept] += dt * scales.k;
     if constexpr (kSmooth) to.c[2] *= Ops<V>::exp2(ds * lit<V>(kLog2e));
   }
 
   template <class V>
-  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row, Multipliers<V, kept>& to) {
+  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row,
+                         Multipliers<V, openings>& to) {
     const Split<V> p = Split<V>::of(row.relative_s(), scales.temperature, row.stats.v[Of::sum_s]);
     const Split<V> q = Split<V>::of(row.relative_t(), scales.temperature, row.stats.v[Of::sum_t]);
     const Apart<V> apart = Apart<V>::of(scales, row, p, q);
     to.c[0] = -apart.total * lit<V>(kLog2e);
     to.c[1] = -apart.totals * lit<V>(kLog2e);
+    to.c[kept] = -apart.total_t * lit<V>(kLog2e);
     if constexpr (kSmooth) to.c[2] = lit<V>(1);
   }
   // p has the sign that tells what counts.
   template <class V>
-  static KD_FN void refine(const Scales<ScalarOf<V>>& scales, V (&e)[kept], const Multipliers<V, kept>& to,
+  static KD_FN void refine(const Scales<ScalarOf<V>>& scales, V (&e)[kept], const Multipliers<V, openings>& to,
                            V (&sums)[2]) {
     const V ds = e[0], dt = e[1], k = Ops<V>::splat(scales.k);
-    const V log_p = ds * k + to.c[0], log_q = dt * k + (to.c[0] - to.c[1]);
+    const V log_p = ds * k + to.c[0], log_q = dt * k + to.c[kept];
     V value_i;
-    AbForm::at(scales, log_p, log_q, (ds - dt) * k + to.c[1], max_of(ds, dt) == -infinity<V>(), value_i, e[1]);
+    AbForm::at(scales, log_p, log_q, (ds - dt) * k + to.c[1], ds, dt, value_i, e[1]);
     e[0] = Base::marked(Ops<V>::exp2(log_p), ds);
     if constexpr (kSmooth) e[2] *= to.c[2];
     sums[0] += value_i;
@@ -173,8 +182,8 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
   static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row, const Split<V>& p,
                         const Split<V>& q, V g, V& value_y, V& score_y) {
     const V log2e = lit<V>(kLog2e), ratio = Apart<V>::of(scales, row, p, q).target;
-    AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e,
-               max_of(row.relative_s(), row.relative_t()) == -infinity<V>(), value_y, score_y);
+    AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e, row.relative_s(), row.relative_t(), value_y,
+               score_y);
     return g * (p.rest * score_y - p.p * row.stats.v[Of::score]);
   }
 
@@ -183,9 +192,9 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
   // differences come before products, which would be fused with them.
   template <class V>
   struct Apart {
-    V total;   // log of the student's sum over all classes, relative to its pivot
-    V totals;  // minus that of the teacher
-    V target;  // log(p / q) of the target
+    V total, total_t;  // logs of the sums over all classes, relative to the pivots, of student and teacher
+    V totals;          // their difference
+    V target;          // log(p / q) of the target
 
     static KD_FN Apart of(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row, const Split<V>& p,
                           const Split<V>& q) {
@@ -196,7 +205,10 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
       const V by_rest = select(min_of(sum_s, sum_t) == lit<V>(0), total - total_t,
                                Ops<V>::log(sum_s / sum_t) - (p.log_rest - q.log_rest));
       const auto large = min_of(p.p, q.p) > lit<V>(.5);
-      return {total, select(large, logits - targets, by_rest), select(large, targets, logits - by_rest)};
+      // Of target's logarithms that are not alike nothing cancels, however far the other classes lie below.
+      const auto unlike = Ops<V>::abs(targets) > lit<V>(-.25) * min_of(p.log_p, q.log_p);
+      return {total, total_t, select(large, logits - targets, by_rest),
+              select(large, targets, select(unlike, targets, logits - by_rest))};
     }
   };
 };

@@ -38,7 +38,9 @@ struct CrossEntropy : StudentSums<kVariant> {
       coef.y = sharp * coef.y + upstream[0] * smoothing * x.at_target;
     }
     if (params.z_weight != 0) {
-      const V z = Ops<V>::splat(params.z_weight), total = log_total(p, relative, sum) + usable(row.pivots.s);
+      // By the target itself where its probability is not small: the pivot of the others may be far below.
+      const V z = Ops<V>::splat(params.z_weight),
+              total = select(p.p > lit<V>(.5), row.s_y - p.log_p, Ops<V>::log(sum) - p.log_rest + usable(row.pivots.s));
       const V slope = upstream[0] * (lit<V>(2) * z * total);
       loss[0] += z * (total * total);
       coef.c[0] += slope * p.rest * inverse(sum);

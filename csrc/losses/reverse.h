@@ -157,10 +157,11 @@ struct ReverseLoss : ReverseSums<kVariant, kForward> {
     }
     const V slope = reverse * g;
     for (V& c : coef.c) c = zero;
-    coef.c[Sums::at_student] = slope * t * per * (base + others);
+    // Where they count for nothing they may be infinite.
+    coef.c[Sums::at_student] = weighted(slope * t * per, base + others);
     coef.c[Sums::at_difference] = -slope * per * lit<V>(1 / kShare);
-    coef.c[Sums::at_lost] = slope * t * per * all;  // of -e_s
-    coef.y = slope * t * p.p * p.rest * (at_y - share * (rest + mean));
+    coef.c[Sums::at_lost] = weighted(slope * t * per, all);  // of -e_s
+    coef.y = weighted(slope * t * p.p * p.rest, at_y - share * (rest + mean));
     if constexpr (kForward) {
       const V forward = Ops<V>::splat(params.ratio) * g * t, h = difference(p, q);
       const V beta = select(sum_t == zero, zero, q.rest);

@@ -79,7 +79,7 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
   }
 
   template <class V, class Row>
-  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Row& row, Multipliers<V, Base::kept>& to) {
+  static KD_FN void open(const Scales<ScalarOf<V>>& scales, const Row& row, Multipliers<V, Base::openings>& to) {
     const V of_s = row.stats.v[sum_s], of_t = row.stats.v[sum_t];
     to.c[0] = Split<V>::of(row.relative_s(), scales.temperature, of_s).rest * inverse(of_s);
     to.c[1] = Split<V>::of(row.relative_t(), scales.temperature, of_t).rest * inverse(of_t);
@@ -87,8 +87,8 @@ struct ScoreSums : Kept<kVariant == Variant::smooth ? 3 : 2, kVariant, 2> {
   }
   // p keeps the sign of what does not count.
   template <class V>
-  static KD_FN void refine(const Scales<ScalarOf<V>>& scales, V (&e)[Base::kept], const Multipliers<V, Base::kept>& to,
-                           V (&sums)[2]) {
+  static KD_FN void refine(const Scales<ScalarOf<V>>& scales, V (&e)[Base::kept],
+                           const Multipliers<V, Base::openings>& to, V (&sums)[2]) {
     const V p = Ops<V>::product(e[0], to.c[0]), q = Ops<V>::product(e[1], to.c[1]);
     V value, h;
     Form::at(scales, p, q, p - q, value, h);

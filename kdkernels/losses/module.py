@@ -52,6 +52,7 @@ class LossModule(nn.Module):
                 f"{type(self).__name__}: got argument {name!r}{why}; allowed are {allowed}"
             )
         self._own = tuple(own)
+        self._names = (*own, *defaults)
         for name, value in {**own, **defaults, **common}.items():
             check_option(name, value, type(self)._function.__name__.removesuffix("_loss"))
             setattr(self, name, value)
@@ -62,7 +63,7 @@ class LossModule(nn.Module):
         return {name: value for name, value in _DEFAULTS.items() if name not in cls._without}
 
     def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self._own, *self._common())}
+        return {name: getattr(self, name) for name in self._names}
 
     def _call(self, *tensors: Tensor | None, **of_the_call: Any) -> Any:
         return type(self)._function(*tensors, **of_the_call, **self._options())
