@@ -66,18 +66,49 @@ Described describe_call(const kd::Kernels& build, const std::string& loss, const
   return {place, p, target ? check_targets(p) : p.rows_total(), numbers};
 }
 
+// Where the rows of each thread begin, and where the last one's end: as much for each to do, in whole units. Of a row
+// that is skipped only the zeros of its gradient are written; padding makes them stand together.
+std::vector<int64_t> shares(const Described& call, int unit) {
+  const kd::Problem& p = call.problem;
+  constexpr int64_t kRead = 8, kSkipped = 1, kWorthAThread = 32768 * kRead;  // classes: about 20 microseconds
+  const int64_t rows = p.rows_total();
+  const auto skipped = [&](int64_t row) {
+    if (p.target && p.target[row] == p.ignore_index) return true;
+    if (!p.row_weight) return false;
+    return p.in_double() ? static_cast<const double*>(p.row_weight)[row] == 0
+                         : static_cast<const float*>(p.row_weight)[row] == 0;
+  };
+  const bool alike = !p.row_weight && call.counted == rows;
+  int64_t all = kRead * rows;
+  if (!alike) {
+    all = 0;
+    for (int64_t row = 0; row < rows; ++row) all += skipped(row) ? kSkipped : kRead;
+  }
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (rows + unit - 1) / unit),
+                tasks = std::max<int64_t>(1, std::min(threads, all / (kWorthAThread / p.classes + 1)));
+  std::vector<int64_t> begins{0};
+  int64_t done = 0, row = 0;
+  for (int64_t task = 1; task < tasks; ++task) {
+    if (alike)
+      row = rows * task / tasks;
+    else
+      for (; done * tasks < all * task; ++row) done += skipped(row) ? kSkipped : kRead;
+    begins.push_back(std::min(rows, (row + unit - 1) / unit * unit));
+  }
+  begins.push_back(rows);
+  return begins;
+}
+
 void run(const kd::Kernels& build, const Described& call) {
   const kd::Problem& p = call.problem;
+  if (p.rows_total() == 0) return;
   const kd::Plan plan = kd::plan(build, p);
-  const int unit = call.params_of_rows ? 1 : plan.unit;
-  const int64_t rows = p.rows_total(), units = (rows + unit - 1) / unit;
-  if (rows == 0) return;
-  constexpr int64_t kWorthAThread = 32768;  // classes: about 20 microseconds
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread / (p.classes * unit));
+  const std::vector<int64_t> begins = shares(call, call.params_of_rows ? 1 : plan.unit);
   std::atomic<bool> ok{true};
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, begins.size() - 1, 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = begins[first], end = begins[last];
     if (!call.params_of_rows) {
-      if (!build.run(p, plan, begin * unit, std::min(rows, end * unit))) ok = false;
+      if (!build.run(p, plan, begin, end)) ok = false;
       return;
     }
     // Kernels take the numbers of a call: rows with the same ones are one.
@@ -95,7 +126,7 @@ void run(const kd::Kernels& build, const Described& call) {
 }
 
 size_t pool_limit() {
-  const char* given = std::getenv("KDKERNELS_POOL");
+  const char* given = torch_from_blob ? std::getenv("KDKERNELS_POOL") : "0";
   if (!given || !*given) return kd::kPoolLimit;
   char* end;
   errno = 0;
@@ -109,7 +140,7 @@ size_t pool_limit() {
 Tensor kept_like(const Tensor& x, const TensorDevice& place) {
   const size_t bytes = x.numel() * x.element_size(), limit = pool_limit();
   const auto strides = strides_like(x);
-  kd::PoolBlock* const block = torch_from_blob && strides ? kd::pool_lend(bytes, limit) : nullptr;
+  kd::PoolBlock* const block = strides ? kd::pool_lend(bytes, limit) : nullptr;
   if (!block) {
     Tensor fresh = fresh_like(x, place);
     kd::advise_huge_pages(fresh.data_ptr(), bytes);
@@ -207,9 +238,14 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
 
 // Bytes that may be kept, that are, and that gradients hold.
 static PyObject* memory(PyObject*, PyObject*) {
-  const kd::PoolState state = kd::pool_state();
-  return Py_BuildValue("KKK", static_cast<unsigned long long>(state.limit), static_cast<unsigned long long>(state.kept),
-                       static_cast<unsigned long long>(state.lent));
+  try {
+    const kd::PoolState state = kd::pool_state();
+    const unsigned long long limit = pool_limit(), kept = state.kept, lent = state.lent;
+    return Py_BuildValue("KKK", limit, kept, lent);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
 }
 
 static PyObject* release_memory(PyObject*, PyObject*) {

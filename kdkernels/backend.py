@@ -19,6 +19,16 @@ import torch
 from kdkernels import ops  # noqa: F401
 
 
+class Memory(NamedTuple):
+    """Memory of large gradients on the CPU, in bytes: that may be kept for later calls, that is,
+    and that gradients hold which somebody still sees.
+    """
+
+    limit: int
+    kept: int
+    lent: int
+
+
 class Availability(NamedTuple):
     """Whether a backend can be used, why or why not, and what its build recorded."""
 
@@ -99,6 +109,28 @@ _warned: set[str] = set()  # kinds of warnings
 def backends() -> dict[str, Availability]:
     """The backends `cuda`, `triton`, `cpu` and `reference`: usable or not, why, and build facts."""
     return dict(_available)
+
+
+def memory() -> Memory:
+    """What the CPU kernels keep of gradients that are gone.
+
+    A gradient of 2 MiB or more comes from memory that earlier ones have given back, because fresh
+    memory costs several times the loss at its first touch. At most `limit` bytes are kept,
+    KDKERNELS_POOL MiB of the environment at the latest call, 1024 by default and none with 0; what
+    is more goes to the system, the largest first. No memory is used again while a tensor sees it.
+    Its tensors cannot be resized to more. Without CPU kernels, and under torch 2.10, all are 0.
+    """
+    return Memory(*_extension().memory()) if _available["cpu"].available else Memory(0, 0, 0)
+
+
+def release_memory() -> None:
+    """Gives what `memory` keeps to the system."""
+    if _available["cpu"].available:
+        _extension().release_memory()
+
+
+def _extension() -> Any:
+    return importlib.import_module("kdkernels._C")
 
 
 def choose(backend: str | None, device: torch.device) -> str:

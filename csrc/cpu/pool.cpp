@@ -16,7 +16,8 @@ constexpr size_t kHugePage = size_t(2) << 20;
 struct Pool {
   std::mutex mutex;
   PoolBlock* kept = nullptr;  // from large to small
-  PoolState state = {kPoolLimit, 0, 0};
+  PoolState state = {0, 0};
+  size_t limit = kPoolLimit;
 };
 
 // Never destroyed: gradients may outlive everything that a process takes down at its end.
@@ -71,7 +72,7 @@ PoolBlock* take(Pool& p, size_t bytes) {
 PoolBlock* pool_lend(size_t bytes, size_t limit) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> guard(p.mutex);
-  p.state.limit = limit;
+  p.limit = limit;
   shrink(p, limit);
   if (bytes < kPooled || bytes > limit) return nullptr;
   PoolBlock* block = take(p, bytes);
@@ -93,7 +94,7 @@ void pool_give_back(PoolBlock* block) {
   *at = block;
   p.state.lent -= block->size;
   p.state.kept += block->size;
-  shrink(p, p.state.limit);
+  shrink(p, p.limit);
 }
 
 void pool_release() {

@@ -17,7 +17,7 @@ struct PoolBlock {
 };
 
 struct PoolState {
-  size_t limit, kept, lent;  // bytes: that may be kept, that lie unused, that are in use
+  size_t kept, lent;  // bytes that lie unused, and that are in use
 };
 
 // Memory of at least so many bytes, not cleared, aligned to a page; null where the pool is off, or has none and gets
