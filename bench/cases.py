@@ -251,9 +251,12 @@ FEW_ROWS = dense((1, 151936), (64, 151936), (512, 151936))
 FLOOR = dense((32768, 32768), (16384, 131072), (8192, 262144))  # where quack shows its figures
 
 
+UNCOMPILED = ("cuda", "triton", "cpu", "eager", "plain", "liger", "flash_attn", "quack")
+
+
 def _default(device: str) -> list[Case]:
     """The most telling cases first: a run may have no time for all."""
-    uncompiled = ("cuda", "triton", "cpu", "eager", "plain", "liger", "flash_attn", "quack")
+    uncompiled = UNCOMPILED
     if device == "cuda":
         large = dense((4096, 128256))
         # torch.compile takes seconds for every case, so that most of them are without it.
@@ -290,11 +293,22 @@ def _default(device: str) -> list[Case]:
 
 
 def _quick(device: str) -> list[Case]:
+    """Small shapes first, whose baselines take little time. Of what is compiled, which takes longest,
+    only the fastest formula, and KD's.
+    """
     if device == "cuda":
-        shapes, dtype = dense((4096, 32000), (1024, 1000)), "bfloat16"
+        shapes, dtype = dense((1024, 1000), (4096, 32000)), "bfloat16"
     else:
-        shapes, dtype = dense((512, 32000), (1024, 1000)), "float32"
-    return grid(("kd", "dkd", "nkd"), shapes, [dtype])
+        shapes, dtype = dense((4096, 100), (1024, 1000), (512, 32000)), "float32"
+    fewer = (*UNCOMPILED, "plain_compile")
+    return [
+        case
+        for shape in shapes
+        for case in (
+            *grid(("kd",), [shape], [dtype], providers=None if shape == shapes[-1] else fewer),
+            *grid(("dkd", "nkd"), [shape], [dtype], providers=UNCOMPILED),
+        )
+    ]
 
 
 def choose(
@@ -309,11 +323,14 @@ def choose(
 ) -> list[Case]:
     """The cases of a run.
 
-    The device's default list, of which `losses` picks some. Where anything else is asked for, or a
-    quick run: the product of what is asked for and, else, of the quick list.
+    The device's default list, or the quick one, of which `losses` picks some. Where anything else is
+    asked for: the product of that and, else, of the quick list.
     """
-    if not (quick or shapes or dtypes or directions or ignored):
-        return [case for case in _default(device) if case.loss in (losses or LOSSES)]
+    if not (shapes or dtypes or directions or ignored):
+        listed = _quick(device) if quick else _default(device)
+        picked = [case for case in listed if case.loss in (losses or LOSSES)]
+        if picked:
+            return picked
     basis = _quick(device)
     return grid(
         losses or dict.fromkeys(case.loss for case in basis),

@@ -229,6 +229,7 @@ def time_interleaved(
     sets: int = 1,
     seconds: float = 10.0,
     min_rounds: int = 5,
+    min_slow: int = 3,
     max_rounds: int = 200,
     share: float = 0.05,
     max_calls: int = 10,
@@ -236,7 +237,7 @@ def time_interleaved(
     """Time every call in every round, so that a drift of the machine hits all alike.
 
     Rounds go on until `seconds` have passed, within [min_rounds, max_rounds]; each starts with
-    another call. Within a round a fast one is repeated until it took about `share` seconds (at
+    another call. After `min_slow` rounds one that has taken its part of the time is left out. Within a round a fast one is repeated until it took about `share` seconds (at
     most `max_calls` times), for a steadier median. Every repetition takes the next input set, of
     all calls together: none finds in the cache what another has just read. The calls must be warm.
     """
@@ -253,6 +254,8 @@ def time_interleaved(
             if done >= min_rounds and time.perf_counter() - start > seconds:
                 break
             for name in order[done % len(order) :] + order[: done % len(order)]:
+                if done >= min_slow and sum(timings[name].seconds) > seconds / len(order):
+                    continue
                 for _ in range(repeats[name]):
                     index = (index + 1) % sets
                     timings[name].seconds.append(clock(calls[name], index))

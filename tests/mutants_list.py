@@ -602,8 +602,8 @@ MUTANTS = [
     Mutant(
         "bindings-last-unit-forgotten",
         "csrc/ops.cpp",
-        "units = (rows + unit - 1) / unit;",
-        "units = std::max<int64_t>(rows / unit, 1);",
+        "  begins.push_back(rows);\n",
+        "  begins.push_back(std::max<int64_t>(rows / unit * unit, 1));\n",
         "rows that do not fill the lanes are not computed",
     ),
     Mutant(

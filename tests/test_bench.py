@@ -78,7 +78,7 @@ def test_cases_of_a_device(device: str, quick: bool) -> None:
     chosen = cases.choose(device, quick=quick)
     assert len({replace(case, providers=None) for case in chosen}) == len(chosen)
     if quick:
-        assert len(chosen) <= 6
+        assert len(chosen) <= 9
         return
     assert {case.loss for case in chosen} == set(LOSSES)
     assert {case.direction for case in chosen} == set(DIRECTIONS)
@@ -222,7 +222,14 @@ def test_rounds_interleave_calls_and_rotate_inputs(monkeypatch: pytest.MonkeyPat
         return seconds
 
     timings = measure.time_interleaved(
-        calls, clock=clock, sets=3, seconds=1.0, min_rounds=2, max_rounds=50, share=0.04
+        calls,
+        clock=clock,
+        sets=3,
+        seconds=1.0,
+        min_rounds=2,
+        min_slow=50,
+        max_rounds=50,
+        share=0.04,
     )
     rounds = len(timings["slow"].seconds)
     # The first round is of one call each; then the fast one is repeated to fill its share.
@@ -232,6 +239,21 @@ def test_rounds_interleave_calls_and_rotate_inputs(monkeypatch: pytest.MonkeyPat
     # No set comes again before all others, whoever takes it.
     assert taken == [(i + 1) % 3 for i in range(len(taken))]
     assert timings["fast"].median == 0.01
+
+
+def test_a_slow_call_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    calls = {"fast": Nothing(), "slow": Nothing()}
+
+    def clock(call: Nothing, _: int) -> float:
+        seconds = 0.01 if call is calls["fast"] else 0.6
+        now[0] += seconds
+        return seconds
+
+    timings = measure.time_interleaved(calls, clock=clock, seconds=4.0, max_calls=1)
+    assert len(timings["slow"].seconds) == 4, "three rounds, and until it has its two seconds"
+    assert len(timings["fast"].seconds) >= 150
 
 
 def test_rounds_have_a_least_and_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +266,7 @@ def test_rounds_have_a_least_and_a_most(monkeypatch: pytest.MonkeyPatch) -> None
             seconds=seconds,
             min_rounds=least,
             max_rounds=most,
+            min_slow=most,
         )
         assert len(timings["x"].seconds) == expected
 
