@@ -293,8 +293,8 @@ def _default(device: str) -> list[Case]:
 
 
 def _quick(device: str) -> list[Case]:
-    """Small shapes first, whose baselines take little time. Of what is compiled, which takes longest,
-    only the fastest formula, and KD's.
+    """Small shapes first, whose baselines take little time. Of what is compiled, which takes
+    longest, only the fastest formula, and KD's.
     """
     if device == "cuda":
         shapes, dtype = dense((1024, 1000), (4096, 32000)), "bfloat16"
@@ -323,8 +323,8 @@ def choose(
 ) -> list[Case]:
     """The cases of a run.
 
-    The device's default list, or the quick one, of which `losses` picks some. Where anything else is
-    asked for: the product of that and, else, of the quick list.
+    The device's default list, or the quick one, of which `losses` picks some. Where anything else
+    is asked for: the product of that and, else, of the quick list.
     """
     if not (shapes or dtypes or directions or ignored):
         listed = _quick(device) if quick else _default(device)

@@ -237,9 +237,10 @@ def time_interleaved(
     """Time every call in every round, so that a drift of the machine hits all alike.
 
     Rounds go on until `seconds` have passed, within [min_rounds, max_rounds]; each starts with
-    another call. After `min_slow` rounds one that has taken its part of the time is left out. Within a round a fast one is repeated until it took about `share` seconds (at
-    most `max_calls` times), for a steadier median. Every repetition takes the next input set, of
-    all calls together: none finds in the cache what another has just read. The calls must be warm.
+    another call. After `min_slow` rounds one that has taken its part of the time is left out.
+    Within a round a fast one is repeated until it took about `share` seconds (at most `max_calls`
+    times), for a steadier median. Every repetition takes the next input set, of all calls together:
+    none finds in the cache what another has just read. The calls must be warm.
     """
     timings = {name: Timing() for name in calls}
     repeats = {name: 1 for name in calls}

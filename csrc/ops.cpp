@@ -72,17 +72,11 @@ std::vector<int64_t> shares(const Described& call, int unit) {
   const kd::Problem& p = call.problem;
   constexpr int64_t kRead = 8, kSkipped = 1, kWorthAThread = 32768 * kRead;  // classes: about 20 microseconds
   const int64_t rows = p.rows_total();
-  const auto skipped = [&](int64_t row) {
-    if (p.target && p.target[row] == p.ignore_index) return true;
-    if (!p.row_weight) return false;
-    return p.in_double() ? static_cast<const double*>(p.row_weight)[row] == 0
-                         : static_cast<const float*>(p.row_weight)[row] == 0;
-  };
   const bool alike = !p.row_weight && call.counted == rows;
   int64_t all = kRead * rows;
   if (!alike) {
     all = 0;
-    for (int64_t row = 0; row < rows; ++row) all += skipped(row) ? kSkipped : kRead;
+    for (int64_t row = 0; row < rows; ++row) all += p.skips(row) ? kSkipped : kRead;
   }
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (rows + unit - 1) / unit),
                 tasks = std::max<int64_t>(1, std::min(threads, all / (kWorthAThread / p.classes + 1)));
@@ -92,7 +86,7 @@ std::vector<int64_t> shares(const Described& call, int unit) {
     if (alike)
       row = rows * task / tasks;
     else
-      for (; done * tasks < all * task; ++row) done += skipped(row) ? kSkipped : kRead;
+      for (; done * tasks < all * task; ++row) done += p.skips(row) ? kSkipped : kRead;
     begins.push_back(std::min(rows, (row + unit - 1) / unit * unit));
   }
   begins.push_back(rows);

@@ -62,6 +62,14 @@ struct Problem {
 
   // By the dtypes alone: tensors of no rows have no data.
   bool in_double() const { return student.dtype == DType::f64 || teacher.dtype == DType::f64; }
+  // A number of a row.
+  double number(const void* of, int64_t row) const {
+    return in_double() ? static_cast<const double*>(of)[row] : static_cast<double>(static_cast<const float*>(of)[row]);
+  }
+  // Whether a row is left unread: loss and gradient are 0.
+  bool skips(int64_t row) const {
+    return (target && target[row] == ignore_index) || (row_weight && number(row_weight, row) == 0);
+  }
   // T^2 times a difference of logarithms: of float, little is left of it at large T.
   bool computes_in_double() const { return in_double() || (teacher.data && temperature > kLargeTemperature); }
   int64_t rows_total() const { return outer * inner; }

@@ -424,8 +424,10 @@ class Reduced(_Function):
         # which nobody looks at again.
         ctx.taken = True
         gradient = gradient.data
-        # A factor of 1, the ordinary case, is seen at once where it is on the host.
-        if not (grad_loss.is_cpu and grad_loss.item() == 1):
+        # A factor of 1, the ordinary case, is seen at once where it is on the host and nobody
+        # records what is done.
+        plain = grad_loss.is_cpu and not torch._C._len_torch_dispatch_stack()
+        if not (plain and grad_loss.item() == 1):
             ctx.call[0].scale_(gradient, grad_loss)
         return gradient
 

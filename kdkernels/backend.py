@@ -116,9 +116,9 @@ def memory() -> Memory:
 
     A gradient of 2 MiB or more comes from memory that earlier ones have given back, because fresh
     memory costs several times the loss at its first touch. At most `limit` bytes are kept,
-    KDKERNELS_POOL MiB of the environment at the latest call, 1024 by default and none with 0; what
-    is more goes to the system, the largest first. No memory is used again while a tensor sees it.
-    Its tensors cannot be resized to more. Without CPU kernels, and under torch 2.10, all are 0.
+    KDKERNELS_POOL MiB of the environment, 1024 by default and none with 0; what is more goes to the
+    system, the largest first. No memory is used again while a tensor sees it. The storage of these
+    gradients cannot be resized. Without CPU kernels, and under torch 2.10, all are 0.
     """
     return Memory(*_extension().memory()) if _available["cpu"].available else Memory(0, 0, 0)
 

@@ -63,7 +63,6 @@ class _AtOnce(NamedTuple):
 
     backend: str | None
     mean: bool
-    params: Tensor
     ignore_index: int
 
 
@@ -112,8 +111,10 @@ def _by_itself(name: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> S
     return Settings(options, _checked(name, own))
 
 
+# Options that change nothing in the way of a call to its operator.
+_ORDINARY = {*WEIGHTS, "ignore_index", "reduction", "backend"} - {"return_parts"}
 _Reader = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Settings]
-# Of these, equal values of one type are one value.
+# Of these, equal values of one type are one value (0.0 and -0.0, too).
 _VALUES = frozenset((float, int, bool, str, type(None)))
 
 
@@ -140,8 +141,8 @@ def _remembered(
     special = {x for x in COMMON if options[x] != COMMON[x]} - _ORDINARY
     if special or options["reduction"] not in ("mean", "sum"):
         return settings
-    mean, params = options["reduction"] == "mean", _constant(settings.params)
-    at_once = _AtOnce(options["backend"], mean, params, options["ignore_index"])
+    mean = options["reduction"] == "mean"
+    at_once = _AtOnce(options["backend"], mean, options["ignore_index"])
     return settings._replace(at_once=at_once)
 
 
@@ -166,7 +167,17 @@ def _over_rows(
 ) -> Any:
     options, params, _, at_once = settings
     if at_once is not None:
-        value = _reduced_at_once(name, student, teacher, target, at_once)
+        try:
+            value = _reduced_at_once(name, student, teacher, target, at_once, params)
+        except RuntimeError:
+            wrong = _what_is_wrong(name, student, teacher, target, options, params)
+            if wrong is None:
+                raise
+        else:
+            wrong = None
+        if wrong is not None:
+            kind, words = wrong
+            raise kind(words)
         if value is not None:
             return value
     if sharded.is_sharded(student):
@@ -186,15 +197,16 @@ def _over_rows(
     return _returned(value, parts, inputs, divisor) if with_parts else value
 
 
-# Options that change nothing in the way of a call to its operator.
-_ORDINARY = {*WEIGHTS, "ignore_index", "reduction", "backend"} - {"return_parts"}
-
-
 def _reduced_at_once(
-    name: str, student: Tensor, teacher: Tensor | None, target: Tensor | None, settings: _AtOnce
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    target: Tensor | None,
+    settings: _AtOnce,
+    numbers: Numbers,
 ) -> Tensor | None:
     """The reduced loss of a call that is nothing special, with few questions asked; None where one
-    is not answered as expected. What the operator refuses is asked about again, for the words.
+    is not answered as expected. The operator refuses the rest.
     """
     if type(student) not in WHOLE or student.dim() > 3:
         return None
@@ -211,21 +223,36 @@ def _reduced_at_once(
             return None
         if target.shape != student.shape[:-1] or target.device != student.device:
             return None
-        if target.is_inference():
+        if target.is_inference() or not target.is_contiguous():
             return None
     with_grad = with_grad and student.requires_grad
     if with_grad and student.dtype is torch.float16:
         return None
-    named, mean, params, ignore_index = settings
+    named, mean, ignore_index = settings
     chosen = backend.choose(named, student.device)
     if chosen != "cpu" and (chosen == "reference" or backend.checks_targets(student.device)):
         return None
+    operators = ops.TRITON if chosen == "triton" else ops.FUSED
+    return operators.reduced_loss(
+        with_grad, name, student, teacher, target, mean, _constant(numbers), ignore_index
+    )
+
+
+def _what_is_wrong(
+    name: str,
+    student: Any,
+    teacher: Any,
+    target: Any,
+    options: Mapping[str, Any],
+    params: Numbers,
+) -> tuple[type[Exception], str] | None:
+    """Which argument an operator has refused, if one: as words, see wrong_target."""
     try:
-        return (ops.TRITON if chosen == "triton" else ops.FUSED).reduced_loss(
-            with_grad, name, student, teacher, target, mean, params, ignore_index
-        )
-    except RuntimeError:
-        return None
+        inputs, _ = _read(name, student, teacher, target, options, params)
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
+    words = wrong_target(inputs)
+    return None if words is None else (ValueError, words)
 
 
 def rows(
@@ -370,12 +397,18 @@ def _refuse_for_ranks(name: str, params: Numbers) -> None:
 # ---- parameters as the operators take them -----------------------------------------------------
 
 
-@lru_cache(maxsize=1024)
-def _constant(numbers: tuple[float, ...]) -> Tensor:
+def _constant(numbers: Numbers) -> Tensor:
+    # Where a mode has its way with every tensor, this one would be of its kind for all that follow.
+    make = _make_constant if torch._C._len_torch_dispatch_stack() else _keep_constant
+    return make(numbers)
+
+
+def _make_constant(numbers: Numbers) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
+_keep_constant = lru_cache(maxsize=1024)(_make_constant)
 _CPU = torch.device("cpu")
 # Backends whose operators take params of (rows, numbers), on the device of the logits.
 _TAKE_NUMBERS_OF_ROWS = ("cpu", "triton")

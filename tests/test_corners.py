@@ -23,7 +23,9 @@ from cases import (
     needs_cpu,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels
@@ -473,3 +475,81 @@ def test_dtensors(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---- what a call leaves behind ---------------------------------------------------------------
+
+
+def _faked(loss, student, teacher):
+    with FakeTensorMode() as mode:
+        return loss(*(mode.from_tensor(x) for x in (student, teacher)))
+
+
+LOOKED_THROUGH = {
+    "fake": _faked,
+    "symbolic": lambda loss, s, t: make_fx(loss, tracing_mode="symbolic")(s, t)(s, t),
+    "functionalized": lambda loss, s, t: torch.func.functionalize(loss)(s, t),
+    "grad": lambda loss, s, t: torch.func.grad(loss)(s, t),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("how", LOOKED_THROUGH)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_numbers_are_plain_after_something_looked_through_them(how: str, reduction: str) -> None:
+    """What is remembered of a call's numbers is nothing of a mode or transform that was active."""
+    temperature = 1 + len(how) / 64 + len(reduction) / 1024  # of no other test
+    student, teacher = torch.randn(4, 10), torch.randn(4, 10)
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return kdkernels.kd_loss(
+            student, teacher, temperature=temperature, reduction=reduction
+        ).sum()
+
+    LOOKED_THROUGH[how](loss, student, teacher)
+    leaf = student.clone().requires_grad_()
+    value = loss(leaf, teacher)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert type(value) is type(gradient) is Tensor
+    torch.testing.assert_close(torch.func.grad(loss)(student, teacher), gradient)
+
+
+@needs_cpu
+def test_a_gradient_can_be_recorded() -> None:
+    student, teacher = torch.randn(4, 10), torch.randn(4, 10)
+
+    def gradient(student: Tensor) -> Tensor:
+        leaf = student.detach().requires_grad_()
+        return torch.autograd.grad(kdkernels.kd_loss(leaf, teacher), leaf)[0]
+
+    recorded = make_fx(gradient)(student)
+    torch.testing.assert_close(recorded(2 * student), gradient(2 * student))
+
+
+@needs_cpu
+def test_an_error_of_others_is_theirs() -> None:
+    """And nothing is computed a second time to look for words."""
+    calls = []
+
+    def pack(x: Tensor) -> Tensor:
+        calls.append(x)
+        raise RuntimeError("the disk is full")
+
+    student = torch.randn(4, 10, requires_grad=True)
+    with pytest.raises(RuntimeError, match="the disk is full"), saved_tensors_hooks(pack, pack):
+        kdkernels.kd_loss(student, torch.randn(4, 10))
+    assert len(calls) == 1
+
+
+@needs_cpu
+def test_parts_of_an_ignored_row_are_0_whatever_weighs_it() -> None:
+    student, teacher = torch.randn(40, 10), torch.randn(40, 10)
+    target, weight = torch.full((40,), 3), torch.ones(40)
+    target[7], weight[7] = -100, float("nan")
+    params = torch.tensor([2.0, 1.0, 0.5, 0.1, 1.0, 2.0], dtype=torch.float64)
+    for classes in (10, 200, 1100):
+        logits = (x.repeat(1, classes // 10) for x in (student, teacher))
+        rows, _, parts = torch.ops.kdkernels.forward(
+            "kd", *logits, target, weight, params, -100, True
+        )
+        assert rows[7] == 0 and not parts[:, 7].any() and parts.isfinite().all()

@@ -58,7 +58,7 @@ from kdkernels import aekt_loss, dkd_loss, kd_loss, nkd_loss, target_split, tf_n
 
 NAN = math.nan
 EPS = torch.finfo(F32).eps
-# A row per lane, batches of rows (40 with AVX-512, 200 with all), and two tiles: see test_planner.py.
+# A row per lane, batches of rows (40 with AVX-512, 200 with all), two tiles: test_planner.py.
 CLASSES = (5, 40, 200, 1100)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import kdkernels
 from kdkernels import kd_loss
 
+os.environ.pop("KDKERNELS_POOL", None)
 pytestmark = [
     needs_cpu,
     pytest.mark.skipif(kdkernels.memory().limit == 0, reason="torch < 2.11 keeps none"),

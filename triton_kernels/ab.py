@@ -144,8 +144,8 @@ def at(log_p, log_q, ratio, ds, dt, params):
     close = (a * m > -0.5) & (b * m > -0.5)
     value = power * tl.where(close, small, large)
     score = power * tl.where(less, e * first, -second)
-    # Where the other one's power is the 0th, a class that only one of them has, or nearly so, has an
-    # infinite value; and the former counts as h = 0.
+    # Where the other one's power is the 0th, a class that only one of them has, or nearly so, has
+    # an infinite value; and the former counts as h = 0.
     beyond_all = (distance == -INF) & (tl.where(less, b, a) == 0.0)
     lacking = tl.where(ds == -INF, ds, dt) == -INF
     score = tl.where(beyond_all, tl.where(lacking, 0.0, score), score)

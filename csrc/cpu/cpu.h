@@ -8,8 +8,8 @@ namespace kd {
 // How the rows are walked.
 enum class Regime : int32_t {
   lanes_are_classes,  // a row at a time, in tiles that stay in cache
-  batches,            // short rows: as many as there are lanes, swept one by one and finished together
-  lanes_are_rows,     // very short or class-strided rows: one per lane
+  batches,            // longer ones: as many as there are lanes, swept one by one and finished together
+  lanes_are_rows,     // short or class-strided rows: one per lane
 };
 
 constexpr int64_t kCache = 32 << 10;  // bytes of exponentials that a batch may keep: the first-level cache

@@ -104,8 +104,9 @@ Plan plan(const Kernels& build, const Problem& p) {
   return {Regime::batches, lanes};
 }
 
-// A large gradient is fresh memory: its first write faults once per page, which with pages of 4 KiB costs more than
-// everything that the kernels do (measured: 28 ms against 9 ms for 64 MiB). Linux gives 2 MiB pages where asked to.
+// Large memory that no pool has kept is fresh: its first write faults once per page, which with pages of 4 KiB costs
+// more than everything that the kernels do (measured: 28 ms against 9 ms for 64 MiB). Linux gives 2 MiB pages where
+// asked to.
 void advise_huge_pages(void* fresh, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t(1) << 21;

@@ -33,8 +33,13 @@ Pool& pool() {
 // Whole huge pages at their bounds: the system gives no others.
 PoolBlock* map(size_t bytes) {
   const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage, room = size + kHugePage;
+  PoolBlock* const block = new (std::nothrow) PoolBlock{nullptr, size, nullptr};
+  if (!block) return nullptr;
   void* const begin = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (begin == MAP_FAILED) return nullptr;
+  if (begin == MAP_FAILED) {
+    delete block;
+    return nullptr;
+  }
   char *const from = static_cast<char*>(begin), *const end = from + room;
   char* const data = from + (kHugePage - reinterpret_cast<uintptr_t>(from) % kHugePage) % kHugePage;
   if (data > from) munmap(from, data - from);
@@ -42,7 +47,8 @@ PoolBlock* map(size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   madvise(data, size, MADV_HUGEPAGE);  // only advice: may fail
 #endif
-  return new PoolBlock{data, size, nullptr};
+  block->data = data;
+  return block;
 }
 
 // The largest go first.

@@ -62,8 +62,10 @@ typename Sums::template Stats<Vec<S>> sweep(const typename Sums::template Scales
       __builtin_prefetch(ahead.t);
       ahead.t += ahead.t_step;
     }
-    __builtin_prefetch(ahead.g, 1);
-    ahead.g += ahead.g_step;
+    if constexpr (kKeep) {  // what is kept is for a gradient
+      __builtin_prefetch(ahead.g, 1);
+      ahead.g += ahead.g_step;
+    }
   }
   for (; i < n; i += L) vector(i);
   return stats;
@@ -132,10 +134,6 @@ struct Rows {
   static constexpr int L = kLanes<S>;
   static_assert(kSums<Sums> + 2 <= kStatsWidth, "statistics and pivots fit one row of stats");
 
-  // One of the numbers of rows. Where these are in double so is S; the reverse is not true.
-  static double number(const Problem& p, const void* of, int64_t i) {
-    return p.in_double() ? static_cast<const double*>(of)[i] : static_cast<const float*>(of)[i];
-  }
   static void put_number(const Problem& p, void* to, int64_t i, double x) {
     if (p.in_double())
       static_cast<double*>(to)[i] = x;
@@ -143,17 +141,13 @@ struct Rows {
       static_cast<float*>(to)[i] = static_cast<float>(x);
   }
 
-  static bool skipped(const Problem& p, int64_t row) {
-    return (p.target && p.target[row] == p.ignore_index) || (p.row_weight && number(p, p.row_weight, row) == 0);
-  }
-
-  static double weight_of(const Problem& p, int64_t row) { return p.row_weight ? number(p, p.row_weight, row) : 1.; }
+  static double weight_of(const Problem& p, int64_t row) { return p.row_weight ? p.number(p.row_weight, row) : 1.; }
 
   // The gradient that finish multiplies its coefficients with.
   static void upstream(const Problem& p, int outputs, int64_t row, double* g) {
     const double weight = weight_of(p, row);
     for (int k = 0; k < outputs; ++k)
-      g[k] = p.pass == Pass::backward ? weight * number(p, p.grad_rows, k * p.rows_total() + row) : weight * p.scale;
+      g[k] = p.pass == Pass::backward ? weight * p.number(p.grad_rows, k * p.rows_total() + row) : weight * p.scale;
   }
 
   // loss: what finish gave; parts are behind the one output of their losses.
@@ -162,12 +156,12 @@ struct Rows {
     for (int k = 0; p.rows && k < outputs; ++k)
       put_number(p, p.rows, k * p.rows_total() + row, loss ? loss[k] * g[k] : 0.);
     if constexpr (Sums::has_parts)
-      for (int k = 0; p.parts && k < 2; ++k) put_part(p, k, row, loss ? loss[1 + k] : 0);
+      for (int k = 0; p.parts && k < 2; ++k) put_part(p, k, row, loss ? loss + 1 : nullptr);
   }
-  static void put_part(const Problem& p, int k, int64_t row, double part) {
-    // Without a target there is no cross-entropy, and a weight of 0 wins over whatever it meets.
-    const double weight = k == 0 || p.target ? weight_of(p, row) : 0;
-    put_number(p, p.parts, k * p.rows_total() + row, weight != 0 ? part * weight : 0.);
+  // parts: of a row that is read, or null. Without a target there is no cross-entropy.
+  static void put_part(const Problem& p, int k, int64_t row, const double* parts) {
+    const bool there = parts && (k == 0 || p.target);
+    put_number(p, p.parts, k * p.rows_total() + row, there ? parts[k] * weight_of(p, row) : 0.);
   }
 
   static bool run(const Problem& p, Plan plan, int64_t begin, int64_t end) {
@@ -196,7 +190,7 @@ struct Rows {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t outer = row / p.inner, inner = row % p.inner;
       char* grad = p.grad.data ? row_start(p.grad, outer, inner) : nullptr;
-      if (skipped(p, row)) {
+      if (p.skips(row)) {
         write_rows(p, chosen.outputs, row, nullptr, nullptr);
         if (p.stats) memset(stats_of(p, row), 0, sizeof(double) * kStatsWidth);
         if (grad) memset(grad, 0, classes * bytes_of(p.grad.dtype));
@@ -341,7 +335,7 @@ struct Rows {
     b.block.full = lanes == L;
     if (p.target || p.row_weight)
       for (int lane = 0; lane < lanes; ++lane) {
-        const bool active = b.block.active[lane] = !skipped(p, first + lane);
+        const bool active = b.block.active[lane] = !p.skips(first + lane);
         b.block.full = b.block.full && active;
         if (p.target && active) b.block.target[lane] = p.target[first + lane];
       }
@@ -417,8 +411,10 @@ struct Rows {
         put_number(p, p.rows, k * p.rows_total() + first + lane, b.loss[k][lane]);
     if constexpr (Sums::has_parts)
       for (int k = 0; p.parts && k < 2; ++k)
-        for (int lane = 0; lane < lanes; ++lane)
-          put_part(p, k, first + lane, b.block.active[lane] ? b.loss[1 + k][lane] : 0);
+        for (int lane = 0; lane < lanes; ++lane) {
+          const double parts[] = {b.loss[1][lane], b.loss[2][lane]};
+          put_part(p, k, first + lane, b.block.active[lane] ? parts : nullptr);
+        }
     for (int lane = 0; p.stats && lane < lanes; ++lane) {
       Summary<Sums, double> row;
       row.pivots = {b.maxima[0][lane], b.maxima[1][lane]};

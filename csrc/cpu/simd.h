@@ -70,7 +70,7 @@ KD_FN void store_bits(T* to, V v) {
 KD_FN VecF larger(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return _mm512_maskz_max_ps(kAll, a, b);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
   return _mm256_max_ps(a, b);
 #elif defined(__SSE__)
   return _mm_max_ps(a, b);
@@ -157,9 +157,9 @@ struct Ops<VecD> {
   static KD_FN VecD splat(double x) { return VecD{} + x; }
   static KD_FN auto negative(VecD x) { return (VecU64)x > 0x7fffffffffffffffull; }
   static KD_FN bool all(decltype(VecD() == VecD()) mask) {
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
     return _mm512_movepi64_mask((__m512i)mask) == 0xff;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
     return _mm256_movemask_pd((__m256d)mask) == 0xf;
 #else
     return mask[0] && mask[1];

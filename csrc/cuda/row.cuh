@@ -106,7 +106,7 @@ KD_DEVICE void lanes_merge(const typename Sums::template Scales<S>& scales, Summ
 // The shared memory of a block beside staged rows.
 template <class Sums, class S>
 struct Scratch {
-  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::coefs + (Sums::refined ? Sums::kept : 0);
+  static constexpr int kFields = 2 + Sums::count, kResults = 3 + Sums::coefs + (Sums::refined ? Sums::openings : 0);
   static_assert(Sums::refined <= kFields, "the second round's sums per warp take the place of the first one's");
   arch::Shared<S> warps;    // statistics per warp
   arch::Shared<S> results;  // coefficients and pivots of the row
