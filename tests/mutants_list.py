@@ -785,15 +785,15 @@ MUTANTS = [
     Mutant(
         "cpu-weight-missing-in-backward",
         "csrc/cpu/row.h",
-        "? weight * number(p, p.grad_rows, k * p.rows_total() + row)",
-        "? number(p, p.grad_rows, k * p.rows_total() + row)",
+        "? weight * p.number(p.grad_rows, k * p.rows_total() + row)",
+        "? p.number(p.grad_rows, k * p.rows_total() + row)",
         "row_weight is ignored in the gradient",
     ),
     Mutant(
         "cpu-weight-0-is-read",
-        "csrc/cpu/row.h",
-        "(p.row_weight && number(p, p.row_weight, row) == 0)",
-        "(p.row_weight && number(p, p.row_weight, row) < 0)",
+        "csrc/problem.h",
+        "(row_weight && number(row_weight, row) == 0)",
+        "(row_weight && number(row_weight, row) < 0)",
         "rows of weight 0 are read, and 0 * NaN comes out",
     ),
     Mutant(
@@ -1255,7 +1255,7 @@ MUTANTS = [
     Mutant(
         "cpu-ab-gradient-of-the-lost",
         "csrc/losses/ab.h",
-        "score = select(max_of(beyond_all, min_of(ds, dt)) == -infinity<V>(), zero, score);",
+        "score = select(max_of(beyond_all, -Ops<V>::abs(apart)) == -infinity<V>(), zero, score);",
         "",
         "the gradient of a class that makes the loss infinite is no number",
     ),

@@ -29,7 +29,7 @@
 KD_NAMESPACE_BEGIN
 
 struct AbForm {
-  static constexpr bool crowded = false;
+  static constexpr bool crowded = true;  // by what opens its second round
   static constexpr double kLimit = 1e-4;  // below it a or b is taken to be 0
 
   template <class S>
@@ -51,11 +51,12 @@ struct AbForm {
     static KD_FN double inverse_of(double x) { return x > 0 ? 1 / x : 0; }
   };
 
-  // f and p h of a class, from log2 of p, q and p / q; ds, dt: logits, which tell what is at -inf.
+  // f and p h of a class, from log2 of p, q and p / q. apart: ds - dt, infinite where one of them lacks the class, and
+  // no number where both do: it has no part in the row, or, of NaN logits, has made its sums NaN.
   template <class V>
-  static KD_FN void at(const Scales<ScalarOf<V>>& x, V log_p, V log_q, V ratio, V ds, V dt, V& value, V& score) {
+  static KD_FN void at(const Scales<ScalarOf<V>>& x, V log_p, V log_q, V ratio, V apart, V& value, V& score) {
+    const auto none = apart != apart;
     const V zero = lit<V>(0), one = lit<V>(1), half = lit<V>(.5);
-    const auto none = max_of(ds, dt) == -infinity<V>();
     const auto less = ratio <= zero;  // p <= q
     const V a = Ops<V>::splat(x.a), b = Ops<V>::splat(x.b), share_a = Ops<V>::splat(x.share_a);
     // Finite: 0 times it is 0.
@@ -79,7 +80,7 @@ struct AbForm {
     // and the former counts as h = 0.
     const V beyond_all = select(select(less, b, a) == zero, distance, zero);
     value = select(beyond_all == -infinity<V>(), infinity<V>(), value);
-    score = select(max_of(beyond_all, min_of(ds, dt)) == -infinity<V>(), zero, score);
+    score = select(max_of(beyond_all, -Ops<V>::abs(apart)) == -infinity<V>(), zero, score);
   }
 
  private:
@@ -170,7 +171,7 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
     const V ds = e[0], dt = e[1], k = Ops<V>::splat(scales.k);
     const V log_p = ds * k + to.c[0], log_q = dt * k + to.c[kept];
     V value_i;
-    AbForm::at(scales, log_p, log_q, (ds - dt) * k + to.c[1], ds, dt, value_i, e[1]);
+    AbForm::at(scales, log_p, log_q, (ds - dt) * k + to.c[1], ds - dt, value_i, e[1]);
     e[0] = Base::marked(Ops<V>::exp2(log_p), ds);
     if constexpr (kSmooth) e[2] *= to.c[2];
     sums[0] += value_i;
@@ -182,7 +183,7 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
   static KD_FN V target(const Scales<ScalarOf<V>>& scales, const Summary<AbSums, V>& row, const Split<V>& p,
                         const Split<V>& q, V g, V& value_y, V& score_y) {
     const V log2e = lit<V>(kLog2e), ratio = Apart<V>::of(scales, row, p, q).target;
-    AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e, row.relative_s(), row.relative_t(), value_y,
+    AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e, row.relative_s() - row.relative_t(), value_y,
                score_y);
     return g * (p.rest * score_y - p.p * row.stats.v[Of::score]);
   }
