@@ -255,14 +255,17 @@ def machine_line(report: Report) -> str:
 
 
 def headline(reports: dict[str, Report]) -> dict[str, Report]:
-    """What README shows of them, of those that were measured as `python -m bench` does.
+    """What README shows of them, of those that were measured as `python -m bench` does, beside the
+    published formulations.
 
     All GPUs, and the CPU that was measured last.
     """
     plain = {
         folder: report
         for folder, report in reports.items()
-        if report["settings"]["sets"] is None and report["settings"]["malloc"] != "default"
+        if report["settings"]["sets"] is None
+        and report["settings"]["malloc"] != "default"
+        and any(x["provider"] == "eager" for x in report["records"])
     }
     gpus = {folder: report for folder, report in plain.items() if "gpu" in report["facts"]}
     cpus = sorted(plain.keys() - gpus.keys(), key=lambda x: (plain[x]["facts"]["measured"], x))
