@@ -149,7 +149,7 @@ SUMS = {
     "MixtureSums<0>": Sums(2, 2, 2, 11, logarithms=2, crowded=True, features=3),
     "MixtureSums<2>": Sums(2, 3, 3, 15, logarithms=2, crowded=True, features=4),
     # What is kept of a class are its logits, and in the second one its exponential at T = 1.
-    "AbSums<0>": Sums(2, 2, 0, 17, logarithms=0, features=5, refining=4),
+    "AbSums<0>": Sums(2, 2, 0, 17, logarithms=0, crowded=True, features=5, refining=4),
     "AbSums<2>": Sums(2, 3, 1, 21, logarithms=0, crowded=True, features=6, refining=4),
 }
 PARTS = ("split_stats", "split_refined", "split_gradient")
