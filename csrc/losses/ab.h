@@ -29,7 +29,7 @@
 KD_NAMESPACE_BEGIN
 
 struct AbForm {
-  static constexpr bool crowded = true;  // by what opens its second round
+  static constexpr bool crowded = true;   // by what opens its second round
   static constexpr double kLimit = 1e-4;  // below it a or b is taken to be 0
 
   template <class S>
@@ -185,6 +185,7 @@ struct AbSums : ScoreSums<AbForm, kVariant> {
     const V log2e = lit<V>(kLog2e), ratio = Apart<V>::of(scales, row, p, q).target;
     AbForm::at(scales, p.log_p * log2e, q.log_p * log2e, ratio * log2e, row.relative_s() - row.relative_t(), value_y,
                score_y);
+    score_y += nan_of(row);  // the gradient of a class without a number is that of its row
     return g * (p.rest * score_y - p.p * row.stats.v[Of::score]);
   }
 
