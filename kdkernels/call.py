@@ -251,8 +251,17 @@ def _what_is_wrong(
         inputs, _ = _read(name, student, teacher, target, options, params)
     except (TypeError, ValueError) as error:
         return type(error), str(error)
-    words = wrong_target(inputs)
+    words = _refused_target(inputs)
     return None if words is None else (ValueError, words)
+
+
+def _refused_target(inputs: Inputs) -> str | None:
+    """Of a call that an operator has refused: the target, if that is why. The CPU kernels check it
+    before they start; others do not, nor may the host wait for it.
+    """
+    target = inputs.target
+    looked_at = inputs.backend == "cpu" and target is not None and tensors.is_eager(target)
+    return wrong_target(inputs) if looked_at else None
 
 
 def rows(
@@ -559,10 +568,7 @@ def _run(op_name: str, name: str, inputs: Inputs, params: Numbers, *options: Any
     try:
         return operators.apply(op, with_grad, name, *as_rows(*inputs[:4]), *more)
     except RuntimeError:
-        # The CPU kernels check the targets before they start, so it is not done here as well.
-        target = inputs.target
-        looked_at = inputs.backend == "cpu" and target is not None and tensors.is_eager(target)
-        wrong = wrong_target(inputs) if looked_at else None
+        wrong = _refused_target(inputs)
         if wrong is None:
             raise
     raise ValueError(wrong)
